@@ -1,0 +1,109 @@
+"""Fine-tune chat language models from a core small enough to read in an afternoon.
+
+Public names are imported on first use, so that ``import corefit`` costs milliseconds and leaves torch unimported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from corefit.data.jsonl import index_jsonl, read_jsonl
+    from corefit.errors import CorefitError, DataError, UserError
+    from corefit.hookspecs import hookimpl
+    from corefit.run import Run, inspect, train
+    from corefit.types import (
+        IGNORE_INDEX,
+        BadRecord,
+        Conversation,
+        DatasetReader,
+        Document,
+        Drop,
+        MapFunction,
+        Message,
+        Position,
+        PromptTemplate,
+        Quantizer,
+        Record,
+        Sample,
+        Scheduler,
+        Segment,
+        Sources,
+        Tokenizer,
+        Unrenderable,
+    )
+
+_HOME = {
+    "BadRecord": "corefit.types",
+    "Conversation": "corefit.types",
+    "CorefitError": "corefit.errors",
+    "DataError": "corefit.errors",
+    "DatasetReader": "corefit.types",
+    "Document": "corefit.types",
+    "Drop": "corefit.types",
+    "IGNORE_INDEX": "corefit.types",
+    "MapFunction": "corefit.types",
+    "Message": "corefit.types",
+    "Position": "corefit.types",
+    "PromptTemplate": "corefit.types",
+    "Quantizer": "corefit.types",
+    "Record": "corefit.types",
+    "Run": "corefit.run",
+    "Sample": "corefit.types",
+    "Scheduler": "corefit.types",
+    "Segment": "corefit.types",
+    "Sources": "corefit.types",
+    "Tokenizer": "corefit.types",
+    "Unrenderable": "corefit.types",
+    "UserError": "corefit.errors",
+    "hookimpl": "corefit.hookspecs",
+    "index_jsonl": "corefit.data.jsonl",
+    "inspect": "corefit.run",
+    "read_jsonl": "corefit.data.jsonl",
+    "train": "corefit.run",
+}
+
+__all__ = [
+    "BadRecord",
+    "Conversation",
+    "CorefitError",
+    "DataError",
+    "DatasetReader",
+    "Document",
+    "Drop",
+    "IGNORE_INDEX",
+    "MapFunction",
+    "Message",
+    "Position",
+    "PromptTemplate",
+    "Quantizer",
+    "Record",
+    "Run",
+    "Sample",
+    "Scheduler",
+    "Segment",
+    "Sources",
+    "Tokenizer",
+    "Unrenderable",
+    "UserError",
+    "hookimpl",
+    "index_jsonl",
+    "inspect",
+    "read_jsonl",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401, a module attribute has any type
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'corefit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,291 @@
+"""Talk to a run, an adapter or a model, with the template and the stop tokens that training used."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tomllib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from corefit.errors import ModelError, UserError
+from corefit.types import Message, Unrenderable
+
+if TYPE_CHECKING:
+    from corefit.data.tokenizer import Tokenizer
+
+Say = Callable[[str], None]
+
+
+def _notice(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a run, adapter or model folder holds, and the base that belongs to it."""
+
+    folder: Path
+    """The adapter or model folder: tokenizer files, chat template and ``corefit.json`` lie here."""
+    base: Path
+    """The folder with the weights; ``folder`` itself where that is a whole model."""
+    name: str
+    """The base's name, as other people know it."""
+    adapter: Path | None
+    facts: Mapping[str, Any]
+    """``corefit.json``; empty where other software wrote the folder."""
+    trust_remote_code: bool = False
+
+    def tokenizer(self) -> Tokenizer:
+        """Load the tokenizer that training used; the base's where an adapter comes without one."""
+        from corefit.data.tokenizer import Tokenizer
+
+        own = any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+        return Tokenizer.load(self.folder if own else self.base)
+
+    def stop_ids(self, tokenizer: Tokenizer) -> list[int]:
+        """Give the ids that end an answer: training's, else those of generation config and tokenizer."""
+        if self.facts.get("stop_ids"):
+            return list(self.facts["stop_ids"])
+        path = self.base / "generation_config.json"
+        stops = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
+        ids = stops if isinstance(stops, list) else [stops, tokenizer.eos_id]
+        return sorted({id for id in ids if id is not None})
+
+
+def find(target: str | Path, *, model: str | None = None, say: Say = _notice) -> Found:
+    """Find adapter and base of a run folder, an adapter folder, a model folder or a hub name.
+
+    The base is ``model``, else the one in the run's ``recipe.toml``, else the name that the adapter carries.
+
+    Raises:
+        ModelError: nothing there to talk to, or the base isn't found.
+    """
+    from corefit.engine.export import public_name
+    from corefit.engine.model import model_fingerprint, resolve_base
+
+    path = Path(target).expanduser()
+    run: Path | None = None
+    if (path / "recipe.toml").is_file():
+        run, inner = path, [path / "adapter", path / "model"]
+        path = next((folder for folder in inner if folder.is_dir()), path)
+        if path == run:
+            raise ModelError(f"{run}: this run has no adapter/ or model/ yet; corefit train with --resume finishes it")
+    elif (path.parent / "recipe.toml").is_file():
+        run = path.parent
+    facts: dict[str, Any] = _read(path / "corefit.json")
+    recipe: dict[str, Any] = {}
+    if run is not None:
+        recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8")).get("model", {})
+    trust = bool(recipe.get("trust_remote_code", False))
+    if not (path / "adapter_config.json").is_file():
+        folder = resolve_base(str(path if path.is_dir() else target), trust_remote_code=trust, say=say)
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{target}: neither a run (recipe.toml) nor an adapter (adapter_config.json) nor a model (config.json)"
+            )
+        return Found(folder, folder, facts.get("base") or public_name(str(folder)), None, facts, trust)
+
+    name = facts.get("base") or _read(path / "adapter_config.json").get("base_model_name_or_path") or ""
+    base = _base(model, recipe.get("base"), run, name, target, say, trust)
+    known = facts.get("base_fingerprint")
+    if known and known != model_fingerprint(str(base)):
+        say(f"{base}: not the files that this adapter was trained on (another fingerprint): answers may differ")
+    return Found(path, base, name or public_name(str(base)), path, facts, trust)
+
+
+def _base(
+    model: str | None, trained: str | None, run: Path | None, name: str, target: str | Path, say: Say, trust: bool
+) -> Path:
+    from corefit.engine.export import EMBEDDED, EMBEDDED_MODEL
+    from corefit.engine.model import resolve_base
+
+    if model is not None:
+        return resolve_base(model, trust_remote_code=trust, say=say)
+    if trained and run is not None and (run / Path(trained).expanduser()).is_dir():
+        return run / Path(trained).expanduser()
+    if name == EMBEDDED:
+        return EMBEDDED_MODEL
+    if name.count("/") == 1 and not name.startswith("."):
+        return resolve_base(name, trust_remote_code=trust, say=say)
+    where = f"at {trained} any more" if trained else "here"
+    raise ModelError(f"{target}: its base model {name!r} is not {where}; --model PATH says where it is")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON: {error}") from None
+    return dict(content)
+
+
+class Chatter:
+    """A loaded model that answers; one conversation at a time."""
+
+    def __init__(
+        self,
+        target: str | Path,
+        *,
+        model: str | None = None,
+        quantizer: str | None = None,
+        device: str = "auto",
+        max_tokens: int = 512,
+        temperature: float = 0.0,
+        say: Say = _notice,
+    ) -> None:
+        """Load ``target``: a run, adapter or model folder, or a hub name.
+
+        Args:
+            target: see above.
+            model: folder or hub name of the base, where it isn't where training found it.
+            quantizer: how to store the base; None: as training stored it, a whole model as it is.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            max_tokens: the longest answer.
+            temperature: 0 is greedy: the same question gives the same answer.
+            say: takes notices, one line each.
+
+        Raises:
+            ModelError: nothing to talk to, no base, no chat template.
+        """
+        from corefit.data.encode import make_encoder
+        from corefit.engine.model import base_dtype_of, choose_device, choose_precision, load_base
+        from corefit.registry import Registry
+
+        self.found = find(target, model=model, say=say)
+        self.tokenizer = self.found.tokenizer()
+        registry = Registry.load()
+        template = registry.templates.get(str(self.found.facts.get("template")))
+        if template is None or (template.chat_template or self.tokenizer.chat_template) != self.tokenizer.chat_template:
+            template = registry.template("tokenizer")  # the Jinja that the folder carries
+            if not self.tokenizer.chat_template:
+                raise ModelError(
+                    f"{target}: no chat template: nothing says how to write a conversation; train it first"
+                )
+        self.encoder = make_encoder(template, self.tokenizer)
+        self.stop_ids = frozenset(self.found.stop_ids(self.tokenizer))
+        self.max_tokens, self.temperature = max_tokens, temperature
+        self.device = choose_device(device)
+        base = str(self.found.base)
+        self.precision = choose_precision("auto", device=self.device, base_dtype=base_dtype_of(base))
+        self.quantizer = quantizer or (self.found.facts.get("quantizer", "none") if self.found.adapter else "none")
+        self.model: Any = load_base(
+            base,
+            quantizer=registry.quantizer(self.quantizer),
+            compute_dtype=str(self.precision.compute_dtype).removeprefix("torch."),
+            device=self.device,
+            trust_remote_code=self.found.trust_remote_code,
+            say=say,
+        )
+        if self.found.adapter is not None:
+            from peft import PeftModel
+
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+                self.model = PeftModel.from_pretrained(self.model, str(self.found.adapter)).eval()
+
+    def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Give the ids after which training taught the model to answer; nothing typed becomes a control token.
+
+        Raises:
+            UserError: the template can't write these messages.
+        """
+        try:
+            ids = self.encoder.prompt([Message(str(m["role"]), str(m["content"])) for m in messages])
+        except Unrenderable as refusal:
+            name = self.encoder.template.name
+            raise UserError(f"template {name!r} can't write this conversation ({refusal.reason})") from None
+        return [int(id) for id in ids]
+
+    def answer(self, messages: Sequence[Mapping[str, Any]], *, adapter: bool = True) -> Iterator[str]:
+        """Yield the next answer piece by piece, whole characters only, without the stop token.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}``, the last one the user's.
+            adapter: False: as the base would answer.
+
+        Raises:
+            UserError: the conversation is longer than the model's context.
+        """
+        from corefit.engine.evaluate import stream
+
+        prompt = self.prompt_ids(messages)
+        room = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
+        if len(prompt) >= room:
+            raise UserError(f"the conversation has {len(prompt)} tokens, the model's context {room}; start a new one")
+        off = not adapter and self.found.adapter is not None
+        ids: list[int] = []
+        shown = 0
+        with self.model.disable_adapter() if off else contextlib.nullcontext():
+            for id in stream(
+                self.model,
+                prompt,
+                max_tokens=min(self.max_tokens, room - len(prompt)),
+                device=self.device,
+                compute_dtype=self.precision.compute_dtype,
+                temperature=self.temperature,
+            ):
+                if id in self.stop_ids:
+                    break
+                ids.append(id)
+                text = self.tokenizer.decode(ids, skip_special=True)
+                if not text.endswith("\ufffd"):  # else the bytes of a character are not all there yet
+                    yield text[shown:]
+                    shown = len(text)
+        yield self.tokenizer.decode(ids, skip_special=True)[shown:]
+
+    def ask(self, prompt: str, *, system: str | None = None, adapter: bool = True) -> str:
+        """Give the answer to one question."""
+        return "".join(self.answer([*_system(system), {"role": "user", "content": prompt}], adapter=adapter)).strip()
+
+
+def _system(text: str | None) -> list[dict[str, str]]:
+    return [{"role": "system", "content": text}] if text else []
+
+
+def chat_loop(
+    chatter: Chatter,
+    *,
+    system: str | None = None,
+    compare: bool = False,
+    read: Callable[[str], str] = input,
+    write: Callable[[str], object] = lambda text: print(text, end="", flush=True),
+) -> None:
+    """Talk until ``/exit`` or the end of input; ``/new`` starts afresh; ctrl-C ends an answer, then the chat.
+
+    With ``compare`` every question is answered twice, first with the adapter off; the conversation goes on with the
+    answer of the adapter.
+    """
+    history = _system(system)
+    sides = [(False, "adapter off: "), (True, "adapter on:  ")] if compare else [(True, "")]
+    while True:
+        try:
+            line = read("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            write("\n")
+            return
+        if line in ("/exit", "/quit"):
+            return
+        if line == "/new":
+            history = _system(system)
+        elif line:
+            question = {"role": "user", "content": line}
+            said = ""
+            try:
+                for adapter, title in sides:
+                    write(title)
+                    said = ""
+                    for piece in chatter.answer([*history, question], adapter=adapter):
+                        write(piece)
+                        said += piece
+                    write("\n")
+            except KeyboardInterrupt:
+                write("\n")
+            except UserError as error:
+                write(f"{error}: /new\n")
+                continue
+            history += [question, {"role": "assistant", "content": said}]

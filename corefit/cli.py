@@ -1,0 +1,251 @@
+"""The command line: one thin verb per function. Only verbs that need torch import it, and only when they run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from corefit import __version__
+from corefit.errors import CorefitError, UserError
+
+USAGE = """corefit <verb> [options]
+
+fine-tune a chat model:
+  train [RECIPE]       train; without a recipe, --model and --data it runs the embedded demonstration
+  inspect [RECIPE]     show samples as the model will see them, supervised tokens marked; needs only a tokenizer
+  chat RUN             talk to a run, an adapter or a model
+  merge RUN --out DIR  write base model and adapter as one plain Hugging Face folder
+
+look around:
+  recipes [PATTERN]    list the recipes (also: list-cfg -p PATTERN)
+  copy NAME [DEST]     copy a recipe to edit it (also: copy-cfg)
+  plugins              list every plugin: where it comes from, what it contributes, why it is broken
+
+corefit <verb> --help shows the options of a verb; corefit --version the version."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and give its exit code: 0; 2 for the user's mistakes; 1 for a failed run; 130 for ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if arguments[0] in ("--version", "-V"):
+        print(f"corefit {__version__}")
+        return 0
+    debug = "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):  # a terminal that can't show a character must not end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        args = _parser().parse_args([a for a in arguments if a != "--debug"])
+        code: int = args.run(args)
+        sys.stdout.flush()  # a broken pipe must show here, not at interpreter exit
+        return code
+    except CorefitError as error:
+        if debug:
+            raise
+        print(f"corefit: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("corefit: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `corefit recipes | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # a bug of corefit or of a plugin: one line unless asked for more
+        if debug:
+            raise
+        where = _innermost(error)
+        print(
+            f"corefit: error: {type(error).__name__}: {error} ({where}); --debug shows the traceback", file=sys.stderr
+        )
+        return 1
+
+
+def _innermost(error: BaseException) -> str:
+    """Give module and line of the frame that raised."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return "origin unknown"
+    return f"{trace.tb_frame.f_globals.get('__name__', '?')}:{trace.tb_lineno}"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but an unknown verb or flag is answered with the nearest one, in one line."""
+
+    def error(self, message: str) -> Any:  # noqa: ANN401, never returns
+        raise UserError(f"{self.prog}: {message}; {self.prog} --help lists what there is")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:  # noqa: ANN401
+        if action.choices is not None and value not in action.choices:
+            from corefit.errors import unknown
+
+            verbs = [c for c in action.choices if c not in _ALIASES]
+            raise UserError(unknown("verb" if action.dest == "verb" else str(action.dest), str(value), verbs))
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # noqa: ANN401
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest:
+            from corefit.errors import unknown
+
+            flag = rest[0].split("=")[0]
+            known = [s for s in getattr(parsed, "flags", ()) if s.startswith("--")]
+            if flag.startswith("-"):
+                raise UserError(f"corefit {parsed.verb}: {unknown('flag', flag, known)}")
+            raise UserError(
+                f"corefit {parsed.verb}: nothing expects {flag!r}; corefit {parsed.verb} --help lists what there is"
+            )
+        return parsed
+
+
+_ALIASES = ("list-cfg", "copy-cfg")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="corefit", usage=USAGE, add_help=False, allow_abbrev=False)
+    verbs = parser.add_subparsers(dest="verb", parser_class=_Parser, required=True)
+
+    def verb(name: str, run: Any, about: str, **more: Any) -> argparse.ArgumentParser:  # noqa: ANN401
+        sub = verbs.add_parser(name, description=about, allow_abbrev=False, **more)
+        sub.set_defaults(run=run)
+        return sub
+
+    train = verb("train", _train, "Train as the recipe and the flags say; flags win over the recipe.")
+    train.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="a .toml file, or a name that `corefit recipes` lists"
+    )
+    _recipe_flags(train)
+    train.add_argument("--quantizer", metavar="NAME", help="how base weights are stored: none, nf4, int8 or a plugin's")
+    train.add_argument("--scheduler", metavar="NAME", help="constant, linear, cosine, wsd or a plugin's")
+    train.add_argument("--out", metavar="DIR", help="the run folder (default: runs/<recipe>-<n>)")
+    train.add_argument(
+        "--resume", action="store_true", help="continue the newest unfinished run of this recipe, or start it"
+    )
+
+    inspect = verb("inspect", _inspect, "Show samples as the model will see them. No model is loaded.")
+    inspect.add_argument("recipe", nargs="?", metavar="RECIPE", help="a .toml file, a recipe's name or a run folder")
+    _recipe_flags(inspect)
+    inspect.add_argument("--tokenizer", metavar="PATH", help="a tokenizer folder or a bare tokenizer.model")
+    inspect.add_argument(
+        "--samples", type=int, default=3, metavar="N", help="random samples after the first (default 3)"
+    )
+    inspect.add_argument("--json", action="store_true", help="one JSON object a sample, all of them, in data order")
+
+    chat = verb("chat", _chat, "Talk to a run, an adapter or a model, with the template that training used.")
+    chat.add_argument("target", metavar="RUN|ADAPTER|MODEL")
+    chat.add_argument("--prompt", metavar="TEXT", help="one answer instead of a conversation")
+    chat.add_argument("--system", metavar="TEXT", help="a system message")
+    chat.add_argument("--compare", action="store_true", help="answers with the adapter off and on")
+    chat.add_argument("--model", metavar="PATH", help="the base model, where it moved")
+    chat.add_argument("--quantizer", metavar="NAME", help="how to store the base weights (default: as in training)")
+    chat.add_argument("--max-tokens", type=int, default=512, metavar="N")
+
+    merge = verb("merge", _merge, "Write base model and adapter as one plain Hugging Face folder.")
+    merge.add_argument("target", metavar="RUN|ADAPTER")
+    merge.add_argument("--out", required=True, metavar="DIR", help="the folder to write; must be new or empty")
+    merge.add_argument("--model", metavar="PATH", help="the base model, where it moved")
+
+    recipes = verb("recipes", _recipes, "List the recipes.", aliases=["list-cfg"])
+    recipes.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name")
+    recipes.add_argument("-p", "--pattern", dest="p", metavar="PATTERN", help=argparse.SUPPRESS)
+
+    copy = verb("copy", _copy, "Copy a recipe, to edit it.", aliases=["copy-cfg"])
+    copy.add_argument("name", metavar="NAME")
+    copy.add_argument("dest", nargs="?", default=".", metavar="DEST", help="a folder or a file name (default: here)")
+
+    verb("plugins", _plugins, "List every plugin: distribution, version, what it contributes, why it is broken.")
+    for sub in {id(p): p for p in verbs.choices.values()}.values():
+        sub.set_defaults(flags=tuple(s for a in sub._actions for s in a.option_strings))
+    return parser
+
+
+def _recipe_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plugin", metavar="NAME", help="the map function, with the reader of the same name if there is one"
+    )
+    parser.add_argument("--template", metavar="NAME", help="the prompt template (default: the tokenizer's own)")
+    parser.add_argument("--model", metavar="PATH", help="the base model: a local folder or a hub name")
+    parser.add_argument("--data", metavar="PATH", help="a file, a folder, a glob, or - for standard input")
+    parser.add_argument("--seed", metavar="N")
+    parser.add_argument(
+        "--set", dest="sets", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="any recipe key"
+    )
+
+
+def _flags(args: argparse.Namespace, *names: str) -> dict[str, str]:
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def _train(args: argparse.Namespace) -> int:
+    from corefit.run import train_from
+
+    flags = _flags(args, "plugin", "template", "model", "data", "quantizer", "scheduler", "out", "seed")
+    return train_from(args.recipe, flags, args.sets, resume=args.resume).exit_code
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from corefit.run import inspect_from
+
+    flags = _flags(args, "plugin", "template", "model", "data", "seed")
+    inspect_from(args.recipe, flags, args.sets, tokenizer=args.tokenizer, samples=args.samples, as_json=args.json)
+    return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from corefit.run import chat_with
+
+    chat_with(
+        args.target,
+        prompt=args.prompt,
+        system=args.system,
+        compare=args.compare,
+        model=args.model,
+        quantizer=args.quantizer,
+        max_tokens=args.max_tokens,
+    )
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from corefit.merge import merge
+
+    print(f"merged model: {merge(args.target, args.out, model=args.model)}")
+    return 0
+
+
+def _recipes(args: argparse.Namespace) -> int:
+    from corefit.recipe import list_recipes
+
+    for name, summary in list_recipes(args.pattern or args.p):
+        print(f"{name}  {summary}")
+    return 0
+
+
+def _copy(args: argparse.Namespace) -> int:
+    from corefit.recipe import copy_recipe
+
+    print(copy_recipe(args.name, args.dest))
+    return 0
+
+
+def _plugins(args: argparse.Namespace) -> int:
+    from corefit.registry import Registry
+
+    registry = Registry.load()
+    for plugin in registry.plugins:
+        print(f"{plugin.name}  ({plugin.source}; {plugin.module})")
+        for kind, names in plugin.entries.items():
+            if names:
+                print(f"    {kind}: {', '.join(names)}")
+        for trouble in (plugin.error, *plugin.clashes):
+            if trouble:
+                print(f"    BROKEN: {trouble}")
+    for name in registry.disabled:
+        print(f"{name}  (disabled by COREFIT_DISABLE_PLUGINS)")
+    return 0

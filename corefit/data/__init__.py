@@ -1,0 +1,1 @@
+"""From bytes to batches. Nothing here imports torch."""

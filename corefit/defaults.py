@@ -1,0 +1,136 @@
+"""corefit's own plugin: the jsonl reader, three quantizers, four schedulers.
+
+torch, transformers and numpy are imported by the functions that need them, when they are called.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from corefit.types import BadRecord, DatasetReader, Position, Quantizer, Record, Scheduler, Sources
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+def _read(sources: Sources, options: object = None, start: Position | None = None) -> Iterator[Record | BadRecord]:
+    from corefit.data.jsonl import read_jsonl
+
+    return read_jsonl(sources, options, start)
+
+
+def _index(sources: Sources, options: object = None) -> NDArray[np.int64]:
+    from corefit.data.jsonl import index_jsonl
+
+    return index_jsonl(sources, options)
+
+
+def corefit_dataset_readers() -> Iterable[DatasetReader]:
+    """JSON lines, or one JSON list."""
+    yield DatasetReader(
+        name="jsonl", summary="JSON lines or one JSON list, also .gz", read=_read, seekable=True, index=_index
+    )
+
+
+def _none(compute_dtype: str) -> None:
+    return None
+
+
+def _nf4(compute_dtype: str) -> Any:  # noqa: ANN401, a transformers class that is imported here only
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def _keep_4bit_layout(model: Any) -> None:  # noqa: ANN401
+    """Stop bitsandbytes from repacking 4-bit weights in place at a CPU's first forward without gradients.
+
+    The repacked weights give wrong gradients from then on, without a word.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _int8(compute_dtype: str) -> Any:  # noqa: ANN401
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def corefit_quantizers() -> Iterable[Quantizer]:
+    """As stored, 4-bit and 8-bit. Source: Dettmers et al., QLoRA (2305.14314) 3; LLM.int8() (2208.07339)."""
+    yield Quantizer(name="none", summary="weights as they are stored", config=_none)
+    yield Quantizer(
+        name="nf4",
+        summary="4-bit NormalFloat, double quantisation (QLoRA)",
+        config=_nf4,
+        after_load=_keep_4bit_layout,
+    )
+    yield Quantizer(name="int8", summary="8-bit integers, outlier columns kept (LLM.int8)", config=_int8)
+
+
+WSD_DECAY = 0.2
+"""Share of the run that ``wsd`` decays in, at its end."""
+
+
+def constant(progress: float, warmup: float) -> float:
+    """Give the share of the peak rate: up in a straight line over ``warmup``, then 1.
+
+    >>> [constant(progress, 0.5) for progress in (0.25, 0.75)]
+    [0.5, 1.0]
+    """
+    return progress / warmup if progress < warmup else 1.0
+
+
+def linear(progress: float, warmup: float) -> float:
+    """Give the share of the peak rate: up over ``warmup``, then down in a straight line to 0 at the end.
+
+    >>> [linear(progress, 0.5) for progress in (0.25, 0.75)]
+    [0.5, 0.5]
+    """
+    return progress / warmup if progress < warmup else (1 - progress) / (1 - warmup)
+
+
+def cosine(progress: float, warmup: float) -> float:
+    """Give the share of the peak rate: up over ``warmup``, then down half a cosine wave to 0 at the end.
+
+    Source: Loshchilov and Hutter, SGDR (1608.03983) eq. 5, (1 + cos x) / 2, written as sin^2 because that form does not
+    round to 0 before the end.
+
+    >>> [round(cosine(progress, 0), 3) for progress in (0.25, 0.5, 0.75)]
+    [0.854, 0.5, 0.146]
+    """
+    if progress < warmup:
+        return progress / warmup
+    return math.sin(math.pi / 2 * (1 - progress) / (1 - warmup)) ** 2
+
+
+def wsd(progress: float, warmup: float) -> float:
+    """Give the share of the peak rate: up over ``warmup``, then 1, then straight down to 0 over the last fifth.
+
+    Source: warm-up, stable, decay: Hu et al., MiniCPM (2404.06395) 4.3; straight decay over a fifth: Haegele et al.
+    (2405.18392) 3. A warm-up longer than 0.8 runs into the decay: the smaller of the two counts.
+
+    >>> [round(wsd(progress, 0.1), 3) for progress in (0.05, 0.5, 0.9)]
+    [0.5, 1.0, 0.5]
+    """
+    return min(constant(progress, warmup), (1 - progress) / WSD_DECAY, 1.0)
+
+
+def corefit_schedulers() -> Iterable[Scheduler]:
+    """The four curves above."""
+    yield Scheduler(name="constant", summary="the peak rate after the warm-up", factor=constant, decays=False)
+    yield Scheduler(name="linear", summary="down in a straight line", factor=linear)
+    yield Scheduler(name="cosine", summary="down half a cosine wave", factor=cosine)
+    yield Scheduler(name="wsd", summary="the peak rate, then down over the last fifth", factor=wsd)

@@ -1,0 +1,258 @@
+"""Checkpoints: written aside, hashed, renamed; safetensors and JSON only, nothing that a program could hide in.
+
+A folder ``step-NNNNNNNN`` appears whole or not at all. Its ``manifest.json`` is written last, with the size and SHA-256
+of every other file; ``latest``, beside the folders, names the newest. What a killed save leaves behind is called
+``.tmp-*`` and goes with the next save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from corefit.engine.optimizer import load_optimizer_state, optimizer_state
+from corefit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.amp.grad_scaler import GradScaler
+
+FORMAT = 1
+FILES = ("optimizer.safetensors", "rng.safetensors", "state.json", "trainable.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint that was read and whose hashes agree; tensors are on the CPU."""
+
+    path: Path
+    step: int
+    state: Mapping[str, Any]
+    """``state.json``: ``loop`` (the fields of ``LoopState``, so also the stream's state), ``lengths`` (bytes of
+    ``metrics.jsonl`` and ``samples.jsonl``), ``versions``, ``extra``, and what ``restore`` puts back."""
+    trainable: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, torch.Tensor]
+    rng: Mapping[str, torch.Tensor]
+
+
+def save(
+    folder: Path,
+    step: int,
+    *,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: GradScaler,
+    loop: Mapping[str, Any],
+    lengths: Mapping[str, int],
+    extra: Mapping[str, Any] | None = None,
+    keep: int = 2,
+) -> Path:
+    """Write ``folder/step-NNNNNNNN`` and delete all but the newest ``keep`` (at least 1) whole ones.
+
+    ``loop`` is ``asdict(LoopState)``, ``lengths`` the durable byte lengths of the files that a resume cuts.
+
+    Raises:
+        CheckpointError: it can't be written (disk full, no permission); older ones are as they were, the run can go on.
+    """
+    target = folder / name_of(step)
+    aside, old = folder / f".tmp-{target.name}", folder / f".tmp-old-{target.name}"
+    moments, scalars = optimizer_state(optimizer, parameters)
+    bits, plain_rng = rng_state()
+    state = {
+        "format": FORMAT,
+        "step": step,
+        "loop": loop,
+        "lengths": lengths,
+        "scaler": scaler.state_dict(),
+        "optimizer": scalars,
+        "rng": plain_rng,
+        "versions": versions(),
+        "extra": extra or {},
+    }
+    try:
+        for litter in folder.glob(".tmp-*"):
+            shutil.rmtree(litter) if litter.is_dir() else litter.unlink()
+        aside.mkdir(parents=True)
+        save_file({k: p.detach().cpu().contiguous() for k, p in parameters.items()}, aside / "trainable.safetensors")
+        save_file(moments, aside / "optimizer.safetensors")
+        save_file(bits, aside / "rng.safetensors")
+        (aside / "state.json").write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
+        files = {name: {"size": (aside / name).stat().st_size, "sha256": sha256(aside / name)} for name in FILES}
+        for name in FILES:
+            sync(aside / name)
+        (aside / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
+        sync(aside / "manifest.json")
+        sync(aside)
+        if target.exists():  # left torn, or saved before by a run that came here again
+            os.rename(target, old)
+        os.rename(aside, target)
+        sync(folder)
+        (folder / ".tmp-latest").write_text(target.name + "\n", encoding="utf-8")
+        sync(folder / ".tmp-latest")
+        os.replace(folder / ".tmp-latest", folder / "latest")
+        sync(folder)
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(f"{target}: not saved: {error}") from error
+    shutil.rmtree(old, ignore_errors=True)
+    whole = [path for path in steps_in(folder) if step_of(path) <= step and not torn(path, hashes=False)]
+    for path in steps_in(folder):
+        if step_of(path) <= step and path not in whole[-max(keep, 1) :]:
+            shutil.rmtree(path, ignore_errors=True)
+    return target
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
+    """Give the newest whole checkpoint, None where there is none, and a line for every torn one passed over."""
+    passed: list[str] = []
+    for path in reversed(steps_in(folder)):
+        if not (why := torn(path)):
+            return path, tuple(passed)
+        passed.append(why)
+    return None, tuple(passed)
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        CheckpointError: it is torn, tampered with, or written by a later corefit.
+    """
+    if why := torn(path):
+        raise CheckpointError(why)
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        optimizer, rng, trainable = (load_file(path / f"{n}.safetensors") for n in ("optimizer", "rng", "trainable"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: can't be read: {error}") from error
+    return Checkpoint(path, state["step"], state, trainable, optimizer, rng)
+
+
+def restore(
+    checkpoint: Checkpoint,
+    *,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: GradScaler,
+) -> None:
+    """Put back weights, optimizer, loss scale and random states: the last thing to do before training goes on.
+
+    The stream's state and the loop's are the caller's to put back, from ``checkpoint.state["loop"]``.
+
+    Raises:
+        CheckpointError: the trained weights differ in name or shape: the adapter or the model is another one.
+    """
+    have = {name: tuple(tensor.shape) for name, tensor in checkpoint.trainable.items()}
+    want = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    if differ := sorted(name for name in have | want if have.get(name) != want.get(name)):
+        name = differ[0]
+        raise CheckpointError(
+            f"{checkpoint.path}: holds {have.get(name, 'nothing')} for {name}, the model trains "
+            f"{want.get(name, 'nothing')} ({len(differ)} such weights): made with another [adapter] or model.base?"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(checkpoint.trainable[name])
+    load_optimizer_state(optimizer, parameters, checkpoint.optimizer, checkpoint.state["optimizer"])
+    if checkpoint.state["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(checkpoint.state["scaler"])
+    set_rng_state(checkpoint.rng, checkpoint.state["rng"])
+
+
+# -------------------------------------------------------------------------------------------------------- below these
+
+
+def torn(path: Path, *, hashes: bool = True) -> str | None:
+    """Say what is wrong with a checkpoint folder, in one line; None: it is whole."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            return f"{path}: written in format {manifest['format']}, this corefit reads {FORMAT}"
+        for name in FILES:
+            size, expected = (path / name).stat().st_size, manifest["files"][name]
+            if size != expected["size"]:
+                return f"{path}: torn: {name} has {size} bytes of {expected['size']}"
+            if hashes and sha256(path / name) != expected["sha256"]:
+                return f"{path}: torn: {name} is not what was written (SHA-256 differs)"
+    except FileNotFoundError as error:
+        return f"{path}: torn: no {Path(error.filename).name}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path}: torn: manifest.json: {error!r}"
+    return None
+
+
+def name_of(step: int) -> str:
+    """Give the name of a step's folder; it sorts as the steps do."""
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """Give the step in the name of a checkpoint folder."""
+    return int(path.name.removeprefix("step-"))
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """Give all checkpoint folders, whole or torn, oldest first."""
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal() and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def sha256(path: Path) -> str:
+    """Give the hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a folder's entries are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def versions() -> dict[str, Any]:
+    """Give what the bits of a run depend on."""
+    found: dict[str, Any] = {"python": platform.python_version(), "threads": torch.get_num_threads()}
+    for name in ("corefit", "torch", "transformers", "peft", "bitsandbytes"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def rng_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Give the random states: torch's (CPU, every CUDA device) as tensors, Python's and numpy's as JSON-able values."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return tensors, {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
+
+
+def set_rng_state(tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
+    """Put back what ``rng_state`` gave; states of CUDA devices that are not here are left out."""
+    torch.set_rng_state(tensors["cpu"])
+    for name, state in tensors.items():
+        if name != "cpu" and torch.cuda.is_available() and int(name.removeprefix("cuda:")) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, name)
+    version, numbers, gauss = plain["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = plain["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))

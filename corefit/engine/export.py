@@ -1,0 +1,390 @@
+"""What a run leaves behind: adapter and model folders that other programs, older ones too, open.
+
+Config, tokenizer and generation files are the base's own bytes; only keys that corefit owns are changed: the chat
+template and the stop ids. Weights are written under the base's names, order, dtypes and file layout.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from corefit import __version__
+from corefit.engine.model import _weight_files
+from corefit.errors import ModelError
+
+EMBEDDED = "corefit-embedded"
+"""The name under which folders refer to the model that the package carries."""
+EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded" / "model"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 2 * 10**9
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where an exported folder comes from, and how its model is to be asked."""
+
+    base: str
+    """Folder or hub name as the user gave it; of a folder only the name is written."""
+    base_folder: Path
+    """Where the base's files lie."""
+    fingerprint: str
+    """``model_fingerprint`` of the base."""
+    tokenizer_files: Mapping[str, bytes]
+    template: str
+    chat_template: str | None
+    """The Jinja of the template that training used; None: the tokenizer's own."""
+    stop: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    supervise: str = "all"
+    quantizer: str = "none"
+
+    @property
+    def name(self) -> str:
+        """The base's name without any path of this machine."""
+        return public_name(self.base)
+
+
+def public_name(base: str) -> str:
+    """Give a hub name as it is, and of a folder only its name.
+
+    >>> public_name("owner/model-of-the-hub")
+    'owner/model-of-the-hub'
+    """
+    path = Path(base).expanduser()
+    if not path.exists() and not path.is_absolute() and base.count("/") < 2:
+        return base
+    path = path.resolve()
+    if path == EMBEDDED_MODEL.resolve():
+        return EMBEDDED
+    if path.parent.name == "snapshots":  # the hub's cache: models--owner--name/snapshots/<commit>
+        return path.parents[1].name.removeprefix("models--").replace("--", "/")
+    return path.name
+
+
+# -------------------------------------------------------------------------------------------------------- folders
+
+
+@contextmanager
+def written_aside(out: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Give a folder beside ``out`` to fill; it becomes ``out`` when the block ends, and goes if the block raises.
+
+    Raises:
+        ModelError: ``out`` holds something and ``replace`` is False, or it can't be written.
+    """
+    if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelError(f"{out}: is not empty; name a new folder")
+    aside, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            out.rename(old)
+        aside.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise ModelError(f"{out}: can't be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def with_keys(data: bytes, keys: Mapping[str, Any]) -> bytes:
+    """Give a JSON object's bytes with ``keys`` set: the very same bytes where they are set already."""
+    content = json.loads(data)
+    if all(key in content and content[key] == value for key, value in keys.items()):
+        return data
+    return _json(content | dict(keys))
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def serving_files(facts: Provenance, kind: str) -> dict[str, bytes]:
+    """Give tokenizer, chat template, generation config, ``corefit.json`` and README.md of an exported folder.
+
+    ``kind`` is ``"adapter"`` or ``"model"``.
+    """
+    files = dict(facts.tokenizer_files)
+    if facts.chat_template is not None:
+        jinja = facts.chat_template.encode()
+        if files.get("chat_template.jinja") != jinja:
+            files["chat_template.jinja"] = jinja
+            # programs older than the .jinja file read it here
+            files["tokenizer_config.json"] = with_keys(
+                files.get("tokenizer_config.json", b"{}"), {"chat_template": facts.chat_template}
+            )
+    path = facts.base_folder / "generation_config.json"
+    generation = path.read_bytes() if path.is_file() else b"{}"
+    own = json.loads(generation).get("eos_token_id")
+    own = own if isinstance(own, list) else [] if own is None else [own]
+    stops = list(dict.fromkeys([*facts.stop_ids, *own]))  # the base's own stops still end an answer
+    files["generation_config.json"] = with_keys(generation, {"eos_token_id": stops}) if stops != own else generation
+    files["corefit.json"] = _json(
+        {
+            "corefit": __version__,
+            "kind": kind,
+            "base": facts.name,
+            "base_fingerprint": facts.fingerprint,
+            "template": facts.template,
+            "stop": list(facts.stop),
+            "stop_ids": list(facts.stop_ids),
+            "supervise": facts.supervise,
+            "quantizer": facts.quantizer,
+        }
+    )
+    files["README.md"] = _readme(facts, kind, stops).encode()
+    return files
+
+
+def _readme(facts: Provenance, kind: str, stops: list[int]) -> str:
+    title, peft, load = (
+        f"{facts.name}, fine-tuned",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")',
+    )
+    lines = "corefit chat DIR                    # talk to it; DIR is this folder\n"
+    if kind == "adapter":
+        title, peft = f"LoRA adapter for {facts.name}", "from peft import PeftModel\n"
+        load = (
+            f'base = AutoModelForCausalLM.from_pretrained("{facts.name}", dtype="auto")  # or the folder it lies in\n'
+            "model = PeftModel.from_pretrained(base, folder)"
+        )
+        lines += "corefit chat DIR --model BASE       # where the base model lies elsewhere\n"
+        lines += "corefit merge DIR --out MERGED      # one plain model folder for any server\n"
+    ends = ", ".join(f"`{token}`" for token in facts.stop) or f"token {stops}"
+    return f"""# {title}
+
+- Base model: `{facts.name}`, fingerprint `{facts.fingerprint}`
+- Prompt template: `{facts.template}` (as Jinja beside the tokenizer); an answer ends at {ends}
+- Trained by corefit {__version__}; base weights stored as `{facts.quantizer}` while training
+
+```
+{lines}```
+
+```python
+{peft}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+{load}
+chat = [{{"role": "user", "content": "hi"}}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**inputs, max_new_tokens=256, eos_token_id={stops})
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+"""
+
+
+def base_files(base: Path) -> dict[str, bytes]:
+    """Give the base's small files that belong into a model folder: config, tokenizer, own code, licence."""
+    kept = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(base.iterdir())
+        if path.is_file()
+        and (path.suffix in kept or path.name.startswith(("LICENSE", "NOTICE")))
+        and not path.name.endswith(".index.json")
+    }
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a folder that is there."""
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+# -------------------------------------------------------------------------------------------------------- weights
+
+
+def weight_files(base: Path) -> list[Path]:
+    """Give the safetensors files of a model folder: those that its index names, else all.
+
+    Raises:
+        ModelError: there are none.
+    """
+    if (base / INDEX).is_file():
+        names = set(json.loads((base / INDEX).read_bytes())["weight_map"].values())
+        return [base / name for name in sorted(names)]
+    one = base / "model.safetensors"
+    return [one] if one.is_file() else _weight_files(base, str(base))
+
+
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Give the tensors of a safetensors file (name -> dtype, shape), in the order of their bytes, and its metadata.
+
+    Source: https://github.com/huggingface/safetensors#format
+    """
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    metadata = header.pop("__metadata__", {})
+    return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"])), metadata
+
+
+def write_tensors(
+    path: Path,
+    entries: Mapping[str, Mapping[str, Any]],
+    tensor_of: Callable[[str], torch.Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file tensor by tensor; ``entries`` say dtype and shape, ``tensor_of`` gives the values."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, entry in entries.items():
+        begin, end = end, end + prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize
+        header[name] = {"dtype": entry["dtype"], "shape": entry["shape"], "data_offsets": [begin, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with path.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name, entry in entries.items():
+            tensor = tensor_of(name).detach().to("cpu", _DTYPES[entry["dtype"]]).contiguous()
+            assert list(tensor.shape) == list(entry["shape"]), f"{name}: {list(tensor.shape)} for {entry['shape']}"
+            file.write(tensor.flatten().view(torch.uint8).numpy().data)
+
+
+def rewrite_weights(
+    base: Path,
+    out: Path,
+    change: Callable[[str, Callable[[], torch.Tensor]], torch.Tensor],
+    added: Mapping[str, str] | None = None,
+) -> None:
+    """Write the base's weight files anew into ``out``: same files, names, order and dtypes, values from ``change``.
+
+    Args:
+        base: a model folder.
+        out: a folder.
+        change: ``change(name, read)`` gives a tensor's values; ``read()`` gives those of the base.
+        added: new name -> the base's name after which it is put, in whose file, dtype and shape; ``read`` gives
+            that one's values.
+
+    One tensor is held at a time.
+    """
+    added = dict(added or {})
+    for path in weight_files(base):
+        entries, metadata = read_header(path)
+        source = {name: name for name in entries}
+        for new, old in added.items():
+            if old in entries:
+                entries[new], source[new] = entries[old], old
+        with safe_open(path, framework="pt") as file:
+
+            def tensor_of(name: str, file: Any = file, source: Any = source) -> torch.Tensor:  # noqa: ANN401
+                return change(name, lambda: file.get_tensor(source[name]))
+
+            write_tensors(out / path.name, entries, tensor_of, metadata)
+    if (base / INDEX).is_file():
+        index = json.loads((base / INDEX).read_bytes())
+        index["weight_map"] |= {new: index["weight_map"][old] for new, old in added.items()}
+        if added:
+            index.get("metadata", {}).pop("total_size", None)
+        (out / INDEX).write_bytes(_json(index) if added else (base / INDEX).read_bytes())
+
+
+# -------------------------------------------------------------------------------------------------------- exports
+
+
+def export_adapter(model: Any, out: Path, facts: Provenance) -> Path:  # noqa: ANN401, a PeftModel
+    """Write a LoRA adapter as a plain PEFT folder; an older one at ``out`` is replaced once the new one is whole."""
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    config = model.peft_config["default"].to_dict()
+    # Keys at their defaults are left out: an older peft refuses keys that it doesn't know.
+    usual = LoraConfig().to_dict()
+    named = ("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "bias", "target_modules", "modules_to_save")
+    kept = {key: value for key, value in config.items() if key in named or value != usual.get(key)}
+    kept |= {"base_model_name_or_path": facts.name, "inference_mode": True, "fan_in_fan_out": False, "revision": None}
+    # no look at the hub for changed embeddings: what was trained whole is in modules_to_save
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
+    with written_aside(out, replace=True) as folder:
+        write_files(folder, serving_files(facts, "adapter"))
+        write_files(folder, {"adapter_config.json": _json({key: _plain(kept[key]) for key in sorted(kept)})})
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter_model.safetensors").chmod(0o644)
+    return out
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """Give sets and lists sorted, enums as their values: what JSON holds, the same in every process."""
+    if isinstance(value, set | list | tuple):
+        return sorted(value)
+    return getattr(value, "value", value)
+
+
+def export_model(model: Any, out: Path, facts: Provenance, *, shard_bytes: int = SHARD_BYTES) -> Path:  # noqa: ANN401
+    """Write a fully fine-tuned model as a plain folder; weights in the base's stored dtypes, tied as the base has them.
+
+    Where the model's names are not those of the base's files, weights are written under the model's own names, in files
+    of at most ``shard_bytes`` bytes (or one tensor).
+    """
+    state = model.state_dict()
+    parameters = {name for name, _ in model.named_parameters()}  # each tied tensor once
+    known = {name: entry for path in weight_files(facts.base_folder) for name, entry in read_header(path)[0].items()}
+    with written_aside(out, replace=True) as folder:
+        write_files(folder, base_files(facts.base_folder) | serving_files(facts, "model"))
+        if parameters <= set(known):
+            rewrite_weights(facts.base_folder, folder, lambda name, read: state[name] if name in state else read())
+        else:
+            dtypes = [entry["dtype"] for entry in known.values()]
+            usual = max(dtypes, key=dtypes.count)
+            seen: set[int] = set()
+            entries = {}
+            for name, tensor in state.items():
+                if tensor.data_ptr() not in seen:
+                    dtype = known.get(name, {}).get(
+                        "dtype", usual if tensor.is_floating_point() else _NAMES[tensor.dtype]
+                    )
+                    entries[name] = {"dtype": dtype, "shape": list(tensor.shape)}
+                    seen.add(tensor.data_ptr())
+            _write_shards(folder, entries, state.__getitem__, shard_bytes)
+    return out
+
+
+def _write_shards(
+    folder: Path, entries: Mapping[str, Mapping[str, Any]], tensor_of: Callable[[str], torch.Tensor], limit: int
+) -> None:
+    shards: list[dict[str, Any]] = [{}]
+    used = total = 0
+    for name, entry in entries.items():
+        size = prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize
+        if shards[-1] and used + size > limit:
+            shards.append({})
+            used = 0
+        shards[-1][name] = entry
+        used, total = used + size, total + size
+    if len(shards) == 1:
+        write_tensors(folder / "model.safetensors", entries, tensor_of, {"format": "pt"})
+        return
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        write_tensors(folder / name, shard, tensor_of, {"format": "pt"})
+    where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    write_files(folder, {INDEX: _json({"metadata": {"total_size": total}, "weight_map": where})})

@@ -1,0 +1,258 @@
+"""The training loop, read top to bottom on one screen; one step of it below."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from corefit.errors import RunError
+from corefit.types import Batch, StepReport
+
+if TYPE_CHECKING:
+    from torch.amp.grad_scaler import GradScaler
+
+SKIP_LIMIT = 20
+"""Steps in a row with non-finite loss or gradients after which a run stops; 20 halvings take 65536 below 0.1."""
+ENDLESS_STEPS = 1_000
+"""A run without an end counts as this many steps, so that warm-up, a share of the run, means something."""
+
+
+@dataclass(slots=True)
+class LoopState:
+    """What the loop carries from step to step: ``asdict`` of it is JSON-able and part of every checkpoint."""
+
+    step: int = 0
+    """Steps attempted."""
+    epoch: float = 0.0
+    stream: Mapping[str, Any] | None = None
+    """The stream's state as of the last batch consumed; None before the first."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Skipped steps by cause."""
+    skipped_in_a_row: int = 0
+    """Of non-finite steps; one without supervised tokens leaves it as it is."""
+
+
+@dataclass(slots=True)
+class Every:
+    """A hook and when it is due: after ``steps`` steps, or ``minutes`` after it last ran; 0: never for that reason."""
+
+    call: Callable[[int], object]
+    """Called with the step, after it."""
+    steps: int = 0
+    minutes: float = 0.0
+    last_step: int = 0
+    last_time: float = field(default_factory=time.monotonic)
+
+    def due(self, step: int) -> bool:
+        """Whether to run after ``step``."""
+        late = self.minutes > 0 and time.monotonic() - self.last_time >= 60 * self.minutes
+        return late or (self.steps > 0 and step % self.steps == 0)
+
+    def run(self, step: int) -> None:
+        """Call it, and count the minutes from its end."""
+        self.call(step)
+        self.last_step, self.last_time = step, time.monotonic()
+
+
+def train(
+    *,
+    loss_fn: nn.Module,
+    steps: Iterable[tuple[Batch, ...]],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: GradScaler,
+    lr_at: Callable[[float], float],
+    state: LoopState,
+    device: str = "cpu",
+    compute_dtype: torch.dtype = torch.float32,
+    clip: float | None = 1.0,
+    epochs: int = 0,
+    max_steps: int | None = None,
+    on_step: Callable[[StepReport], object] = lambda report: None,
+    validate: Every | None = None,
+    sample: Every | None = None,
+    checkpoint: Every | None = None,
+    should_stop: Callable[[], str] = lambda: "",
+) -> str:
+    """Train until the data or the steps end, or ``should_stop()`` gives a reason; say which.
+
+    ``loss_fn(input_ids, position_ids, labels)`` gives the sum of nats over supervised tokens, fp32. ``lr_at(progress)``
+    gives the rate. ``clip``: the largest gradient norm; 0, None: off. ``state`` is changed in place before the hooks.
+    The end is saved by ``checkpoint`` whatever the reason: ``"epochs"``, ``"max_steps"``, or what ``should_stop`` said.
+
+    Raises:
+        RunError: 20 steps in a row were not finite (the weights are those before them), or memory ran out.
+    """
+    loss_fn.train()
+    supply = iter(steps)
+    first = state.step
+    while not (reason := should_stop()):
+        if max_steps and state.step >= max_steps:
+            reason = "max_steps"
+            break
+        begun = time.perf_counter()
+        if (batches := next(supply, None)) is None:
+            reason = "epochs"
+            break
+        epoch = float(batches[-1].state["epoch"])
+        progress = progress_at(state.step + 0.5, (state.epoch + epoch) / 2, max_steps=max_steps, epochs=epochs)
+        lr, loss_scale = lr_at(progress), scaler.get_scale()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        try:
+            loss, norm = take_step(loss_fn, batches, parameters, optimizer, scaler, device, compute_dtype, clip)
+        except torch.OutOfMemoryError as error:
+            raise RunError(out_of_memory(state.step + 1, batches, error)) from error
+        seconds = time.perf_counter() - begun
+        state.step, state.epoch, state.stream = state.step + 1, epoch, batches[-1].state
+        report = report_of(state, progress, batches, loss, norm, lr, loss_scale, seconds, device)
+        count_skip(state, report)
+        on_step(report)
+        if state.skipped_in_a_row >= SKIP_LIMIT:
+            raise RunError(never_finite(state, report))
+        for hook in (validate, sample, checkpoint):  # the checkpoint last: it records what the others wrote
+            if hook is not None and hook.due(state.step):
+                hook.run(state.step)
+    if checkpoint is not None and state.step not in (first, checkpoint.last_step):
+        checkpoint.run(state.step)
+    return reason
+
+
+# ------------------------------------------------------------------------------------------------------------ one step
+
+
+def take_step(
+    loss_fn: nn.Module,
+    batches: Sequence[Batch],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: GradScaler,
+    device: str,
+    compute_dtype: torch.dtype,
+    clip: float | None,
+) -> tuple[float, float]:
+    """Give loss (nats per supervised token) and gradient norm; update the weights where both are finite.
+
+    Both are NaN, and nothing is computed, where no token of the step is supervised.
+    """
+    total = sum(batch.n_supervised for batch in batches)
+    if not total:
+        return math.nan, math.nan
+    loss = torch.zeros((), device=device)
+    for batch in batches:
+        if not batch.n_supervised:
+            continue
+        with autocast(device, compute_dtype):
+            nats = loss_fn(*to_device(batch, device))
+        # Divided here, not after backward: a sum over thousands of tokens would overflow fp16 gradients.
+        scaler.scale(nats / total).backward()
+        loss += nats.detach() / total
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+    if clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters.values(), clip, norm)
+    values: list[float] = torch.stack([loss, norm.to(loss)]).tolist()  # the step's one wait for the device
+    if all(map(math.isfinite, values)):
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return values[0], values[1]
+
+
+def autocast(device: str, dtype: torch.dtype) -> torch.autocast:
+    """Give the context in which forward passes run; fp32 runs without."""
+    return torch.autocast(device.partition(":")[0], dtype=dtype, enabled=dtype != torch.float32)
+
+
+def to_device(batch: Batch, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Give input ids, position ids and labels as int64 [B, T'] on the device."""
+    tensors = [torch.from_numpy(array) for array in (batch.input_ids, batch.position_ids, batch.labels)]
+    if device.startswith("cuda"):
+        tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+    return tensors[0], tensors[1], tensors[2]
+
+
+def progress_at(step: float, epoch: float, *, max_steps: int | None, epochs: int) -> float:
+    """Give the share of the run that lies before this point, in (0, 1); it ends at the first of its limits."""
+    by_epochs = epoch / epochs if epochs else 0.0
+    by_steps = step / (max_steps or (math.inf if epochs else ENDLESS_STEPS))
+    return min(max(by_steps, by_epochs, 1e-6), 1 - 1e-6)
+
+
+def report_of(
+    state: LoopState,
+    progress: float,
+    batches: Sequence[Batch],
+    loss: float,
+    norm: float,
+    lr: float,
+    loss_scale: float,
+    seconds: float,
+    device: str,
+) -> StepReport:
+    """Put a step's numbers together."""
+    supervised = sum(batch.n_supervised for batch in batches)
+    tokens = sum(batch.n_tokens for batch in batches)
+    return StepReport(
+        step=state.step,
+        epoch=state.epoch,
+        progress=progress,
+        loss=loss if math.isfinite(loss) else None,
+        lr=lr,
+        grad_norm=norm if math.isfinite(norm) else None,
+        loss_scale=loss_scale,
+        skipped=not (math.isfinite(loss) and math.isfinite(norm)),
+        tokens=tokens,
+        supervised_tokens=supervised,
+        samples=sum(batch.n_samples for batch in batches),
+        packs=sum(batch.input_ids.shape[0] for batch in batches),
+        fill=100 * tokens / sum(batch.input_ids.size for batch in batches),
+        tokens_per_s=supervised / max(seconds, 1e-9),
+        seconds=seconds,
+        memory_bytes=peak_memory(device),
+    )
+
+
+def count_skip(state: LoopState, report: StepReport) -> None:
+    """Count a skipped step under its cause."""
+    if report.cause is not None:
+        state.skipped[report.cause] = state.skipped.get(report.cause, 0) + 1
+    if report.cause != "nothing_supervised":
+        state.skipped_in_a_row = state.skipped_in_a_row + 1 if report.skipped else 0
+
+
+def never_finite(state: LoopState, report: StepReport) -> str:
+    """Say what a run of skipped steps means and what may help."""
+    what = "loss" if report.loss is None else "gradients"
+    return (
+        f"step {state.step}: the {what} of {state.skipped_in_a_row} steps in a row are not finite (loss scale "
+        f"{report.loss_scale:g}); they changed no weight; a base model with such weights, --set train.precision=bf16 "
+        "or fp32, and the records of these steps are where to look"
+    )
+
+
+def out_of_memory(step: int, batches: Sequence[Batch], error: BaseException) -> str:
+    """Say how large the step was and what makes it smaller."""
+    rows, slots = max((batch.input_ids.shape for batch in batches), key=math.prod)
+    return (
+        f"step {step}: out of memory with {rows} packs of {slots} slots: --set train.micro_batch={max(rows // 2, 1)}, "
+        f"train.gradient_checkpointing=true or a smaller pack.max_length needs less ({str(error).splitlines()[0]})"
+    )
+
+
+def peak_memory(device: str) -> int | None:
+    """Give the most bytes so far: allocated by torch on CUDA, else resident in this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

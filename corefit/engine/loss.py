@@ -1,0 +1,169 @@
+"""Next-token loss on supervised rows only; the full table of logits is never made, nor kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from corefit.engine.attention import causal_lm, decoder, run_packed
+from corefit.engine.model import evaluating
+from corefit.types import IGNORE_INDEX
+
+CHUNK = 256
+"""Rows whose logits exist at the same time."""
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum of ``-log softmax(hidden @ weight.T)[target]`` over rows, in chunks.
+
+    The gradient is made in the forward, chunk by chunk, while the chunk's logits are there; backward only scales it.
+    Products are in ``dtype``, everything else is fp32. Rounding the unscaled softmax to fp16 loses less than rounding a
+    gradient that the loss scale has already multiplied.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        chunk: int,
+        with_grad: bool,
+    ) -> Tensor:
+        """Take hidden [N, H], weight [V, H], targets int64 [N]; give an fp32 scalar, in nats."""
+        for_hidden, for_weight = (with_grad and need for need in ctx.needs_input_grad[:2])
+        loss = torch.zeros((), device=hidden.device)
+        grad_hidden = torch.empty(hidden.shape, device=hidden.device) if for_hidden else None
+        grad_weight = torch.zeros(weight.shape, device=weight.device) if for_weight else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            w = weight.to(dtype)
+            for i in range(0, len(hidden), chunk):
+                h, y = hidden[i : i + chunk].to(dtype), targets[i : i + chunk, None]
+                z = (h @ w.T).float()
+                z -= z.amax(-1, keepdim=True)
+                at_target = z.gather(1, y)
+                total = z.exp_().sum(-1, keepdim=True)
+                loss += (total.log() - at_target).sum()
+                if not (for_hidden or for_weight):
+                    continue
+                z /= total
+                p = z.scatter_add_(1, y, torch.full_like(at_target, -1.0)).to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[i : i + chunk] = p @ w
+                if grad_weight is not None:
+                    grad_weight += p.T @ h
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        """Scale what the forward made."""
+        made = ctx.saved_tensors
+        hidden, weight = (None if g is None else (g * grad).to(d) for g, d in zip(made, ctx.dtypes, strict=True))
+        return hidden, weight, None, None, None, None
+
+
+class CausalLoss(nn.Module):
+    """The training loss of a language model on packs, and the only thing that the loop calls.
+
+    Chunked where the model's logits are exactly ``hidden @ weight.T``; a probe at the first call finds out. Models that
+    do more (soft caps, logit scales, a head with bias or adapter) get their own logits and torch's cross entropy.
+    """
+
+    def __init__(self, model: nn.Module, *, chunk: int = CHUNK) -> None:
+        """``model`` with or without an adapter; ``chunk``: rows of logits at a time."""
+        super().__init__()
+        self.model = model
+        self.chunk = chunk
+        self.probed = False
+        self.plain: str | None = None
+        """Why plain logits are used, in a few words; None: they aren't (or the probe has not run)."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+        """Give the sum of nats over labels other than -100, an fp32 scalar; 0.0 where there are none.
+
+        All [B, T'] int64; labels are next-token-aligned, nothing is shifted here.
+        """
+        if not self.probed:
+            self.probe()
+        rows = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
+        targets = labels.flatten().index_select(0, rows)
+        if self.plain is not None:
+            logits = run_packed(causal_lm(self.model), input_ids, position_ids).logits
+            return F.cross_entropy(logits.flatten(0, 1).index_select(0, rows).float(), targets, reduction="sum")
+        states = run_packed(decoder(self.model), input_ids, position_ids).last_hidden_state
+        hidden = states.flatten(0, 1).index_select(0, rows)
+        head = _linear_head(self.model)
+        assert head is not None
+        loss: Tensor = LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden, head.weight, targets, _product_dtype(hidden), self.chunk, torch.is_grad_enabled()
+        )
+        return loss
+
+    def probe(self) -> str | None:
+        """Find out, once, whether chunks give this model's logits; run in the autocast that training uses."""
+        with evaluating(self.model):
+            self.plain = self._why_plain()
+        self.probed = True
+        return self.plain
+
+    def _why_plain(self) -> str | None:
+        lm, head = causal_lm(self.model), _linear_head(self.model)
+        if head is None:
+            return "the head is not a plain linear layer (a bias, an adapter or a quantizer is on it)"
+        device = head.weight.device
+        positions = torch.arange(8, device=device)[None]
+        ids = positions * 7 % head.weight.shape[0]
+        try:
+            hidden = run_packed(decoder(self.model), ids, positions).last_hidden_state
+        except AttributeError:
+            return "the model has no decoder of its own"
+        # large logits, on which a soft cap shows; the head's real input is also compared with the decoder's output
+        factor = 100 / float(F.linear(hidden.to(head.weight.dtype), head.weight).abs().max().clamp_min(1e-6))
+        seen: list[Tensor] = []
+
+        def enlarge(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            seen.append(args[0])
+            return (args[0] * factor, *args[1:])
+
+        hook = head.register_forward_pre_hook(enlarge)
+        try:
+            logits = run_packed(lm, ids, positions).logits
+        finally:
+            hook.remove()
+        if not seen or not _close(seen[0], hidden):
+            return "the head's input is not the decoder's output"
+        if not _close(
+            logits, F.linear((seen[0] * factor).to(_product_dtype(hidden)), head.weight.to(_product_dtype(hidden)))
+        ):
+            return "the logits are not the head's output (a soft cap or a scale)"
+        return None
+
+
+def _linear_head(model: nn.Module) -> nn.Linear | None:
+    """The head where it is a bare matrix, also inside peft's wrapper for modules that are trained whole."""
+    head: Any = causal_lm(model).get_output_embeddings()  # type: ignore[operator]
+    if hasattr(head, "modules_to_save"):
+        off = head.disable_adapters or not head.active_adapters
+        head = head.original_module if off else head.modules_to_save[head.active_adapters[0]]
+    return head if type(head) is nn.Linear and head.bias is None else None
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """What autocast would multiply in; without autocast the tensor's own dtype."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    a, b = a.float(), b.float()
+    return bool((a - b).abs().max() <= 1e-3 * b.abs().max())

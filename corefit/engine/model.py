@@ -1,0 +1,644 @@
+"""The base model, how it is stored, the adapter on it, and the choice of device and precision."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from corefit.errors import ModelError, UserError, unknown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from corefit.types import Quantizer
+
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _unsaid(line: str) -> None:
+    pass
+
+
+# ------------------------------------------------------------------------------------------------------ the process
+
+
+def quiet() -> None:
+    """Keep transformers, peft and bitsandbytes from writing over the progress line; errors still come through.
+
+    Called before any of them is imported. What corefit must know from their warnings (missing weights, a fallback) it
+    asks for itself.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # int8 logs a line per layer per step, and the import a line about a kernel that isn't needed
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def prepare_process(threads: int | None = None) -> None:
+    """Call ``quiet`` and fix the number of CPU threads; None leaves torch's own choice.
+
+    On a CPU equal bits in a resumed run need an equal number of threads.
+    """
+    quiet()
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _import_bitsandbytes() -> bool:
+    """Import bitsandbytes without network; False where it isn't installed.
+
+    With the package ``kernels`` at hand its import downloads and runs code from the hub: hidden from it here.
+    """
+    if "bitsandbytes" in sys.modules:
+        return True
+    hidden = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        return False
+    finally:
+        if hidden is None:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = hidden
+    return True
+
+
+# --------------------------------------------------------------------------------------------- device and precision
+
+
+def choose_device(wanted: str = "auto") -> str:
+    """Give ``"cuda"``, ``"cuda:N"`` or ``"cpu"``.
+
+    Raises:
+        UserError: a GPU was asked for, or is there and was not ruled out, and this torch can't use it.
+    """
+    if wanted == "cpu":
+        return "cpu"
+    kind, _, index = wanted.partition(":")
+    if wanted != "auto" and (kind != "cuda" or (":" in wanted and not index.isdigit())):
+        raise UserError(f"run.device: {unknown('device', wanted, ['auto', 'cpu', 'cuda', 'cuda:0'])}")
+    ways = "or choose the CPU: --set run.device=cpu"
+    if not torch.cuda.is_available():
+        build = torch.version.cuda or torch.version.hip
+        if wanted == "auto" and not _gpu_is_there():
+            return "cpu"
+        if build is None:
+            raise UserError(
+                f"run.device: {'a GPU is here' if wanted == 'auto' else f'{wanted!r} was asked for'}, but this torch "
+                f"({torch.__version__}) is a CPU build; install a CUDA build of torch, {ways}"
+            )
+        raise UserError(
+            f"run.device: torch {torch.__version__} (CUDA {build}) finds no usable GPU; update the driver to one for "
+            f"CUDA {build} (see nvidia-smi) or install a torch built for an older CUDA, {ways}"
+        )
+    device = "cuda" if wanted == "auto" else wanted
+    if index and int(index) >= torch.cuda.device_count():
+        raise UserError(f"run.device: no {wanted!r}: torch sees {torch.cuda.device_count()} GPU(s), {ways}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about what the next line finds out
+            total = float((torch.ones(8, device=device) * 2).sum())
+        if total != 16.0:
+            raise RuntimeError(f"8 x 2 = {total}")
+    except RuntimeError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            major, minor = torch.cuda.get_device_capability(device)
+        raise UserError(
+            f"run.device: the GPU (capability {major}.{minor}) can't run torch {torch.__version__}, which has code for "
+            f"{' '.join(torch.cuda.get_arch_list()) or 'no GPU'} ({_first_line(error)}); install a torch built for it, "
+            f"{ways}"
+        ) from error
+    return device
+
+
+def _gpu_is_there() -> bool:
+    """Whether the machine has an NVIDIA GPU that the user did not hide."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles"):
+        return False
+    if any(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia*")):
+        return True
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return False
+    try:
+        found = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return found.returncode == 0 and "GPU " in found.stdout
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """In which number format the run multiplies; trainable weights and optimizer state are fp32 in any case."""
+
+    name: Literal["fp16", "bf16", "fp32"]
+    compute_dtype: torch.dtype
+    use_scaler: bool
+    """True: dynamic loss scaling, which fp16's narrow range needs."""
+    reason: str
+    """Why, in one line."""
+
+
+def choose_precision(wanted: str = "auto", *, device: str, base_dtype: str) -> Precision:
+    """Choose for ``wanted`` in auto, fp16, bf16, fp32; ``base_dtype`` is what ``base_dtype_of`` gives.
+
+    ``auto``: fp16 where the base is stored in fp16 or the GPU has no bf16; else bf16 on a GPU. On a CPU bf16 where it
+    multiplies bf16 natively, else fp32: fp16 takes 12 to 15 times as long there.
+    """
+    cpu = torch.device(device).type == "cpu"
+    native = _cpu_has_bf16() if cpu else torch.cuda.is_bf16_supported(including_emulation=False)
+    name, reason = wanted, "asked for"
+    if wanted == "auto" and cpu:
+        name = "bf16" if native else "fp32"
+        reason = "this CPU multiplies bf16 natively" if native else "this CPU has no native bf16"
+    elif wanted == "auto":
+        name = "fp16" if base_dtype == "float16" or not native else "bf16"
+        reason = "this GPU has no bf16"
+        if native:
+            reason = "the base is stored in fp16" if name == "fp16" else "this GPU has bf16 and the base isn't fp16"
+    elif wanted == "fp16" and cpu:
+        reason = "asked for; real fp16 takes 12-15 times as long as fp32 on a CPU, train.precision=auto is faster"
+    elif wanted == "bf16" and not native:
+        reason = f"asked for; this {'CPU' if cpu else 'GPU'} has no native bf16, so it will be slow"
+    if name == "fp16":
+        return Precision("fp16", torch.float16, True, f"{reason}; dynamic loss scaling")
+    if name == "bf16":
+        return Precision("bf16", torch.bfloat16, False, reason)
+    if name == "fp32":
+        return Precision("fp32", torch.float32, False, reason)
+    raise UserError(f"train.precision: {unknown('precision', wanted, ['auto', 'fp16', 'bf16', 'fp32'])}")
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU has AVX512-BF16 or AMX instructions."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        ask = getattr(torch.cpu, name, None)
+        if ask is not None and ask():
+            return True
+    return False
+
+
+# --------------------------------------------------------------------------------------------------------- the base
+
+
+def resolve_base(base: str, *, trust_remote_code: bool = False, say: Callable[[str], None] = _say) -> Path:
+    """Give the folder of a base: itself, or the local copy of a hub name, downloaded where it isn't there yet.
+
+    Only configuration, tokenizer and safetensors files are downloaded (with ``trust_remote_code`` Python files too).
+
+    Raises:
+        ModelError: no such folder, no such name, or no network for it.
+    """
+    path = Path(base).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{base}: a file, not a model folder; give the folder that holds config.json")
+    if base.startswith((".", "/", "~")) or "\\" in base or base.count("/") > 1:
+        near = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, near, n=1)
+        hint = (
+            f"; did you mean {path.parent / close[0]}?" if close else "; give a model folder or a hub name (owner/name)"
+        )
+        raise ModelError(f"{base}: no such folder{hint}")
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    ways = "give a local model folder, or fetch the model once where there is a network"
+    if not constants.HF_HUB_OFFLINE:
+        say(f"{base}: no such folder here, so it is taken as a hub name")
+    try:
+        return Path(
+            snapshot_download(
+                base,
+                allow_patterns=[*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES,
+                ignore_patterns=["*/*", "consolidated*"],  # second copies of the weights, in other layouts
+                local_files_only=constants.HF_HUB_OFFLINE,
+            )
+        )
+    except HFValidationError as error:
+        raise ModelError(f"{base}: neither a folder here nor a hub name (owner/name)") from error
+    except GatedRepoError as error:
+        raise ModelError(f"{base}: the hub asks for access rights to this model; log in there, or {ways}") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"{base}: neither a folder here nor a model on the hub; check the spelling") from error
+    except Exception as error:  # no network: every version of the client has its own names for it
+        why = f"no such folder here, and not to be had from the hub ({type(error).__name__})"
+        raise ModelError(f"{base}: {why}; {ways}") from error
+
+
+def _read_config(folder: Path, base: str) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        adapter = (folder / "adapter_config.json").exists()
+        why = "an adapter, not a base model" if adapter else "no config.json, so not a model folder"
+        raise ModelError(f"{base}: {why}; give the folder of the base model") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{base}: config.json can't be read: {_first_line(error)}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{base}: config.json is no JSON object")
+    return config
+
+
+def _weight_files(folder: Path, base: str) -> list[Path]:
+    """The safetensors files of a folder, sorted.
+
+    Raises:
+        ModelError: there are none; pickle files are never opened, because opening one can run any code.
+    """
+    found = sorted(folder.glob("*.safetensors"))
+    if found:
+        return found
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+    if pickles:
+        raise ModelError(
+            f"{base}: weights only as pickle ({pickles[0]}), which corefit never opens; "
+            "convert them to safetensors where you trust their source, or take a safetensors revision of the model"
+        )
+    raise ModelError(f"{base}: no *.safetensors weights in this folder")
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """A safetensors file's header: tensor name -> dtype, shape, data_offsets.
+
+    Source: https://github.com/huggingface/safetensors#format
+    """
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if not 0 < size < min(100 * 2**20, path.stat().st_size):
+                raise ValueError("no safetensors header")
+            header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        return dict(header)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path.name}: not a whole safetensors file ({_first_line(error)}); fetch it again") from error
+
+
+def base_dtype_of(base: str) -> str:
+    """Give the dtype that most weights of a base are stored in: float16, bfloat16 or float32.
+
+    Read from the weights themselves: ``config.json`` may say something else.
+    """
+    folder = resolve_base(base, say=_unsaid)
+    sizes: dict[str, int] = {}
+    for path in _weight_files(folder, base):
+        for entry in _header(path).values():
+            if entry["dtype"] in _FLOATS:
+                begin, end = entry["data_offsets"]
+                dtype = _FLOATS[entry["dtype"]]
+                sizes[dtype] = sizes.get(dtype, 0) + end - begin
+    return max(sizes, key=lambda dtype: (sizes[dtype], dtype)) if sizes else "float32"
+
+
+def model_fingerprint(base: str) -> str:
+    """Give 64 hex digits that change with the architecture, the tensors or their values.
+
+    Of values, 64 blocks of 4 KiB per file are read, evenly spread, so that 15 GB take no time: any training changes
+    them, a single edited number may not.
+    """
+    folder = resolve_base(base, say=_unsaid)
+    digest = hashlib.sha256(json.dumps(_read_config(folder, base), sort_keys=True).encode())
+    for path in _weight_files(folder, base):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        digest.update(json.dumps(_header(path), sort_keys=True).encode())
+        with path.open("rb") as file:
+            for block in range(64):
+                file.seek(max(size - 4096, 0) * block // 63)
+                digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
+def load_base(
+    base: str,
+    *,
+    quantizer: Quantizer,
+    compute_dtype: str,
+    device: str,
+    trust_remote_code: bool = False,
+    weights_dtype: str | None = None,
+    say: Callable[[str], None] = _say,
+) -> PreTrainedModel:
+    """Load a base model from a folder or by its hub name, frozen, in eval mode, on ``device``.
+
+    Args:
+        base: folder or hub name.
+        quantizer: how the decoder's linear layers are stored.
+        compute_dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``.
+        device: what ``choose_device`` gives.
+        trust_remote_code: run the Python files in the folder. Never asked for on stdin.
+        weights_dtype: how weights that the quantizer leaves alone are held. None: ``compute_dtype``, to which autocast
+            would convert them at every use anyway; for full fine-tuning ``"float32"``.
+        say: takes notices, one line each.
+
+    Raises:
+        ModelError: one line that says what is wrong with the folder or the name and what to do.
+    """
+    quiet()
+    folder = resolve_base(base, trust_remote_code=trust_remote_code, say=say)
+    config = _read_config(folder, base)
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING and not trust_remote_code:
+        if "auto_map" in config:
+            raise ModelError(
+                f"{base}: model type {kind!r} comes with its own Python code, which corefit doesn't run unasked; "
+                "--set model.trust_remote_code=true runs it, if you trust its source"
+            )
+        raise ModelError(f"{base}: config.json: {unknown('model type', str(kind), _near(str(kind), CONFIG_MAPPING))}")
+    _weight_files(folder, base)
+    has_bitsandbytes = _import_bitsandbytes()
+    try:
+        quantization = quantizer.config(compute_dtype)
+    except ImportError as error:
+        raise ModelError(f"quantizer {quantizer.name!r}: {_first_line(error)}") from error
+    if quantization is not None and "quantization_config" in config:
+        raise ModelError(
+            f"{base}: stored quantised already; --quantizer none uses it as it is, or give the unquantised base"
+        )
+    if quantization is not None and not has_bitsandbytes and "itsAndBytes" in type(quantization).__name__:
+        raise ModelError(f"quantizer {quantizer.name!r}: bitsandbytes is not installed; pip install bitsandbytes")
+    more: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
+    if device != "cpu":
+        more["device_map"] = {"": device}
+
+    def load(attention: str) -> tuple[Any, dict[str, Any]]:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, weights_dtype or compute_dtype),
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=not trust_remote_code,
+            output_loading_info=True,
+            **more,
+        )
+        return model, info
+
+    try:
+        try:
+            model, info = load("sdpa")
+        except ValueError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            say(f"{base}: this model class has no sdpa attention, so eager attention is used: slower, more memory")
+            model, info = load("eager")
+    except torch.cuda.OutOfMemoryError as error:
+        raise ModelError(f"{base}: doesn't fit into the memory of {device}; --quantizer nf4 takes a quarter") from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
+        raise ModelError(f"{base}: can't be loaded: {_first_line(error)}") from error
+    except Exception as error:
+        if type(error).__module__.startswith("safetensors"):
+            raise ModelError(f"{base}: broken weights file: {_first_line(error)}; fetch it again") from error
+        raise
+    _check_loaded(base, info, say)
+    _protect_4bit(model)
+    if quantizer.after_load is not None:
+        quantizer.after_load(model)
+    model.config.use_cache = False
+    model.name_or_path = model.config._name_or_path = base  # what peft writes down; not where the hub's copy lies
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _check_loaded(base: str, info: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Stop where weights are missing: transformers fills them with random numbers and only logs it."""
+    missing, unexpected = sorted(info.get("missing_keys") or ()), sorted(info.get("unexpected_keys") or ())
+    if missing:
+        raise ModelError(
+            f"{base}: {len(missing)} weights of the model aren't in its files (the first: {missing[0]}); "
+            "fetch the model again, or check that config.json belongs to it"
+        )
+    if unexpected:
+        say(f"{base}: {len(unexpected)} tensors in its files are not part of the model (the first: {unexpected[0]})")
+
+
+def _protect_4bit(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights in place on a CPU.
+
+    It does so at the first forward without gradients (validation, a sample) on CPUs with AVX512-BF16, and every later
+    gradient is wrong. The flag is bitsandbytes' own; other versions may not have it.
+    Linear4bit also casts its bias in place to the compute dtype: nothing here reads a bias back (exports copy the
+    base's own files).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether some weights are stored in a quantizer's own form."""
+    return any(_quantized_weight(module) is not None for module in model.modules())
+
+
+def _quantized_weight(module: nn.Module) -> torch.Tensor | None:
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(module, nn.Linear) and weight is not None and not weight.is_floating_point() else None
+
+
+# ------------------------------------------------------------------------------------------------------ the adapter
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """A LoRA adapter."""
+
+    r: int
+    """Rank."""
+    alpha: int
+    """The adapter's output is scaled by alpha / r."""
+    dropout: float
+    """In [0, 1)."""
+    targets: tuple[str, ...] = ()
+    """Names, or ends of dotted names, of linear layers; empty: all linear layers of the decoder."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained whole and stored with the adapter."""
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Give every linear layer of the model by its dotted name, quantised ones too."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def decoder_targets(model: PreTrainedModel) -> list[str]:
+    """Give the names, sorted, that stand for all linear layers of the decoder and for nothing else."""
+    layers = linear_layers(model)
+    inside = {id(module) for module in model.get_decoder().modules()} - {id(model.get_output_embeddings())}
+    wanted = [name for name, module in layers.items() if id(module) in inside]
+    if not wanted:
+        raise ModelError("adapter.targets: this decoder has no linear layers (nn.Linear) to adapt")
+    # the last part of a name, or more of it where that is only an index or stands for a layer outside the decoder too
+    others = [name for name in layers if name not in set(wanted)]
+    targets = set()
+    for name in wanted:
+        parts = name.split(".")
+        for n in range(1, len(parts) + 1):
+            end = ".".join(parts[-n:])
+            if not parts[-n].isdigit() and not any(other == end or other.endswith(f".{end}") for other in others):
+                break
+        targets.add(end)
+    return sorted(targets)
+
+
+def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: int) -> Any:  # noqa: ANN401, PeftModel or the model
+    """Make a loaded base trainable: with a LoRA adapter, or, where ``spec`` is None, all of it.
+
+    Trainable weights are fp32. Norms become fp32 too; embeddings and head stay as they are, unless they are trained.
+    The initial weights depend on ``seed`` alone; torch's own random state is as before.
+
+    Raises:
+        ModelError: a target that the model lacks; full fine-tuning of quantised weights.
+    """
+    if spec is None:
+        if is_quantized(model):
+            raise ModelError(
+                "adapter.kind: full fine-tuning can't train quantised weights; --quantizer none, or kind=lora"
+            )
+        model.float().requires_grad_(True)
+        return _checked(model.train())
+    quiet()
+    _import_bitsandbytes()  # peft does it too, but without the precautions
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    model.requires_grad_(False)
+    for module in model.modules():
+        if "norm" in type(module).__name__.lower():
+            module.float()
+    targets = sorted(set(spec.targets)) or decoder_targets(model)
+    layers, modules = linear_layers(model), [name for name, _ in model.named_modules() if name]
+    for where, names, known in (("targets", targets, list(layers)), ("modules_to_save", spec.modules_to_save, modules)):
+        for wanted in names:
+            if not any(name == wanted or name.endswith(f".{wanted}") for name in known):
+                ends = {name.rpartition(".")[2] for name in known}
+                raise ModelError(
+                    f"adapter.{where}: {unknown('layer', wanted, {end for end in ends if not end.isdigit()})}"
+                )
+    config = LoraConfig(
+        r=spec.r,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=targets,
+        modules_to_save=sorted(set(spec.modules_to_save)) or None,
+        bias="none",
+        task_type=TaskType.CAUSAL_LM,
+    )
+    device = next(model.parameters()).device
+    with warnings.catch_warnings(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config)
+    # peft keeps a set, whose order changes from process to process, and would write it so
+    adapted.peft_config["default"].target_modules = targets
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return _checked(adapted.train())
+
+
+def _checked(model: nn.Module) -> nn.Module:
+    trainable = trainable_parameters(model)
+    wrong = [name for name, parameter in trainable.items() if parameter.dtype != torch.float32]
+    assert trainable, "nothing to train"
+    assert not wrong, f"trainable weights must be fp32: {wrong[0]} is {trainable[wrong[0]].dtype}"
+    return model
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Give the parameters that the optimizer changes, by name, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+class ParameterCount(NamedTuple):
+    """How many numbers a model has; of 4-bit weights the numbers, not the bytes."""
+
+    trainable: int
+    total: int
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count each parameter once, tied ones too."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        n = parameter.numel() if state is None else int(torch.Size(state.shape).numel())
+        total += n
+        trainable += n if parameter.requires_grad else 0
+    return ParameterCount(trainable, total)
+
+
+def enable_gradient_checkpointing(model: Any) -> None:  # noqa: ANN401, PeftModel or PreTrainedModel
+    """Keep only each layer's input and compute the rest again in backward: less memory, about a third more time.
+
+    Non-reentrant, so frozen inputs need no hook. Works in train mode only.
+
+    Raises:
+        ModelError: the model class doesn't support it.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kwargs = {"use_reentrant": False}
+    try:
+        if hasattr(base, "activation_checkpointing_enable"):  # the name since transformers 5.2x
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+        else:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    except ValueError as error:
+        raise ModelError(
+            f"{_first_line(error)} --set train.gradient_checkpointing=false does without, at the price of memory"
+        ) from error
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every module's mode is as it was.
+
+    Also drops autocast's cached copies of trainable weights: where torch uses a copy made without gradients again later
+    in the same autocast context, that weight would silently get no gradient (torch 2.13 makes a new one).
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.clear_autocast_cache()
+        for module, mode in modes:
+            module.training = mode
+
+
+def _near(name: str, known: Any) -> list[str]:  # noqa: ANN401, a lazy mapping of transformers
+    """The few nearest of very many names."""
+    return difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

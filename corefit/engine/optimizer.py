@@ -1,0 +1,118 @@
+"""Optimizers and the loss scaler: made by name, their state taken apart into named tensors and plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from corefit.errors import CheckpointError, RecipeError, unknown
+
+if TYPE_CHECKING:
+    from torch.amp.grad_scaler import GradScaler
+
+OPTIMIZERS = {
+    "adamw": "",
+    "adamw_8bit": "AdamW8bit",
+    "paged_adamw_32bit": "PagedAdamW32bit",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+}
+"""``train.optimizer`` -> the class of bitsandbytes; empty: torch's own."""
+CONSTANT = {"qmap1": "dynamic", "qmap2": "udynamic"}
+"""Tables that bitsandbytes shares between all parameters and makes anew: never saved."""
+
+
+def make_scaler(device: str, *, enabled: bool) -> GradScaler:
+    """Give the dynamic loss scaler, from 65536; not enabled (bf16, fp32) it passes everything through."""
+    return torch.amp.GradScaler(device.partition(":")[0], init_scale=2.0**16, enabled=enabled)
+
+
+def make_optimizer(
+    name: str,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.0,
+) -> torch.optim.Optimizer:
+    """Give the optimizer called ``name`` over the parameters sorted by name; bitsandbytes is imported only if needed.
+
+    Raises:
+        RecipeError: no optimizer has this name.
+    """
+    if name not in OPTIMIZERS:
+        raise RecipeError(f"train.optimizer: {unknown('optimizer', name, OPTIMIZERS)}")
+    ordered = [parameters[key] for key in sorted(parameters)]
+    if not OPTIMIZERS[name]:
+        return torch.optim.AdamW(ordered, lr=lr, betas=betas, weight_decay=weight_decay)
+    import bitsandbytes
+
+    make = getattr(bitsandbytes.optim, OPTIMIZERS[name])
+    optimizer: torch.optim.Optimizer = make(ordered, lr=lr, betas=betas, weight_decay=weight_decay)
+    # bitsandbytes warns at the first step of a paged optimizer on a CPU; optimizer_notice says it at the start.
+    optimizer._cpu_paged_warned = True  # type: ignore[attr-defined]
+    return optimizer
+
+
+def optimizer_notice(name: str, device: str) -> str | None:
+    """Give the line to print where this optimizer works otherwise than its name says; None: it does not."""
+    if name.startswith("paged_") and not device.startswith("cuda"):
+        return f"optimizer {name}: paging needs CUDA, so its state stays in ordinary memory"
+    return None
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Give the state as tensors ``parameter/key`` on the CPU, and as JSON-able ``{"values": ..., "group": ...}``."""
+    tensors: dict[str, torch.Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor) and key not in CONSTANT:
+                tensors[f"{name}/{key}"] = value.detach().cpu().contiguous()
+            elif key not in CONSTANT:
+                values.setdefault(name, {})[key] = value
+    plain = (bool, int, float, str, tuple, list)
+    group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params" and isinstance(v, plain)}
+    return tensors, {"values": values, "group": group}
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, torch.Tensor],
+    scalars: Mapping[str, Any],
+) -> None:
+    """Put back what ``optimizer_state`` gave, on each parameter's device, paged where the optimizer pages.
+
+    Raises:
+        CheckpointError: the state is of a parameter that is not trained now.
+    """
+    state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in scalars["values"].items()}
+    for path, tensor in tensors.items():
+        name, _, key = path.rpartition("/")
+        state.setdefault(name, {})[key] = tensor
+    if strange := sorted(state.keys() - parameters.keys()):
+        raise CheckpointError(
+            f"optimizer state of a weight that is not trained now: {strange[0]} ({len(strange)} in all)"
+        )
+    optimizer.state.clear()
+    for name, values in state.items():
+        parameter = parameters[name]
+        for key, value in values.items():
+            if not isinstance(value, torch.Tensor) or key == "step":  # torch keeps its step count on the CPU
+                continue
+            if key in ("state1", "state2"):  # bitsandbytes: only its own buffers are paged
+                values[key] = optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)  # type: ignore[attr-defined]
+            else:
+                values[key] = value.to(parameter.device)
+        if "absmax1" in values:  # 8-bit
+            for key, table in CONSTANT.items():
+                tables = optimizer.name2qmap  # type: ignore[attr-defined]
+                values[key] = tables[table] = tables[table].to(parameter.device)
+        optimizer.state[parameter] = values
+    for key, value in scalars["group"].items():
+        optimizer.param_groups[0][key] = tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,76 @@
+"""The exceptions that corefit raises, and the wording that they share.
+
+::
+
+    CorefitError                 anything corefit says on purpose; one line, no traceback
+    ├── UserError                exit code 2: the user can mend it
+    │   ├── RecipeError          a key, a value, a flag
+    │   ├── DataError            a record or a file; begins with path:line
+    │   ├── PluginError          a plugin; names distribution and version
+    │   └── ModelError           a model, tokenizer or adapter folder
+    └── RunError                 exit code 1: the run failed
+        ├── IsolationError       documents of one pack see each other
+        ├── LedgerError          the ledger does not balance
+        └── CheckpointError      a checkpoint that can't be written or read
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CorefitError(Exception):
+    """Anything that corefit says on purpose: its text is one line, ready to print."""
+
+    exit_code = 1
+
+
+class UserError(CorefitError):
+    """What the user can mend: a typo, a missing file, a wrong value."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """A recipe key, a value or a flag; begins with ``file:line:`` or the flag as typed."""
+
+
+class DataError(UserError):
+    """A record or a data file; begins with ``path:line:`` where a line is known."""
+
+
+class PluginError(UserError):
+    """A plugin that is missing, broken, misspelt or claimed twice; names distribution and version."""
+
+
+class ModelError(UserError):
+    """A model, tokenizer or adapter folder that can't be used as asked."""
+
+
+class RunError(CorefitError):
+    """A run that failed for a reason that no setting explains."""
+
+
+class IsolationError(RunError):
+    """Documents of one pack see each other: training would learn from the wrong context."""
+
+
+class LedgerError(RunError):
+    """The ledger does not balance: a record, token or slot is unaccounted for."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint that can't be written, or one that is torn or tampered with."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """Give the words for a name nobody knows: the nearest known one, then all of them, sorted.
+
+    >>> unknown("key", "lerning_rate", ["learning_rate", "seed"])
+    "no key 'lerning_rate'; did you mean 'learning_rate'? known: learning_rate, seed"
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"no {what} {name!r}; {hint}known: {', '.join(names) or 'none'}"

@@ -1,0 +1,285 @@
+"""From names to stations: a recipe and the installed plugins become sources, an encoder and a stream. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from corefit.data.encode import Encoder, fit, make_encoder
+from corefit.data.jsonl import find_files, spool
+from corefit.data.ledger import Ledger
+from corefit.data.stream import Source, Stream
+from corefit.data.tokenizer import Tokenizer
+from corefit.errors import DataError, RecipeError, unknown
+from corefit.recipe import Recipe, apply_overrides, load_recipe, option_keys, options_from, recipe_path
+from corefit.registry import Registry
+from corefit.types import BadRecord, DatasetReader, Drop, Item, MapFunction, PromptTemplate, Record, Sample, Sources
+
+EMBEDDED = Path(__file__).parent / "embedded"
+SNIFFED = 32
+"""Records looked at when no map function is named."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a run needs before a model is loaded."""
+
+    recipe: Recipe
+    registry: Registry
+    tokenizer: Tokenizer
+    template: PromptTemplate
+    encoder: Encoder
+    sources: tuple[Source, ...]
+    val_sources: tuple[Source, ...]
+    choices: tuple[str, ...]
+    """Lines that say what was chosen, and why."""
+
+
+def resolve(
+    recipe: str | None, flags: Mapping[str, str], sets: Sequence[str], registry: Registry, *, need_model: bool = True
+) -> tuple[Recipe, str, list[str]]:
+    """Give the recipe with flags applied, the name of its runs, and lines about defaults that were taken.
+
+    Raises:
+        RecipeError: for a key, a value or a flag; for a model without data, or the reverse.
+    """
+    if recipe is None:
+        resolved = apply_overrides(Recipe(), flags, sets)
+        name = flags.get("plugin") or "run"
+    else:
+        file = Path(recipe) / "recipe.toml" if Path(recipe).is_dir() else recipe_path(recipe)
+        resolved = apply_overrides(load_recipe(file), flags, sets)
+        name = file.parent.name.rsplit("-", 1)[0] if file.name == "recipe.toml" else file.stem
+    has_path = any(d.path for d in resolved.data)
+    pathless = bool(resolved.data) and all(
+        d.map is not None and not _reader(d.reader, d.map, registry).needs_path for d in resolved.data
+    )
+    if resolved.model.base is None and not has_path and recipe is None and need_model:
+        embedded = load_recipe(EMBEDDED / "recipe.toml")
+        resolved = apply_overrides(embedded, flags, sets)
+        if pathless:
+            data = tuple(dataclasses.replace(d, path=None) for d in resolved.data)
+            resolved = dataclasses.replace(resolved, data=data)
+        what = "its own records" if pathless else f"{Path(str(resolved.data[0].path)).name}"
+        line = f"no --model and no --data: the embedded demonstration, a tiny InternLM-like model on {what}"
+        return resolved, f"embedded-{name}" if flags.get("plugin") else "embedded", [line]
+    if not has_path and not pathless:
+        raise RecipeError("--model without --data: name a file, a folder or a glob, or - for standard input")
+    if resolved.model.base is None and need_model:
+        raise RecipeError("--data without --model: name a local model folder or a hub name")
+    return resolved, name, []
+
+
+def _reader(name: str | None, map_name: str, registry: Registry) -> DatasetReader:
+    """Give the named reader, else the one of the map function's name, else ``jsonl``."""
+    return registry.reader(name or (map_name if map_name in registry.readers else "jsonl"))
+
+
+def prepare(recipe: Recipe, registry: Registry, *, tokenizer: Path, spool_to: Path | None) -> Prepared:
+    """Resolve names into stations.
+
+    Args:
+        recipe: resolved, see ``resolve``.
+        registry: the loaded plugins.
+        tokenizer: a folder or a ``tokenizer.model`` file.
+        spool_to: where standard input and compressed files are unpacked; None: they are refused.
+    """
+    tok = Tokenizer.load(tokenizer)
+    template = registry.template(recipe.template.name or "tokenizer")
+    choices = []
+    if recipe.template.name is None:
+        choices.append("template: tokenizer (none was named: the chat template that the tokenizer carries)")
+    else:
+        choices.append(f"template: {template.name}")
+    template_options = options_from(template.options, recipe.template.options, where="template.options")
+    encoder = make_encoder(template, tok, template_options=template_options, supervise=recipe.template.supervise)
+    sources: list[Source] = []
+    val_sources: list[Source] = []
+    for entry in recipe.data:
+        train, val, lines = _sources(entry, recipe, registry, spool_to)
+        sources.append(train)
+        val_sources += val
+        choices += lines
+    return Prepared(
+        recipe=dataclasses.replace(
+            recipe,
+            data=tuple(
+                dataclasses.replace(d, map=s.map_function.name, reader=s.reader.name)
+                for d, s in zip(recipe.data, sources, strict=True)
+            ),
+            template=dataclasses.replace(recipe.template, name=template.name),
+        ),
+        registry=registry,
+        tokenizer=tok,
+        template=template,
+        encoder=encoder,
+        sources=tuple(sources),
+        val_sources=tuple(val_sources),
+        choices=tuple(choices),
+    )
+
+
+def _sources(
+    entry: Any,
+    recipe: Recipe,
+    registry: Registry,
+    spool_to: Path | None,  # noqa: ANN401
+) -> tuple[Source, tuple[Source, ...], list[str]]:
+    """Resolve one ``[[data]]`` table: the training source, its validation sources, lines about what was chosen."""
+    specs = [entry.path] if isinstance(entry.path, str) else list(entry.path or ())
+    train: tuple[Path, ...] = ()
+    val: tuple[Path, ...] = ()
+    if specs:
+        specs = [_plain(spec, recipe, entry, spool_to) for spec in specs]
+        found = find_files(specs, base=Path.cwd())
+        train, val = found.train, found.val
+    limit = entry.max_record_mb * 2**20
+    lines = []
+    name = entry.map
+    if name is None:
+        name = _sniff(Sources(train, limit), registry)
+        lines.append(f"format: {name} (none was named: recognised from the first records)")
+    mapper = registry.map_function(name)
+    reader = _reader(entry.reader, name, registry)
+    if reader.needs_path and not train:
+        raise RecipeError(f"reader {reader.name!r} needs data.path; --data names it")
+    reader_options, map_options = _split_options(entry.options, reader, mapper)
+
+    def source(paths: tuple[Path, ...], *, shuffle: bool) -> Source:
+        return Source(
+            reader=reader,
+            reader_options=reader_options,
+            map_function=mapper,
+            map_options=map_options,
+            sources=Sources(paths, limit),
+            shuffle=shuffle,
+            ratio=entry.ratio,
+            repeat=entry.repeat or 1,
+            first=entry.first,
+            on_bad=entry.on_bad,
+        )
+
+    where = ", ".join(map(str, train)) if len(train) <= 3 else f"{len(train)} files"
+    lines.append(f"data: {where or 'made by the reader'}; map function {name}, reader {reader.name}")
+    if recipe.val.data is not None and not val:
+        found = find_files(recipe.val.data, base=Path.cwd())
+        val = (*found.train, *found.val)
+    return source(train, shuffle=entry.shuffle), (source(val, shuffle=False),) if val else (), lines
+
+
+def _plain(spec: str, recipe: Recipe, entry: Any, spool_to: Path | None) -> str:  # noqa: ANN401
+    """Give a path that can be read twice: standard input, and .gz where it is shuffled, are unpacked first."""
+    packed = spec.endswith(".gz") and (entry.shuffle or recipe.train.epochs != 1)
+    if spec != "-" and not packed:
+        return spec
+    if spool_to is None:
+        if spec == "-":
+            raise RecipeError("--data -: standard input can be read once only; give a file")
+        return spec
+    return str(spool(spec, spool_to))
+
+
+def _split_options(
+    table: Mapping[str, Any], reader: DatasetReader, mapper: MapFunction
+) -> tuple[object | None, object | None]:
+    """Give the reader's and the map function's options from one table; a key may belong to either, or to both."""
+    ours, theirs = option_keys(reader.options), option_keys(mapper.options)
+    for key in table:
+        if key not in {*ours, *theirs}:
+            raise RecipeError(f"data.options: {unknown('key', key, {*ours, *theirs})}")
+    return (
+        options_from(reader.options, {k: v for k, v in table.items() if k in ours}, where="data.options"),
+        options_from(mapper.options, {k: v for k, v in table.items() if k in theirs}, where="data.options"),
+    )
+
+
+def _sniff(sources: Sources, registry: Registry) -> str:
+    """Give the one map function that recognises the first records.
+
+    Raises:
+        DataError: none does, or several do; names the keys that are there and the candidates.
+    """
+    first = list(islice(registry.reader("jsonl").read(sources, None), SNIFFED))
+    for record in first:
+        if isinstance(record, BadRecord):
+            raise DataError(str(record))
+    records = [record for record in first if isinstance(record, Record)]
+    if not records:
+        raise DataError(f"{', '.join(map(str, sources.paths))}: no records")
+    fits = [name for name, m in registry.map_functions.items() if m.sniff is not None and all(map(m.sniff, records))]
+    if len(fits) == 1:
+        return fits[0]
+    keys = ", ".join(sorted(records[0]))
+    if fits:
+        raise DataError(f"{records[0].origin}: several formats fit ({', '.join(fits)}); choose one with --plugin")
+    known = ", ".join(name for name, m in registry.map_functions.items() if m.sniff is not None)
+    raise DataError(
+        f"{records[0].origin}: no installed plugin knows this format (keys: {keys}); they recognise: {known}; "
+        "--plugin names one, `corefit plugins` lists all"
+    )
+
+
+def without_out(recipe: Recipe) -> Recipe:
+    """Give the recipe without its run folder: what makes two runs the same."""
+    return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, out=None))
+
+
+# ---------------------------------------------------------------------------------------------- looking at samples
+
+
+def walk(plan: Prepared) -> Iterator[tuple[Item, Sample]]:
+    """Yield every training sample with its item, in data order; a split conversation yields each of its parts.
+
+    Raises:
+        DataError: a bad record where ``on_bad`` is ``"error"``; a map function that failed.
+    """
+    for source in plan.sources:
+        records = source.read()
+        while group := list(islice(records, 64)):
+            items: list[tuple[Item, str]] = []
+            for record in group:
+                if isinstance(record, Record):
+                    mapped = source.map_function.map(record, source.map_options)
+                    items += [(item, record.origin) for item in mapped if not isinstance(item, Drop)]
+                elif source.on_bad == "error":
+                    raise DataError(f'{record}; data.on_bad="skip" counts such records and goes on')
+            for (item, _), encoded in zip(items, plan.encoder.encode(items), strict=True):
+                if encoded.sample is not None:
+                    for sample in fit(encoded.sample, plan.recipe.pack.max_length, plan.recipe.pack.overlong).samples:
+                        yield item, sample
+
+
+def make_stream(
+    plan: Prepared, *, epochs: int, val_hashes: frozenset[int] = frozenset(), shuffle: bool = True
+) -> Stream:
+    """Join the stations of a plan."""
+    pack = plan.recipe.pack
+    sources = plan.sources if shuffle else tuple(dataclasses.replace(s, shuffle=False) for s in plan.sources)
+    return Stream(
+        sources,
+        plan.encoder,
+        max_length=pack.max_length,
+        algorithm=pack.algorithm,
+        held=pack.held,
+        overlong=pack.overlong,
+        seed=plan.recipe.train.seed,
+        epochs=epochs,
+        val_hashes=val_hashes,
+        pad_id=plan.tokenizer.pad_id,
+    )
+
+
+def tally(plan: Prepared, samples: int) -> tuple[float, dict[str, Any]]:
+    """Pack one epoch, or its first ``samples`` samples; give the fill in per cent and the ledger."""
+    used = slots = seen = 0
+    ledger: dict[str, Any] = Ledger().as_dict()
+    for (batch,) in make_stream(plan, epochs=1, shuffle=False).steps(1, 1):
+        used, slots, seen = used + batch.n_tokens, slots + plan.recipe.pack.max_length, seen + batch.n_samples
+        ledger = dict(batch.state["ledger"])
+        if seen >= samples:
+            break
+    return 100 * used / max(slots, 1), ledger

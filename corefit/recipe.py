@@ -1,0 +1,825 @@
+"""The recipe: everything a run is told, as one tree of frozen dataclasses, in TOML and from flags.
+
+Strict: a key nobody knows, a value of the wrong type or out of range is a ``RecipeError`` with file and line (or the
+flag as typed), and all of them are reported together. A key that is None was not set, and something is chosen for it.
+TOML is read by ``tomllib``, which gives no lines, so a key's line is found by scanning; it is written here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import difflib
+import fnmatch
+import glob
+import math
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
+
+from corefit.errors import PluginError, RecipeError, unknown
+
+ZOO = Path(__file__).parent / "recipes"
+
+
+class Is(NamedTuple):
+    """A condition on a value, beside its type: ``Annotated[int, Is(">= 1", lambda n: n >= 1)]``."""
+
+    words: str
+    """How errors say it, after the type's name."""
+    holds: Callable[[Any], bool]
+
+
+Text = Annotated[str, Is("that is not empty", bool)]
+Count = Annotated[int, Is(">= 1", lambda n: n >= 1)]
+CountOrOff = Annotated[int, Is(">= 0", lambda n: n >= 0)]
+Positive = Annotated[float, Is("> 0", lambda x: x > 0)]
+PositiveOrOff = Annotated[float, Is(">= 0", lambda x: x >= 0)]
+Share = Annotated[float, Is(">= 0 and < 1", lambda x: 0 <= x < 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The base model."""
+
+    base: Text | None = None
+    """Folder, or hub name where no such folder is there; None: not set (the embedded model, where data is not set)."""
+    quantizer: Text = "nf4"
+    """Name of a quantizer: how the frozen base weights are stored."""
+    trust_remote_code: bool = False
+    """Run Python code that the model folder brings along."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """What trains: LoRA matrices, or every weight."""
+
+    kind: Literal["lora", "none"] = "lora"
+    """``none``: full fine-tuning."""
+    r: Count = 64
+    """Rank."""
+    alpha: Count = 16
+    """The update is scaled by alpha / r."""
+    dropout: Share = 0.1
+    """Share of the adapter's inputs that is zeroed while training."""
+    targets: tuple[Text, ...] = ()
+    """Ends of module names; empty: every linear layer of the decoder."""
+    modules_to_save: tuple[Text, ...] = ()
+    """Ends of names of modules that train whole, beside the adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """One source of records."""
+
+    path: Text | tuple[Text, ...] | None = None
+    """Files, folders or globs; ``-`` is standard input; None: not set (the reader may need none)."""
+    map: Text | None = None
+    """Name of a map function; None: recognised from the first records."""
+    reader: Text | None = None
+    """Name of a reader; None: the one of the map function's name if there is one, else ``jsonl``."""
+    shuffle: bool = True
+    """In a new order every epoch."""
+    ratio: Positive | None = None
+    """Weight among the sources; None: by number of records."""
+    repeat: Count = 1
+    """Times that an epoch reads it."""
+    first: Count | None = None
+    """Records to use, from the start; None: all."""
+    on_bad: Literal["error", "skip"] = "error"
+    """A record that can't be read ends the run, or is counted and skipped."""
+    max_record_mb: Count = 64
+    """MiB a record may have."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the reader and of the map function."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """How a conversation is written."""
+
+    name: Text | None = None
+    """Name of a prompt template; None: the chat template that the tokenizer carries."""
+    supervise: Literal["all", "last"] = "all"
+    """Which answers of a conversation are targets."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the template."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """How samples fill packs."""
+
+    max_length: Annotated[int, Is(">= 8", lambda n: n >= 8)] = 2048
+    """Tokens (slots) in a pack."""
+    algorithm: Literal["first_fit", "first_fit_decreasing", "best_fit_decreasing"] = "first_fit_decreasing"
+    """How samples are placed."""
+    held: Count = 256
+    """Samples held at a time to choose from."""
+    overlong: Literal["error", "drop", "truncate", "split"] = "truncate"
+    """What happens to a sample of more than max_length tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The optimizer and the length of the run."""
+
+    epochs: CountOrOff = 3
+    """Passes over the records; 0: no limit."""
+    max_steps: Count | None = None
+    """Optimizer steps; None: no limit."""
+    packs_per_step: Count = 16
+    """Packs in an optimizer step, over all micro-batches and ranks."""
+    micro_batch: Count = 1
+    """Packs in one forward and backward."""
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    """Of matrix products; trainable weights and optimizer state are fp32."""
+    lr: Positive = 2e-4
+    """Peak learning rate."""
+    scheduler: Text = "cosine"
+    """Name of a scheduler."""
+    warmup: Annotated[float, Is(">= 0 and <= 1", lambda x: 0 <= x <= 1)] = 0.03
+    """Share of the run in which the learning rate rises."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw"
+    """torch's AdamW, or one of bitsandbytes'."""
+    weight_decay: PositiveOrOff = 0.0
+    """Share of a weight, times the learning rate, taken off in a step."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay rates of AdamW's two running means."""
+    clip: PositiveOrOff = 1.0
+    """Largest norm of the gradient; 0: not clipped."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Compute activations anew in the backward; ``auto``: on a GPU, not on a CPU."""
+    seed: Annotated[int, Is(">= 0 and < 2^63", lambda n: 0 <= n < 2**63)] = 42
+    """Of the order of records, the adapter's first weights and dropout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Val:
+    """Validation."""
+
+    data: Text | tuple[Text, ...] | None = None
+    """Files, folders or globs; None: a share of the training records."""
+    share: Share = 0.05
+    """Share of the records that is set aside; 0: none."""
+    records: Count = 200
+    """Most records set aside or read."""
+    every_steps: Count | None = None
+    """Steps between validations; None: before and after the run only."""
+    patience: Count | None = None
+    """Validations without a better loss that end the run; None: it goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Answers generated on the way, to look at."""
+
+    prompts: tuple[Text, ...] = ()
+    """Questions; empty: a few of the validation records'."""
+    every_steps: Count | None = None
+    """Steps between generations; None: before and after the run only."""
+    max_tokens: Count = 200
+    """Most tokens of an answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Checkpoints to resume from."""
+
+    every_steps: CountOrOff = 500
+    """Steps between checkpoints; 0: only when the run ends or is stopped."""
+    every_minutes: Positive | None = None
+    """Minutes between checkpoints; None: by steps only."""
+    keep: Count = 2
+    """Newest checkpoints that are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The machine and the folder."""
+
+    out: Text | None = None
+    """Run folder; None: the next free runs/NAME-N."""
+    threads: Count | None = None
+    """CPU threads; None: torch's choice."""
+    device: Text = "auto"
+    """``auto``, ``cpu``, ``cuda``, ``cuda:1``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything a run is told. Paths are absolute once a recipe is loaded or a flag applied."""
+
+    model: Model = field(default_factory=Model)
+    adapter: Adapter = field(default_factory=Adapter)
+    data: tuple[Data, ...] = (Data(),)
+    template: Template = field(default_factory=Template)
+    pack: Pack = field(default_factory=Pack)
+    train: Train = field(default_factory=Train)
+    val: Val = field(default_factory=Val)
+    sample: Sampling = field(default_factory=Sampling)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    run: RunSettings = field(default_factory=RunSettings)
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Dotted key (``data.0.map``) -> ``file:line``, or the flag as typed; keys left at their default are not in it."""
+
+    def where(self, key: str) -> str:
+        """Give where a value comes from: ``file:line``, the flag as typed, or ``default``."""
+        while key:
+            if key in self.origins:
+                return self.origins[key]
+            key = key.rpartition(".")[0]
+        return "default"
+
+
+SECTIONS: Mapping[str, Any] = {
+    "model": Model,
+    "adapter": Adapter,
+    "data": Data,
+    "template": Template,
+    "pack": Pack,
+    "train": Train,
+    "val": Val,
+    "sample": Sampling,
+    "checkpoint": Checkpoint,
+    "run": RunSettings,
+}
+_FLAGS = {
+    "plugin": "data.map",
+    "template": "template.name",
+    "model": "model.base",
+    "data": "data.path",
+    "quantizer": "model.quantizer",
+    "scheduler": "train.scheduler",
+    "out": "run.out",
+    "seed": "train.seed",
+}
+_PATHS = ("model.base", "data.path", "val.data", "run.out")
+
+
+# ---------------------------------------------------------------------------------------------- values and their types
+
+
+class _Mismatch(Exception):
+    """A value that its annotation does not allow."""
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:  # noqa: ANN401, mypy takes a type for unhashable
+    """Field name -> annotation, with conditions."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {item.name: hints[item.name] for item in dataclasses.fields(cls) if item.init}
+
+
+def _convert(hint: Any, value: object) -> Any:  # noqa: ANN401, annotations and values have any type
+    """Give the value as the annotation wants it (a list becomes a tuple, 1 becomes 1.0), or raise ``_Mismatch``."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any or hint is object:
+        return value
+    if origin is Annotated:
+        value = _convert(args[0], value)
+        if all(condition.holds(value) for condition in args[1:] if isinstance(condition, Is)):
+            return value
+    elif origin in (Union, UnionType):
+        for option in args:
+            try:
+                return _convert(option, value)
+            except _Mismatch:
+                continue
+    elif origin is Literal:
+        if any(type(value) is type(choice) and value == choice for choice in args):
+            return value
+    elif origin in (tuple, list) and isinstance(value, (list, tuple)):
+        if origin is list or (len(args) == 2 and args[1] is ...):
+            args = (args[0],) * len(value)
+        if len(args) == len(value):
+            return origin(_convert(each, item) for each, item in zip(args, value, strict=True))
+    elif hint in (dict, Mapping) or origin in (dict, _MAPPING):
+        if isinstance(value, Mapping):
+            return dict(value)
+    elif hint is float and type(value) in (int, float):
+        try:
+            if math.isfinite(number := float(cast(float, value))):
+                return number
+        except OverflowError:
+            pass
+    elif hint is str and isinstance(value, str):
+        if not any("\ud800" <= letter <= "\udfff" for letter in value):  # bytes of a flag that are not UTF-8
+            return value
+    elif (hint in (bool, int) and type(value) is hint) or (hint in (None, NoneType) and value is None):
+        return value
+    elif hint not in (bool, int, float, str, None, NoneType) and origin not in (tuple, list):
+        raise TypeError(f"a recipe can't hold {hint}")
+    raise _Mismatch
+
+
+_MAPPING = get_origin(Mapping[str, Any])
+
+
+def _expected(hint: Any) -> str:  # noqa: ANN401
+    """Give an annotation in words."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return " ".join([_expected(args[0]), *(c.words for c in args[1:] if isinstance(c, Is))])
+    if origin in (Union, UnionType):
+        return " or ".join(_expected(option) for option in args if option not in (None, NoneType))
+    if origin is Literal:
+        return " or ".join(_value(choice) for choice in args)
+    if origin in (tuple, list):
+        size = "" if origin is list or args[-1] is ... else f"{len(args)} of "
+        return f"a list of {size}({_expected(args[0])})"
+    if hint is Mapping or origin in (dict, _MAPPING):
+        return "a table"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return words.get(hint, str(hint))
+
+
+def _mismatch(key: str, hint: Any, value: object) -> str:  # noqa: ANN401
+    """Give the words for a value that its annotation does not allow."""
+    choices = [choice for choice in get_args(hint) if isinstance(choice, str)]
+    if get_origin(hint) is Literal and isinstance(value, str):
+        return f"{key}: {unknown('choice', value, choices)}"
+    try:
+        found = _value(value)
+    except RecipeError:
+        found = ascii(value)
+    return f"{key}: found {found if len(found) <= 80 else found[:77] + '...'}; expected {_expected(hint)}"
+
+
+def option_keys(cls: type | None) -> dict[str, str]:
+    """Give the keys of a plugin's options, each with its type and default in words; none where it has no options."""
+    keys = {}
+    for name, hint in {} if cls is None else _options_hints(cls).items():
+        item = next(item for item in dataclasses.fields(cls) if item.name == name)  # type: ignore[arg-type]
+        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+        known = "" if default in (None, dataclasses.MISSING) else f" (default {_value(default)})"
+        keys[name] = _expected(hint) + known
+    return keys
+
+
+def _options_hints(cls: type) -> dict[str, Any]:
+    try:
+        return _hints(cls)
+    except Exception as error:
+        raise PluginError(f"options class {cls!r}: {error}") from error
+
+
+def options_from(cls: type | None, table: Mapping[str, Any], *, where: str | Callable[[str], str]) -> object | None:
+    """Make a plugin's options from a table, as strictly as the recipe's own keys.
+
+    Args:
+        cls: the frozen dataclass that the entry names; None: it takes no options.
+        table: key -> value as TOML gives it.
+        where: what errors begin with, or a function that gives it for a key.
+
+    Raises:
+        RecipeError: unknown keys, wrong types, a missing key without a default, or what the class itself refuses.
+        PluginError: the class has a field that a recipe can't hold.
+    """
+    at = where if callable(where) else lambda key: where
+    hints = {} if cls is None else _options_hints(cls)
+    problems = []
+    values = {}
+    for key, value in table.items():
+        if key not in hints:
+            problems.append(f"{at(key)}: {unknown('option', key, hints)}")
+            continue
+        try:
+            values[key] = _convert(hints[key], value)
+        except _Mismatch:
+            problems.append(f"{at(key)}: {_mismatch(key, hints[key], value)}")
+        except TypeError as error:
+            raise PluginError(f"options class {cls!r}: {key}: {error}") from error
+    if cls is None:
+        _raise(problems)
+        return None
+    for item in dataclasses.fields(cls):
+        if item.init and item.name not in table and item.default is item.default_factory is dataclasses.MISSING:
+            problems.append(f"{at(item.name)}: option {item.name!r} is not set; expected {_expected(hints[item.name])}")
+    _raise(problems)
+    try:
+        return cast(object, cls(**values))
+    except Exception as error:
+        at_first = at(next(iter(values), ""))
+        raise RecipeError(f"{at_first}: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def _raise(problems: Iterable[str]) -> None:
+    if lines := list(dict.fromkeys(problems)):
+        raise RecipeError("\n".join(lines))
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe file; relative paths in it are relative to it.
+
+    Raises:
+        RecipeError: one line for everything that is wrong, each with file and line.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: can't be read as UTF-8 text: {error}") from error
+    return parse_recipe(text, name=str(path), base=Path(path).parent)
+
+
+def parse_recipe(text: str, *, name: str, base: Path) -> Recipe:
+    """Read a recipe from TOML text; ``name`` is the file in errors, ``base`` the folder of relative paths.
+
+    Raises:
+        RecipeError: one line for everything that is wrong, each with file and line.
+    """
+    try:
+        raw = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        words, _, at = str(error).removesuffix(")").partition(" (at ")
+        place = ":".join(re.findall(r"\d+", at)) or str(len(text.splitlines()))  # "end of document"
+        raise RecipeError(f"{name}:{place}: not TOML: {words}") from error
+    lines = _key_lines(text)
+    problems: list[tuple[int, str]] = []
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+
+    def line_of(path: tuple[str | int, ...]) -> int:
+        return lines[path] if path in lines else line_of(path[:-1]) if path else 1
+
+    def problem(path: tuple[str | int, ...], words: str) -> None:
+        problems.append((line_of(path), words))
+
+    def section(cls: type[Any], table: object, path: tuple[str | int, ...]) -> Any:  # noqa: ANN401
+        title = str(path[0])
+        if not isinstance(table, dict):
+            problem(path, f"{title} is a value; write a table, [{title}]")
+            return cls()
+        taken = {}
+        for key, value in table.items():
+            try:
+                taken[key] = _setting(f"{title}.{key}", value, base)
+                for inner in [(key,), *((key, option) for option in (value if isinstance(value, dict) else ()))]:
+                    origins[".".join(map(str, (*path, *inner)))] = f"{name}:{line_of((*path, *inner))}"
+            except RecipeError as error:
+                problem((*path, key), str(error))
+        return cls(**taken)
+
+    for title, table in raw.items():
+        if title not in SECTIONS:
+            problem((title,), f"{unknown('section', title, SECTIONS)}{_elsewhere(title, '')}")
+        elif title != "data":
+            values[title] = section(SECTIONS[title], table, (title,))
+        elif isinstance(table, list) and _all_tables(table):
+            values[title] = tuple(section(Data, source, (title, i)) for i, source in enumerate(table))
+        else:
+            problem((title,), "data is a list of tables; write [[data]]")
+    _raise(f"{name}:{line}: {words}" for line, words in sorted(problems))
+    recipe = Recipe(**values, origins=origins)
+    _raise(_conflicts(recipe))
+    return recipe
+
+
+def _setting(key: str, value: object, base: Path) -> Any:  # noqa: ANN401
+    """Convert the value of ``section.key``, paths relative to ``base``, or raise ``RecipeError`` without a place."""
+    title, _, name = key.partition(".")
+    hints = _hints(SECTIONS[title])
+    if name not in hints:
+        raise RecipeError(f"{unknown(f'[{title}] key', name, hints)}{_elsewhere(name, title)}")
+    try:
+        value = _convert(hints[name], value)
+    except _Mismatch:
+        raise RecipeError(_mismatch(key, hints[name], value)) from None
+    if key not in _PATHS or value is None:
+        return value
+    if isinstance(value, tuple):
+        return tuple(_absolute(item, base) for item in value)
+    return _absolute(cast(str, value), base, hub=key == "model.base")
+
+
+def _absolute(path: str, base: Path, *, hub: bool = False) -> str:
+    """Resolve against ``base``; standard input stays, and what may be a hub name unless such a folder is there."""
+    if path == "-":
+        return path
+    home = os.path.expanduser(path)
+    folder = os.path.abspath(base)
+    if hub and not path.startswith(("~", ".")) and not os.path.isdir(os.path.join(folder, home)):
+        return path
+    return os.path.normpath(os.path.join(glob.escape(folder) if glob.has_magic(home) else folder, home))
+
+
+def _elsewhere(key: str, title: str) -> str:
+    homes = [other for other, cls in SECTIONS.items() if other != title and key in _hints(cls)]
+    return f"; {key!r} is a key of {' and '.join(f'[{home}]' for home in homes)}" if homes else ""
+
+
+def _conflicts(recipe: Recipe) -> list[str]:
+    """Give a line for every pair of settings that contradict each other."""
+    train, lines = recipe.train, []
+
+    def conflict(key: str, words: str) -> None:
+        where = recipe.where(key)
+        lines.append(words if where == "default" else f"{where}: {words}")
+
+    if train.packs_per_step % train.micro_batch:
+        conflict(
+            "train.micro_batch" if "train.micro_batch" in recipe.origins else "train.packs_per_step",
+            f"train.packs_per_step={train.packs_per_step} is no multiple of train.micro_batch={train.micro_batch}",
+        )
+    if train.epochs == 0 and train.max_steps is None:
+        conflict("train.epochs", "train.epochs=0 has no end; set train.max_steps")
+    if recipe.adapter.kind == "none" and recipe.model.quantizer in ("nf4", "int8"):
+        conflict(
+            "adapter.kind",
+            f"adapter.kind='none' trains the base weights, but quantizer {recipe.model.quantizer!r} freezes them; "
+            "set model.quantizer='none'",
+        )
+    return lines
+
+
+_SKIP = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
+_PART = r"""(?:[A-Za-z0-9_-]+|"(?:\\.|[^"\\\n])*"|'[^'\n]*')"""
+_NAME = rf"{_PART}(?:[ \t]*\.[ \t]*{_PART})*"
+_HEADER = re.compile(rf"(\[\[?)[ \t]*({_NAME})[ \t]*\]\]?")
+_KEY = re.compile(rf"({_NAME})[ \t]*=")
+_TOKEN = re.compile(
+    r'''"""(?:\\.|[^\\])*?""""{0,2}|"(?:\\.|[^"\\\n])*"|'''
+    r"""'''.*?''''{0,2}|'[^'\n]*'|#[^\n]*|(?P<open>[\[{])|(?P<close>[\]}])|(?P<end>\n)|[^"'#\[\]{}\n]+""",
+    re.DOTALL,
+)
+
+
+def _key_lines(text: str) -> dict[tuple[str | int, ...], int]:
+    r"""Give the line of every key and table in text that ``tomllib`` accepts; lists of tables add an index.
+
+    >>> _key_lines("[[data]]\nmap = 'a'\n[data.options]\nx = 1")
+    {('data', 0): 1, ('data', 0, 'map'): 2, ('data', 0, 'options'): 3, ('data', 0, 'options', 'x'): 4}
+    """
+    lines: dict[tuple[str | int, ...], int] = {}
+    last: dict[tuple[str | int, ...], int] = {}  # a list of tables -> index of its newest
+    table: tuple[str | int, ...] = ()
+    at, line = 0, 1
+
+    def within(parts: Sequence[str]) -> tuple[str | int, ...]:
+        path: tuple[str | int, ...] = ()
+        for part in parts:
+            path = (*path, part)
+            if path in last:
+                path = (*path, last[path])
+        return path
+
+    while True:
+        start, at = at, cast("re.Match[str]", _SKIP.match(text, at)).end()
+        line += text.count("\n", start, at)
+        start = at
+        if header := _HEADER.match(text, at):
+            parts = _parts(header[2])
+            if header[1] == "[[":
+                path = (*within(parts[:-1]), parts[-1])
+                last[path] = last.get(path, -1) + 1
+            table = within(parts)
+            lines.setdefault(table, line)
+            at = header.end()
+        elif key := _KEY.match(text, at):
+            path = table
+            for part in _parts(key[1]):
+                path = (*path, part)
+                lines.setdefault(path, line)
+            at, depth = key.end(), 0
+            while token := _TOKEN.match(text, at):
+                if token["end"] and not depth:
+                    break
+                depth += bool(token["open"]) - bool(token["close"])
+                at = token.end()
+        else:
+            return lines
+        line += text.count("\n", start, at)
+
+
+def _parts(name: str) -> list[str]:
+    """Split a dotted key as TOML does."""
+    node: Any = tomllib.loads(f"{name} = 0")
+    parts = []
+    while isinstance(node, dict):
+        ((part, node),) = node.items()
+        parts.append(part)
+    return parts
+
+
+# ------------------------------------------------------------------------------------------------------ flags
+
+
+def apply_overrides(
+    recipe: Recipe, flags: Mapping[str, str | Sequence[str] | None], sets: Sequence[str] = ()
+) -> Recipe:
+    """Give the recipe with flags applied, then the ``--set`` arguments in order; both win over the recipe.
+
+    Args:
+        recipe: what to start from.
+        flags: ``plugin``, ``template``, ``model``, ``data``, ``quantizer``, ``scheduler``, ``out`` or ``seed`` -> the
+            text given; None: not given. Paths are relative to the current folder. ``plugin`` also unsets the reader.
+        sets: ``section.key=value``, the value in TOML; a bare word is text, nothing at all is the default.
+            ``data.KEY`` means every source, ``section.options.NAME`` one option.
+
+    Raises:
+        RecipeError: one line for every argument that is wrong, beginning with the argument as typed.
+    """
+    problems = []
+    for flag, given in flags.items():
+        if given is None:
+            continue
+        words = given if isinstance(given, str) else " ".join(given)
+        try:
+            if flag == "data" and len(recipe.data) > 1:
+                raise RecipeError(f"the recipe has {len(recipe.data)} [[data]] sources; edit it, or leave --data out")
+            tries = [given, _toml(given)] if isinstance(given, str) else [list(given)]
+            recipe = _assign(recipe, _FLAGS[flag], tries, f"--{flag} {words}")
+            if flag == "plugin":
+                sources = (dataclasses.replace(source, reader=None) for source in recipe.data)
+                recipe = dataclasses.replace(recipe, data=tuple(sources))
+        except RecipeError as error:
+            problems.append(f"--{flag} {words}: {error}")
+    for argument in sets:
+        key, equals, given = argument.partition("=")
+        key = key.strip()
+        title, _, name = key.partition(".")
+        try:
+            if not equals or not name:
+                raise RecipeError("expected section.key=value")
+            if title not in SECTIONS:
+                raise RecipeError(f"{unknown('section', title, SECTIONS)}{_elsewhere(title, '')}")
+            tries = [_toml(given), given] if given.strip() else []
+            recipe = _assign(recipe, key, tries, f"--set {argument}")
+        except RecipeError as error:
+            problems.append(f"--set {argument}: {error}")
+    _raise(problems or _conflicts(recipe))
+    return recipe
+
+
+def _toml(text: str) -> object:
+    """Give the value that the text is in TOML, else the text."""
+    try:
+        read = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return read["value"] if len(read) == 1 else text
+
+
+def _assign(recipe: Recipe, key: str, tries: Sequence[object], origin: str) -> Recipe:
+    """Set ``section.key`` or ``section.options.name`` to the first of ``tries`` that fits; none: to the default."""
+    title, name, *inner = key.split(".", 2)
+    if inner and not (name == "options" and name in _hints(SECTIONS[title])):
+        raise RecipeError(f"{title}.{name} has no keys of its own")
+
+    def changed(section: Any) -> Any:  # noqa: ANN401, one of the section classes
+        if inner:
+            options = {k: v for k, v in section.options.items() if k != inner[0]}
+            return dataclasses.replace(section, options={**options, inner[0]: tries[0]} if tries else options)
+        first: RecipeError | None = None
+        for value in tries or [getattr(type(section)(), name, None)]:
+            try:
+                return dataclasses.replace(section, **{name: _setting(f"{title}.{name}", value, Path.cwd())})
+            except RecipeError as error:
+                first = first or error
+        raise first or RecipeError(key)
+
+    origins = dict(recipe.origins)
+    if title != "data":
+        origins[key] = origin
+        section = changed(getattr(recipe, title))
+        return dataclasses.replace(recipe, **{title: section}, origins=origins)
+    origins |= {f"data.{i}.{key.partition('.')[2]}": origin for i in range(len(recipe.data))}
+    return dataclasses.replace(recipe, data=tuple(map(changed, recipe.data)), origins=origins)
+
+
+# ------------------------------------------------------------------------------------------------------ writing
+
+
+def to_toml(recipe: Recipe) -> str:
+    """Write the whole recipe, defaults too, without keys that are None; ``parse_recipe`` gives an equal one back."""
+    table: dict[str, Any] = {}
+    for title in SECTIONS:
+        section = getattr(recipe, title)
+        table[title] = [_set_keys(each) for each in section] if isinstance(section, tuple) else _set_keys(section)
+    return toml_dumps(table)
+
+
+def _set_keys(section: Any) -> dict[str, Any]:  # noqa: ANN401, one of the section classes
+    values = {item.name: getattr(section, item.name) for item in dataclasses.fields(section)}
+    return {name: value for name, value in values.items() if value is not None and value != {}}
+
+
+def toml_dumps(table: Mapping[str, Any]) -> str:
+    """Write TOML: values first, then tables and lists of tables under their headers.
+
+    Raises:
+        RecipeError: a value that TOML can't hold.
+    """
+    lines: list[str] = []
+
+    def write(table: Mapping[str, Any], path: tuple[str, ...]) -> None:
+        below = {}
+        for key, value in table.items():
+            if isinstance(value, Mapping) or (isinstance(value, (list, tuple)) and _all_tables(value)):
+                below[key] = value
+            else:
+                lines.append(f"{_bare(key)} = {_value(value)}")
+        for key, value in below.items():
+            inner = (*path, key)
+            header = ".".join(map(_bare, inner))
+            for each in [value] if isinstance(value, Mapping) else value:
+                lines.extend(["", f"[{header}]" if isinstance(value, Mapping) else f"[[{header}]]"])
+                write(each, inner)
+
+    write(table, ())
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _all_tables(items: Sequence[object]) -> bool:
+    return bool(items) and all(isinstance(item, Mapping) for item in items)
+
+
+def _bare(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _value(key)
+
+
+_ESCAPES = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r"}
+
+
+def _value(value: object) -> str:
+    """Write one value on one line."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise RecipeError(f"{value!a} is no UTF-8 text")
+        return '"' + re.sub(r'["\\\x00-\x1f\x7f]', lambda m: _ESCAPES.get(m[0], f"\\u{ord(m[0]):04x}"), value) + '"'
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_bare(key)} = {_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_value, value))}]"
+    raise RecipeError(f"{value!r}: TOML can't hold a {type(value).__name__}")
+
+
+# ------------------------------------------------------------------------------------------------------ the zoo
+
+
+def list_recipes(pattern: str | None = None) -> list[tuple[str, str]]:
+    """Give name and summary (the first comment line) of the recipes that ship, sorted.
+
+    Args:
+        pattern: part of a name, or a glob over all of it; case does not matter.
+    """
+    wanted = (pattern or "").lower()
+    found = []
+    for file in sorted(ZOO.glob("*.toml")):
+        name = file.stem.lower()
+        if wanted in name or fnmatch.fnmatchcase(name, wanted):
+            first = file.read_text(encoding="utf-8").partition("\n")[0]
+            found.append((file.stem, first.lstrip("# ") if first.startswith("#") else ""))
+    return found
+
+
+def recipe_path(name: str | Path) -> Path:
+    """Give the file of a recipe: a path, or the name of a recipe that ships.
+
+    Raises:
+        RecipeError: neither is there; gives the nearest name.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    names = [known for known, _ in list_recipes()]
+    if str(name) in names:
+        return ZOO / f"{name}.toml"
+    near = difflib.get_close_matches(Path(name).stem, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise RecipeError(f"{name}: no such file or recipe; {hint}`corefit recipes` lists those that ship")
+
+
+def copy_recipe(name: str, dest: str | Path | None = None) -> Path:
+    """Copy a recipe to a file, or into a folder, by default the current one; gives the new file.
+
+    Raises:
+        RecipeError: there is no such recipe, or the file is there already.
+    """
+    source = recipe_path(name)
+    target = Path("." if dest is None else dest)
+    if target.is_dir() or str(dest).endswith(("/", os.sep)):
+        target = target / source.name
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(source.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise RecipeError(f"{target}: is there already; name another file") from None
+    except OSError as error:
+        raise RecipeError(f"{target}: can't be written: {error.strerror}") from error
+    return target

@@ -1,0 +1,222 @@
+"""What a run says while it goes and when it ends: progress, ``metrics.jsonl``, ``samples.jsonl``, tables. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from corefit.errors import RunError
+from corefit.types import StepReport
+
+
+def to_json(value: object) -> str:
+    """Give one line of JSON; a number that JSON has no word for (NaN, infinity) becomes null."""
+    return json.dumps(finite(value), ensure_ascii=False, allow_nan=False)
+
+
+def finite(value: Any) -> Any:  # noqa: ANN401, JSON values have any type
+    """Give the value with None for every number that is not finite; dataclasses become objects."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return finite(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+def perplexity(nats: float) -> float:
+    """Give exp(loss); infinity where that is larger than a float."""
+    return math.exp(nats) if nats < 709 else math.inf
+
+
+class JsonLines:
+    """A file that grows by one JSON object a line, readable by others after every line.
+
+    ``keep`` is how many bytes of an earlier run stay (a checkpoint says so); what lies behind them, also a torn line,
+    is cut off. ``missing`` says how many of them are gone, should someone have shortened the file.
+    """
+
+    def __init__(self, path: Path, *, keep: int = 0) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab")
+            self.missing = max(keep - self._file.tell(), 0)
+            self._file.truncate(keep - self.missing)
+        except OSError as error:
+            raise RunError(f"{path}: can't be written: {error.strerror}") from error
+
+    def write(self, value: object) -> None:
+        """Append one object.
+
+        Raises:
+            RunError: the disk is full, or the folder gone.
+        """
+        try:
+            self._file.write(to_json(value).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunError(f"{self.path}: can't be written: {error.strerror}") from error
+
+    def sync(self) -> int:
+        """Wait until all lines are on the disk; give their length in bytes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        """Close the file; a line that could not be written was said when it was."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read what ``JsonLines`` wrote; a last line that was cut short is left out."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+class Progress:
+    """The progress line on standard error: a bar on a terminal, else a plain line every ``every`` steps.
+
+    ``endless``: the run has no last step, so no bar and no time left.
+    """
+
+    def __init__(self, *, endless: bool = False, every: int = 10, file: TextIO | None = None) -> None:
+        self._file, self._every, self._endless = file or sys.stderr, every, endless
+        self._first: tuple[float, float] | None = None  # when the first step seen was over, and its progress
+        self._bar: Any = None
+        if self._file.isatty():
+            from tqdm import tqdm  # type: ignore[import-untyped]
+
+            shape = "{desc}" if endless else "{percentage:3.0f}%|{bar:24}| {desc}"
+            self._bar = tqdm(total=1.0, file=self._file, bar_format=shape, dynamic_ncols=True)
+
+    def update(self, report: StepReport) -> None:
+        """Show a step."""
+        now, left = time.monotonic(), None
+        if self._first and not self._endless and report.progress > self._first[1]:
+            left = (now - self._first[0]) * (1 - report.progress) / (report.progress - self._first[1])
+        text = step_line(report, left)
+        if self._bar is not None:
+            self._bar.n = report.progress
+            self._bar.set_description_str(text, refresh=False)
+            self._bar.refresh()
+        elif self._first is None or report.skipped or report.step % self._every == 0:
+            print(text, file=self._file, flush=True)
+        self._first = self._first or (now, report.progress)
+
+    def note(self, text: str) -> None:
+        """Print a line of its own, above the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._file)
+        else:
+            print(text, file=self._file, flush=True)
+
+    def close(self) -> None:
+        """End the line; a bar that is not full stays as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def step_line(report: StepReport, left: float | None) -> str:
+    """Give a step in one line; ``left`` in seconds."""
+    what = f"skipped ({report.cause})" if report.cause else f"loss {report.loss:.4f}"
+    rest = f", {duration(left)} left" if left is not None else ""
+    return f"step {report.step}: {what}, {report.tokens_per_s:,.0f} supervised tok/s, fill {report.fill:.0f} %{rest}"
+
+
+def duration(seconds: float) -> str:
+    """Give a time as people say it: 42 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def answers_table(rows: Sequence[tuple[str, str, str]], *, width: int | None = None) -> str:
+    """Give questions with the answers before and after, in three columns; ``width`` in character cells."""
+    width = width or min(shutil.get_terminal_size((100, 24)).columns, 140)
+    column = max((width - 4) // 3, 8)
+    rule = "-" * (3 * column + 4)
+    lines = [rule]
+    for row in [("question", "before", "after"), *rows]:
+        cells = [wrap(text, column) for text in row]
+        for parts in itertools.zip_longest(*cells, fillvalue=""):
+            lines.append("  ".join(part + " " * (column - cell_width(part)) for part in parts).rstrip())
+        lines.append(rule)
+    return "\n".join(lines)
+
+
+def cell_width(text: str) -> int:
+    """Give how many character cells a terminal uses: two for Chinese, none for combining marks."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Break text into lines of at most ``width`` cells (at least 2), at spaces where there are any."""
+    lines = [""]
+    for word in "".join(c if c.isprintable() else " " for c in text).split():
+        if lines[-1] and cell_width(lines[-1]) + 1 + cell_width(word) <= width:
+            lines[-1] += " " + word
+            continue
+        lines.append("")
+        for c in word:
+            if cell_width(lines[-1] + c) > width:
+                lines.append("")
+            lines[-1] += c
+    return lines[1:] or lines
+
+
+def summary(
+    lines: Iterable[Mapping[str, Any]], *, reason: str, skipped: Mapping[str, int], balanced: bool | None = None
+) -> list[str]:
+    """Give the lines that end a run, from those of ``metrics.jsonl`` (all of them, also from before a resume)."""
+    kept = list(lines)
+    steps = [line for line in kept if "loss" in line]
+    if not steps:
+        return [f"no step was made ({reason})"]
+    seconds, tokens = sum(line["seconds"] for line in steps), sum(line["supervised_tokens"] for line in steps)
+    said = [f"{steps[-1]['step']:,} steps, {steps[-1]['epoch']:.4g} epochs in {duration(seconds)}: ended by {reason}"]
+    said += fallen("loss", [line["loss"] for line in steps if line["loss"] is not None])
+    said += fallen("validation loss", [line["val_loss"] for line in kept if line.get("val_loss") is not None])
+    # A step's slots follow from its tokens and fill, so that the mean is weighted by them.
+    slots = sum(100 * line["tokens"] / line["fill"] for line in steps if line["fill"])
+    fill = 100 * sum(line["tokens"] for line in steps) / max(slots, 1)
+    memory = max((line["memory_bytes"] or 0 for line in steps), default=0)
+    peak = f", peak memory {memory / 2**20:,.0f} MiB" if memory else ""
+    said.append(f"{tokens:,} supervised tokens at {tokens / max(seconds, 1e-9):,.0f} a second, fill {fill:.1f} %{peak}")
+    if skipped:
+        causes = ", ".join(f"{count} {cause}" for cause, count in sorted(skipped.items()))
+        said.append(f"{sum(skipped.values())} steps skipped: {causes}")
+    if balanced is not None:
+        said.append(
+            f"ledger {'balanced: every record, token and slot is accounted for' if balanced else 'NOT BALANCED'}"
+        )
+    return said
+
+
+def fallen(what: str, values: Sequence[float]) -> list[str]:
+    """Give one line on how a loss moved, none where there is nothing to compare."""
+    if len(values) < 2:
+        return []
+    first, last = values[0], values[-1]
+    lower = f", {first / last:,.1f} times lower" if 0 < last < first else ""
+    ratio = f"perplexity {perplexity(first):,.1f} -> {perplexity(last):,.1f}"
+    return [f"{what} {first:.4f} -> {last:.4f} nats a token{lower} ({ratio})"]

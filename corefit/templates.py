@@ -1,0 +1,177 @@
+"""The strings of a chat format -> a prompt template: its renderer, and Jinja that writes the same text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+
+from corefit.types import Conversation, PromptTemplate, Segment, Tokenizer, Unrenderable
+
+Run = tuple[str, bool]
+"""A piece of text, and whether it is a control token."""
+
+
+def template_from_strings(
+    *,
+    name: str,
+    summary: str,
+    user: str,
+    assistant: str | None,
+    suffix: str,
+    system: str,
+    separator: str,
+    stop: tuple[str, ...],
+    control: tuple[str, ...],
+    bos: str,
+    eos: bool,
+    source: str,
+    default_system: str | None,
+) -> PromptTemplate:
+    """Make a template from strings; arguments as in ``PromptTemplate.from_strings``.
+
+    Raises:
+        ValueError: strings that do not fit together.
+    """
+    opening = assistant or ""
+    if "{content}" not in user or (system and "{content}" not in system):
+        raise ValueError(f"template {name}: user and system must say where the message goes with {{content}}")
+    if not user.endswith(opening):
+        raise ValueError(f"template {name}: user must end with assistant, the opening of the answer ({opening!r})")
+    if bos not in ("none", "first", "turn"):
+        raise ValueError(f"template {name}: bos is {bos!r}; known: first, none, turn")
+    holes = re.compile("(" + "|".join(map(re.escape, ["{content}", "{round}", *sorted(control, key=len)[::-1]])) + ")")
+    user_parts, system_parts, opening_parts, suffix_parts, separator_parts = (
+        [part for part in holes.split(text) if part]
+        for text in (user.removesuffix(opening), system, opening, suffix, separator)
+    )
+
+    def fill(parts: list[str], content: str = "", round: int = 0) -> list[Run]:
+        values = {"{content}": content, "{round}": str(round)}
+        return [(values.get(part, part), part in control) for part in parts]
+
+    def render(item: Conversation, tokenizer: Tokenizer, options: object = None) -> Iterator[Segment]:
+        if item.tools:
+            raise Unrenderable("tools")
+        runs: list[Run] = []
+        before, new_turn, round = "", True, 0
+        for i, message in enumerate(item.messages):
+            role, content = message.role, message.content
+            if reason := _refusal(role, before, has_opening=bool(opening), has_system=bool(system)):
+                raise Unrenderable(reason)
+            if message.tool_calls or message.reasoning:
+                raise Unrenderable("tool_call" if message.tool_calls else "reasoning")
+            if i == 0 or (before == "assistant" and role != "assistant"):
+                new_turn = True
+                if bos == "turn" or (bos == "first" and i == 0):
+                    runs.append((_named(tokenizer.bos_token, "no_bos_token"), True))
+            if i == 0 and role != "system" and default_system:
+                runs += fill(system_parts, default_system)
+            if role == "system":
+                runs += fill(system_parts, content) if content else []
+            elif role == "user":
+                round += 1
+                runs += fill(user_parts, content, round)
+            else:
+                yield from join_runs([*runs, *fill(opening_parts)], turn=new_turn)
+                answer = [(content, False), *fill(suffix_parts)]
+                answer += [(_named(tokenizer.eos_token, "no_eos_token"), True)] if eos else []
+                yield from join_runs(answer, supervised=message.supervised is not False)
+                yield from join_runs(fill(separator_parts))
+                runs, new_turn = [], False
+            before = role
+        yield from join_runs(runs, turn=new_turn)
+
+    def write(parts: list[str]) -> str:
+        values = {"{content}": "message['content']", "{round}": "count.round"}
+        expressions = [values.get(part) or json.dumps(part, ensure_ascii=False) for part in parts]
+        return "{{ " + " ~ ".join(expressions) + " }}" if parts else ""
+
+    def say(reason: str) -> str:
+        return "{{ raise_exception('" + f"template {name}: {reason}" + "') }}"
+
+    system_text = (
+        "{% if message['content'] %}" + write(system_parts) + "{% endif %}" if system else say("system_message")
+    )
+    starts = "loop.first" + (
+        " or (loop.previtem['role'] == 'assistant' and message['role'] != 'assistant')" if bos == "turn" else ""
+    )
+    first_system = [default_system if part == "{content}" else part for part in system_parts] if default_system else []
+    user_guard = (
+        ""
+        if opening
+        else "{% if not loop.first and loop.previtem['role'] == 'user' %}" + say("role_order") + "{% endif %}"
+    )
+    answer_guard = (
+        "" if opening else "{% if loop.first or loop.previtem['role'] != 'user' %}" + say("role_order") + "{% endif %}"
+    )
+    chat_template = "".join(
+        [
+            "{% set count = namespace(round=0) %}{% for message in messages %}",
+            "{% if " + starts + " %}{{ bos_token }}{% endif %}" if bos != "none" else "",
+            "{% if loop.first and message['role'] != 'system' %}" + write(first_system) + "{% endif %}"
+            if first_system
+            else "",
+            "{% if message['role'] == 'system' and loop.first %}" + system_text,
+            "{% elif message['role'] == 'user' %}"
+            + user_guard
+            + "{% set count.round = count.round + 1 %}"
+            + write(user_parts),
+            "{% elif message['role'] == 'assistant' %}"
+            + answer_guard
+            + write([*opening_parts, "{content}", *suffix_parts]),
+            "{{ eos_token }}" if eos else "",
+            write(separator_parts),
+            "{% else %}" + say("unknown_role") + "{% endif %}{% endfor %}",
+            "{% if add_generation_prompt %}" + write(opening_parts) + "{% endif %}" if opening else "",
+        ]
+    )
+    texts = [*system_parts, *user_parts, *opening_parts, *suffix_parts, *separator_parts]
+    return PromptTemplate(
+        name=name,
+        summary=summary,
+        render=render,
+        stop=stop or ((suffix,) if suffix else ()),
+        control=control,
+        bos=bos != "none",
+        chat_template=chat_template,
+        forgeable=markers(text for text in texts if text not in (*control, "{content}", "{round}")),
+        source=source,
+    )
+
+
+def join_runs(runs: Iterable[Run], *, supervised: bool = False, turn: bool = False) -> Iterator[Segment]:
+    """Join neighbouring text into one segment each, control tokens apart; ``turn`` marks the first."""
+    text = ""
+    for run, control in (*runs, ("", True)):
+        if not control:
+            text += run
+            continue
+        for piece, is_control in ((text, False), (run, True)):
+            if piece:
+                yield Segment(piece, supervised=supervised, control=is_control, turn=turn)
+                turn = False
+        text = ""
+
+
+def markers(texts: Iterable[str]) -> tuple[str, ...]:
+    """Give what is a marker in a format's text: short lines of words and signs (``### Response:``, not ``user``)."""
+    lines = (line.strip() for text in texts for line in text.splitlines())
+    mixed = (line for line in lines if re.search(r"\w", line) and re.search(r"[^\w\s]", line))
+    return tuple(dict.fromkeys(line for line in mixed if len(line.split()) <= 3))
+
+
+def _refusal(role: str, before: str, *, has_opening: bool, has_system: bool) -> str | None:
+    """Say why a message can't follow one of role ``before`` (empty: it is the first), None where it can."""
+    if role == "system":
+        return "system_not_first" if before else None if has_system else "system_message"
+    if role not in ("user", "assistant"):
+        return "tool_message" if role == "tool" else "unknown_role"
+    wrong_order = before == "user" if role == "user" else before != "user"
+    return "role_order" if wrong_order and not has_opening else None
+
+
+def _named(token: str | None, reason: str) -> str:
+    if token is None:
+        raise Unrenderable(reason)
+    return token

@@ -1,0 +1,433 @@
+"""The values handed between stations, and the entries that plugins contribute.
+
+Letters used for shapes: L tokens in a sample; T slots in a pack; B packs in a micro-batch; D documents.
+Importing this module imports neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+IGNORE_INDEX = -100
+"""The label of a position that the loss does not count."""
+
+
+# ---------------------------------------------------------------------------------------------- records and items
+
+
+class Position(NamedTuple):
+    """Where a record begins, so that a reader can go back to it."""
+
+    file: int
+    """Index into ``Sources.paths``."""
+    line: int
+    """1-based."""
+    offset: int
+    """Bytes from the start of the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What a reader is asked to read: files, in order, and the limit on one record."""
+
+    paths: tuple[Path, ...]
+    max_record_bytes: int = 64 * 2**20
+
+
+class Record(Mapping[str, Any]):
+    """One JSON object as read, with its origin. Map functions read it and never change it."""
+
+    __slots__ = ("_fields", "file", "line", "offset", "path", "size")
+
+    def __init__(
+        self, fields: Mapping[str, Any], *, path: str, line: int, offset: int, size: int = 0, file: int = 0
+    ) -> None:
+        """Wrap ``fields``; ``line`` is 1-based, ``offset`` and ``size`` are bytes, ``file`` indexes the sources."""
+        self._fields = fields
+        self.path, self.line, self.offset, self.size, self.file = path, line, offset, size, file
+
+    @property
+    def origin(self) -> str:
+        """``path:line``, as editors jump to it."""
+        return f"{self.path}:{self.line}"
+
+    @property
+    def position(self) -> Position:
+        """Where to seek to read this record again."""
+        return Position(self.file, self.line, self.offset)
+
+    def __getitem__(self, key: str) -> Any:  # noqa: ANN401, JSON values have any type
+        return self._fields[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def __repr__(self) -> str:
+        return f"Record({self.origin}, {dict(self._fields)!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class BadRecord:
+    """A record that can't be read: the reader yields it, the run decides whether to stop or to count and skip."""
+
+    path: str
+    line: int
+    offset: int
+    reason: str
+    """What was found and what was expected, without the origin."""
+    column: int | None = None
+    """1-based, in characters; None where it isn't known."""
+    size: int = 0
+    file: int = 0
+
+    def __str__(self) -> str:
+        column = "" if self.column is None else f"{self.column}:"
+        return f"{self.path}:{self.line}:{column} {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One utterance."""
+
+    role: str
+    """``system``, ``user``, ``assistant`` or ``tool``."""
+    content: str
+    name: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    reasoning: str | None = None
+    """What the assistant thought before it answered, where the data has it."""
+    supervised: bool | None = None
+    """None: the template's rule. True or False: this message, whatever the rule says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages in order, at most one system message, first."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    dropped: tuple[str, ...] = ()
+    """A reason for every message that the map function left out (``trailing_user``); counted in the ledger."""
+    notes: tuple[str, ...] = ()
+    """A word for everything else it changed or noticed (``joined``, ``marker_in_text``); counted in the ledger."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text to learn as it is."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """A record, or a part of one, that is not used; counted under ``reason``."""
+
+    reason: str
+    """A few words in snake_case, the same for all drops of one kind."""
+
+
+Item = Conversation | Document
+
+
+# ------------------------------------------------------------------------------------------- segments, samples, batches
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of text that is encoded by one call, never merged with a neighbour or split."""
+
+    text: str
+    supervised: bool = False
+    """True: every token of this segment is a target."""
+    control: bool = False
+    """True: the text is exactly one token of the tokenizer. False: the text never yields a control token."""
+    turn: bool = False
+    """True on the first segment of a turn: a conversation may be split before it."""
+
+
+class Tokenizer(Protocol):
+    """What a template may ask of the run's tokenizer."""
+
+    @property
+    def bos_token(self) -> str | None: ...  # noqa: D102
+    @property
+    def eos_token(self) -> str | None: ...  # noqa: D102
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja chat template that came with the tokenizer."""
+
+    def token_id(self, token: str) -> int | None:
+        """Give the id of exactly this token, None where the vocabulary lacks it."""
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = False,
+        chat_template: str | None = None,
+    ) -> str:
+        """Render messages with the tokenizer's own Jinja, or with ``chat_template``, as transformers does."""
+
+    def split_control(self, text: str) -> list[tuple[str, bool]]:
+        """Cut a template's own text at the tokenizer's control tokens: (run, is it one control token), none empty."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One encoded item."""
+
+    input_ids: NDArray[np.int32]
+    """int32 [L]"""
+    spans: NDArray[np.int32]
+    """int32 [n, 2]: half-open ranges of *target* tokens, ascending, disjoint; the last token of each is its stop."""
+    origin: str
+    """``path:line`` of the record."""
+    cuts: NDArray[np.int32] | None = None
+    """int32 [k]: offsets at which a conversation may be split (starts of turns); None: a document, anywhere."""
+
+    @property
+    def n_supervised(self) -> int:
+        """Targets that some position predicts: all tokens in spans but one at offset 0, which nothing precedes."""
+        return int(sum(int(end) - max(int(start), 1) for start, end in self.spans))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One micro-batch: B packs, cut to the longest of them, rounded up to 8 slots."""
+
+    input_ids: NDArray[np.int64]
+    """int64 [B, T']"""
+    labels: NDArray[np.int64]
+    """int64 [B, T'], next-token-aligned: ``labels[i] = input_ids[i+1]`` where i+1 is a target of the same document."""
+    position_ids: NDArray[np.int64]
+    """int64 [B, T'], from 0 in every document; the padding at the end of a pack is its last document."""
+    cu_seqlens: NDArray[np.int32]
+    """int32 [D+1]: bounds of the documents over the flattened B*T' slots."""
+    n_supervised: int
+    n_tokens: int
+    """Slots that are not padding."""
+    n_samples: int
+    origins: tuple[str, ...]
+    """``path:line`` of every sample, in order."""
+    state: Mapping[str, Any] = field(repr=False)
+    """The stream's state once this batch is consumed; JSON-able; holds ``epoch`` (float) and ``ledger``."""
+
+
+# ---------------------------------------------------------------------------------------------------- what a step says
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One optimizer step, attempted: one line of ``metrics.jsonl``. Counts are of this step alone."""
+
+    step: int
+    """1-based; skipped steps count."""
+    epoch: float
+    """Epochs done once this step's data is consumed."""
+    progress: float
+    """Share of the run at the middle of this step, in (0, 1): where the scheduler was asked."""
+    loss: float | None
+    """Nats per supervised token; None where it is not finite, or nothing was supervised."""
+    lr: float
+    grad_norm: float | None
+    """Before clipping, without the loss scale; None where it is not finite."""
+    loss_scale: float
+    """The scale that this step used; 1 without scaling."""
+    skipped: bool
+    """True: no weight and no optimizer state changed."""
+    tokens: int
+    """Slots that are not padding."""
+    supervised_tokens: int
+    samples: int
+    packs: int
+    fill: float
+    """Used slots of all slots, in per cent."""
+    tokens_per_s: float
+    """Supervised tokens per second."""
+    seconds: float
+    """From asking for the step's data to the end of its update; hooks not included."""
+    memory_bytes: int | None
+    """Peak so far: allocated by torch on CUDA, else resident in the process; None where the system does not say."""
+
+    @property
+    def cause(self) -> str | None:
+        """Why the step was skipped, in snake_case; None: it was not."""
+        if not self.skipped:
+            return None
+        if not self.supervised_tokens:
+            return "nothing_supervised"
+        return "non_finite_loss" if self.loss is None else "non_finite_gradients"
+
+
+# ------------------------------------------------------------------------------------------------------ entries
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetReader:
+    """A way to get records out of files (or out of nothing)."""
+
+    name: str
+    summary: str
+    read: Callable[..., Iterator[Record | BadRecord]]
+    """``read(sources: Sources, options)``; a seekable reader also takes ``start: Position | None = None`` and then begins
+    with exactly that record. Order depends on the sources and options alone. Must not read ahead without bound."""
+    streams: bool = True
+    """False: one pass over the whole file comes first (the start of a run says so)."""
+    seekable: bool = False
+    """True: ``read`` takes ``start``. False: a shuffle holds all records in memory (the start of a run says so)."""
+    index: Callable[..., NDArray[np.int64]] | None = None
+    """``index(sources, options) -> int64 [N, 3]``: the Position of every record, in order, without parsing more than it
+    must. None: made by one pass of ``read``."""
+    needs_path: bool = True
+    """False: the reader makes its records itself, and ``data.path`` is not asked for."""
+    options: type | None = None
+    """A frozen dataclass; its fields are the keys of ``data.options``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapFunction:
+    """Record -> items."""
+
+    name: str
+    summary: str
+    map: Callable[..., Iterable[Item | Drop]]
+    """``map(record: Record, options)``: pure, total, never mutates; a record it can't use yields a ``Drop``."""
+    sniff: Callable[[Record], bool] | None = None
+    """Whether a record looks like this format; asked of the first records when no ``--plugin`` is given."""
+    fields: tuple[str, ...] | None = None
+    """The only keys of a record that ``map`` reads; None: any."""
+    options: type | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptTemplate:
+    """Item -> segments, and the same thing as Jinja for those who serve the model.
+
+    ``from_strings`` makes both from one set of strings; only a template that needs logic writes ``render`` itself.
+    """
+
+    name: str
+    summary: str
+    render: Callable[..., Iterator[Segment]]
+    """``render(item, tokenizer, options)``: content verbatim and in order; only assistant content and its stop supervised.
+    An item it can't place exactly raises ``Unrenderable(reason)``, a counted drop."""
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer, each one token; empty: the tokenizer's EOS."""
+    control: tuple[str, ...] = ()
+    """Tokens that only the template may write: content never yields their ids."""
+    bos: bool = False
+    """True: ``render`` begins every conversation with the tokenizer's BOS."""
+    chat_template: str | None = None
+    """Jinja, equal to the joined segments when rendered by transformers; None: the tokenizer's own is used."""
+    forgeable: tuple[str, ...] = ()
+    """Markers that are plain text in this format: they can't be protected, so look-alikes in content are counted."""
+    source: str = ""
+    """Where the format comes from."""
+    options: type | None = None
+
+    @classmethod
+    def from_strings(
+        cls,
+        *,
+        name: str,
+        summary: str,
+        user: str,
+        assistant: str | None = None,
+        suffix: str = "",
+        system: str = "",
+        separator: str = "",
+        stop: Sequence[str] = (),
+        control: Sequence[str] = (),
+        bos: str = "none",
+        eos: bool = False,
+        source: str = "",
+        default_system: str | None = None,
+    ) -> PromptTemplate:
+        r"""Make a template, its renderer and its Jinja from the strings of a chat format.
+
+        Args:
+            name: what ``--template`` says.
+            summary: one line for ``corefit plugins``.
+            user: a user message and the opening of the answer, with ``{content}`` where the message goes
+                (and ``{round}`` where the format counts rounds from 1).
+            assistant: the opening of the answer, with which ``user`` ends: what begins an answer that no user message
+                precedes; None: a conversation with such an answer is a counted drop.
+            suffix: what follows the answer and is supervised with it.
+            system: a system message, with ``{content}``; empty: the format has none, and a system message is a
+                counted drop of the item.
+            separator: follows every answer, also the last, not supervised, a segment of its own.
+            stop: strings that end an answer when the model is served; default: ``suffix``, else the EOS token.
+            control: the substrings of the above that are single tokens.
+            bos: ``"none"``, ``"first"`` (before the conversation) or ``"turn"`` (before every turn).
+            eos: append the tokenizer's EOS to every answer, supervised.
+            source: where the format comes from.
+            default_system: the system text where a conversation has none.
+
+        Within a turn, system text, user text and opening are one run of text, cut only at control tokens.
+        Source: the token layout of XTuner v0.1.23 (``encode_fn``, ``template_map_fn``).
+        """
+        from corefit.templates import template_from_strings
+
+        return template_from_strings(
+            name=name,
+            summary=summary,
+            user=user,
+            assistant=assistant,
+            suffix=suffix,
+            system=system,
+            separator=separator,
+            stop=tuple(stop),
+            control=tuple(control),
+            bos=bos,
+            eos=eos,
+            source=source,
+            default_system=default_system,
+        )
+
+
+class Unrenderable(Exception):
+    """Raised by a template's ``render`` for an item that it can't place exactly; becomes a counted drop."""
+
+    def __init__(self, reason: str) -> None:
+        """``reason``: a few words in snake_case."""
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantizer:
+    """How the frozen base weights are stored."""
+
+    name: str
+    summary: str
+    config: Callable[[str], Any]
+    """``config(compute_dtype)`` with ``"float16" | "bfloat16" | "float32"``: a transformers quantization config, or None."""
+    after_load: Callable[[Any], None] | None = None
+    """Called once with the loaded model, before adapters are attached."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheduler:
+    """How the learning rate moves."""
+
+    name: str
+    summary: str
+    factor: Callable[[float, float], float]
+    """``factor(progress, warmup)``: the share of the peak rate, in [0, 1]; progress in (0, 1), warm-up as a share of the run."""
+    decays: bool = True
+    """True: needs to know how long the run is."""
+
+
+Entry = DatasetReader | MapFunction | PromptTemplate | Quantizer | Scheduler

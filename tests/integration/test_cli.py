@@ -1,0 +1,155 @@
+"""The command line as users meet it: help, errors, recipes, inspect."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cli import corefit
+
+ROWS = [
+    {"text": "### Human: What is the capital of France?### Assistant: Paris."},
+    {"text": "### Human: Say hi.### Assistant: hi### Human: Again.### Assistant: hi hi"},
+]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), "utf-8")
+    return path
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plugins"], ["recipes"], ["--version"]])
+def test_light_verbs_leave_torch_unimported(arguments: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys; from corefit.cli import main; code = main(sys.argv[1:]);"
+        "bad = [m for m in ('torch', 'transformers', 'numpy', 'peft') if m in sys.modules]; sys.exit(code or len(bad))"
+    )
+    import subprocess
+
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_help_shows_the_four_verbs_first(tmp_path: Path) -> None:
+    text = corefit("--help", cwd=tmp_path).stdout
+    places = [text.index(f"  {verb}") for verb in ("train", "inspect", "chat", "merge", "recipes", "copy", "plugins")]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], ["'trian'", "did you mean 'train'?"]),
+        (["train", "--modle", "x"], ["'--modle'", "did you mean '--model'?"]),
+        (["train", "--set", "train.epoch=1"], ["train.epoch=1", "did you mean 'epochs'?"]),
+        (["train", "--set", "train.epochs=many"], ["train.epochs=many"]),
+        (["train", "--set", "train.lr=-1"], ["train.lr=-1"]),
+        (["train", "--template", "internlm_chta", "--plugin", "oasst1"], ["'internlm_chta'", "'internlm_chat'"]),
+        (["train", "--plugin", "oasst2"], ["'oasst2'", "'oasst1'"]),
+        (["train", "--quantizer", "nf5"], ["'nf5'", "'nf4'"]),
+        (["train", "--scheduler", "cosin"], ["'cosin'", "'cosine'"]),
+        (["train", "--model", "somewhere"], ["--model without --data"]),
+        (["train", "--data", "rows.jsonl"], ["--data without --model"]),
+        (["train", "nowhere.toml"], ["nowhere.toml"]),
+        (["train", "--plugin", "identity", "--set", "data.options.nmae=x"], ["'nmae'", "'name'"]),
+        (["copy", "internlm_chat_7b"], ["internlm_chat_7b_qlora_oasst1_e3"]),
+        (["chat", "nowhere"], ["nowhere"]),
+        (["merge", "nowhere", "--out", "x"], ["nowhere"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and value and value[0] in ("train", "copy") else None,
+)
+def test_mistakes_are_one_line_and_exit_2(arguments: list[str], words: list[str], tmp_path: Path, data: Path) -> None:
+    done = corefit(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("corefit: error: ")
+    for word in words:
+        assert word in done.stderr, done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_typo_in_a_recipe_names_file_and_line_quickly(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[model]\nbase = "x"\n\n[train]\nepochs = 3\nlerning_rate = 1e-4\n', "utf-8")
+    began = time.monotonic()
+    done = corefit("train", recipe, cwd=tmp_path)
+    seconds = time.monotonic() - began
+    assert done.returncode == 2
+    assert f"{recipe}:6" in done.stderr
+    assert "lerning_rate" in done.stderr
+    assert seconds < 5  # a second on an idle machine; torch alone would take longer than the rest
+
+
+def test_recipes_copy_and_their_old_names(tmp_path: Path) -> None:
+    name = "internlm_chat_7b_qlora_oasst1_e3"
+    assert name in corefit("recipes", cwd=tmp_path).stdout
+    assert name in corefit("list-cfg", "-p", "OASST1", cwd=tmp_path).stdout
+    assert name not in corefit("recipes", "no_such_thing", cwd=tmp_path).stdout
+    assert corefit("copy", name, cwd=tmp_path).returncode == 0
+    copied = tmp_path / f"{name}.toml"
+    assert len(copied.read_text("utf-8").splitlines()) < 45
+    again = corefit("copy-cfg", name, cwd=tmp_path)
+    assert again.returncode == 2  # a copy that was edited is never overwritten
+    assert "internlm_chat_7b" in again.stderr
+
+
+def test_inspect_needs_a_tokenizer_only(tmp_path: Path, data: Path, tiny_tokenizer: Path) -> None:
+    base = ["inspect", "--data", data, "--tokenizer", tiny_tokenizer, "--template", "internlm_chat"]
+    done = corefit(*base, "--samples", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "oasst1 (none was named: recognised" in done.stdout
+    assert "<eoa>+]" in done.stdout
+    assert "[+" in done.stdout.split("<eoh>")[1]
+    assert "2 read = 2 used" in done.stdout
+    rows = [json.loads(line) for line in corefit(*base, "--json", cwd=tmp_path).stdout.splitlines()]
+    assert [row["origin"] for row in rows] == [f"{data}:1", f"{data}:2"]
+    assert rows[0]["messages"] == [
+        {"role": "user", "content": "What is the capital of France?"},
+        {"role": "assistant", "content": "Paris."},
+    ]
+    for row in rows:
+        assert len(row["labels"]) == len(row["input_ids"])
+        for i, label in enumerate(row["labels"]):
+            assert label == -100 or label == row["input_ids"][i + 1]
+    from corefit import inspect
+
+    api = list(inspect(data=str(data), tokenizer=tiny_tokenizer, template="internlm_chat"))
+    assert api == rows
+
+
+def test_a_format_nobody_knows_lists_the_candidates(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    path.write_text('{"foo": 1, "bar": 2}\n', "utf-8")
+    done = corefit("inspect", "--data", path, "--tokenizer", tiny_tokenizer, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"{path}:1" in done.stderr
+    assert "bar, foo" in done.stderr
+    assert "oasst1" in done.stderr
+
+
+def test_broken_json_names_the_line_and_can_be_skipped(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    path = tmp_path / "broken.jsonl"
+    good = json.dumps(ROWS[0])
+    path.write_text("\n".join([good, good, good[:-3], *[good] * 7]) + "\n", "utf-8")
+    base = ["inspect", "--plugin", "oasst1", "--template", "chatml", "--data", path, "--tokenizer", tiny_tokenizer]
+    done = corefit(*base, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"{path}:3:" in done.stderr
+    done = corefit(*base, "--set", "data.on_bad=skip", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "9 used + 1 dropped" in done.stdout
+    assert "bad_record" in done.stdout
+
+
+def test_standard_input_can_be_closed_early(tmp_path: Path) -> None:
+    import subprocess
+
+    command = f'"{sys.executable}" -m corefit plugins | head -n 1'
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == ""

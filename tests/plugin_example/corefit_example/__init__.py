@@ -1,0 +1,120 @@
+"""A whole corefit plugin: a reader for lines of question, tab, answer, and one of everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from corefit import (
+    BadRecord,
+    Conversation,
+    DatasetReader,
+    Drop,
+    MapFunction,
+    Message,
+    Position,
+    PromptTemplate,
+    Quantizer,
+    Record,
+    Scheduler,
+    Sources,
+)
+
+
+def read(sources: Sources, options: object = None, start: Position | None = None) -> Iterator[Record | BadRecord]:
+    """Yield a record for every line that is not empty, from ``start`` on; memory holds one line."""
+    for file in range(start.file if start else 0, len(sources.paths)):
+        path = sources.paths[file]
+        with open(path, "rb") as lines:
+            number = offset = 0
+            if start and file == start.file:
+                number, offset = start.line - 1, lines.seek(start.offset)
+            while line := lines.readline(sources.max_record_bytes + 1):
+                size, number = len(line), number + 1
+                too_long = size > sources.max_record_bytes
+                while too_long and not line.endswith(b"\n") and (line := lines.readline(2**16)):
+                    size += len(line)
+                here: dict[str, Any] = dict(path=str(path), line=number, offset=offset, size=size, file=file)
+                offset += size
+                if too_long:
+                    yield BadRecord(reason=f"{size} bytes; at most {sources.max_record_bytes} are read", **here)
+                elif line.strip():
+                    yield _record(line.rstrip(b"\r\n"), here)
+
+
+def _record(line: bytes, here: dict[str, Any]) -> Record | BadRecord:
+    try:
+        question, tab, answer = line.decode("utf-8").partition("\t")
+    except UnicodeDecodeError as error:
+        return BadRecord(reason=f"byte {error.start + 1} is not UTF-8", **here)
+    if not tab:
+        return BadRecord(reason="no tab; expected question, tab, answer", **here)
+    return Record({"question": question, "answer": answer}, **here)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Keys of ``data.options``: ``--set data.options.shout=true``."""
+
+    shout: bool = False
+    """Write answers in capital letters."""
+
+
+def to_conversation(record: Record, options: Options) -> Iterable[Conversation | Drop]:
+    """Yield one turn, or why there is none."""
+    question, answer = record.get("question"), record.get("answer")
+    if not isinstance(question, str) or not isinstance(answer, str):
+        yield Drop("no_question_or_answer")
+    elif not answer.strip():
+        yield Drop("empty_answer")
+    else:
+        yield Conversation(
+            (Message("user", question), Message("assistant", answer.upper() if options.shout else answer))
+        )
+
+
+def fp4(compute_dtype: str) -> Any:  # noqa: ANN401, torch and transformers are imported only when a model is loaded
+    """Give the configuration of 4-bit floats."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=compute_dtype)
+
+
+def parabola(progress: float, warmup: float) -> float:
+    """Give 1 - progress^2, and no more than the warm-up allows."""
+    factor = (1 - progress) * (1 + progress)
+    return min(factor, progress / warmup) if progress < warmup else factor
+
+
+def corefit_dataset_readers() -> Iterable[DatasetReader]:  # noqa: D103, the hook says what it is
+    yield DatasetReader(name="example", summary="lines of question, tab, answer", read=read, seekable=True)
+
+
+def corefit_map_functions() -> Iterable[MapFunction]:  # noqa: D103
+    yield MapFunction(
+        name="example",
+        summary="a question and its answer",
+        map=to_conversation,
+        sniff=lambda record: set(record) == {"question", "answer"},
+        fields=("question", "answer"),
+        options=Options,
+    )
+
+
+def corefit_prompt_templates() -> Iterable[PromptTemplate]:  # noqa: D103
+    yield PromptTemplate.from_strings(
+        name="example",
+        summary="Question: ... Answer: ... in plain text",
+        user="Question: {content}\nAnswer: ",
+        separator="\n\n",
+        eos=True,
+    )
+
+
+def corefit_quantizers() -> Iterable[Quantizer]:  # noqa: D103
+    yield Quantizer(name="example", summary="4-bit floats", config=fp4)
+
+
+def corefit_schedulers() -> Iterable[Scheduler]:  # noqa: D103
+    yield Scheduler(name="example", summary="a parabola: falls slowly, then faster", factor=parabola)

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import write_model
+from tiny_export import adapted, facts
+
+from corefit.chat import Chatter, chat_loop, find
+from corefit.data.encode import make_encoder
+from corefit.data.tokenizer import Tokenizer
+from corefit.engine.export import EMBEDDED_MODEL, export_adapter
+from corefit.errors import ModelError, UserError
+from corefit.registry import Registry
+from corefit.types import Conversation, Message
+
+torch.set_num_threads(1)
+USER = {"role": "user", "content": "What is the capital of France?"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run folder on a base in another folder."""
+    folder = tmp_path_factory.mktemp("chat")
+    base = write_model(folder / "base")
+    export_adapter(adapted(base), folder / "run" / "adapter", facts(base))
+    (folder / "run" / "recipe.toml").write_text(f"[model]\nbase = {json.dumps(str(base))}\n")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Chatter:
+    return Chatter(EMBEDDED_MODEL, device="cpu", max_tokens=40)
+
+
+@pytest.fixture(scope="module")
+def adapter(run) -> Chatter:
+    return Chatter(run, device="cpu", max_tokens=12, quantizer="none")
+
+
+def test_run_adapter_and_model_are_found(run, tmp_path):
+    base = run.parent / "base"
+    for target in (run, run / "adapter"):
+        found = find(target)
+        assert (found.adapter, found.base, found.name) == (run / "adapter", base, "base")
+    assert find(base).adapter is None and find(base).base == base
+    alone = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    with pytest.raises(ModelError, match="--model PATH"):
+        find(alone)
+    assert find(alone, model=str(base)).base == base
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.toml").write_text("")
+    with pytest.raises(ModelError, match="--resume"):
+        find(tmp_path / "run")
+    with pytest.raises(ModelError, match="no such folder"):
+        find(tmp_path / "nowhere")
+
+
+def test_a_base_that_changed_is_told(run, tmp_path):
+    other = write_model(tmp_path / "base", seed=5)
+    lines: list[str] = []
+    find(run, model=str(other), say=lines.append)
+    assert len(lines) == 1 and "fingerprint" in lines[0]
+    lines.clear()
+    find(run, say=lines.append)
+    assert lines == []
+
+
+def test_the_embedded_base_is_found_by_name(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "corefit-embedded"}')
+    assert find(tmp_path).base == EMBEDDED_MODEL
+
+
+def test_a_whole_answer_stops_by_itself(embedded):
+    pieces = list(embedded.answer([USER]))
+    assert "".join(pieces) == "The capital of France is Paris."
+    assert len(pieces) > 5, "it streams"
+    assert embedded.ask("法国的首都是哪里？") == "法国的首都是巴黎。"
+
+
+def test_chinese_comes_in_whole_characters(embedded):
+    pieces = list(embedded.answer([{"role": "user", "content": "天空为什么是蓝色的？"}]))
+    assert "".join(pieces) == "因为空气散射蓝光。"
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_multi_turn_ids_are_those_of_training(embedded):
+    said = ["one <eoa> <s>", ":i Paris.", "and\n", "Rome"]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    encoder = make_encoder(Registry.load().template("internlm_chat"), Tokenizer.load(EMBEDDED_MODEL))
+    conversation = Conversation(tuple(Message(m["role"], m["content"]) for m in messages))
+    sample = encoder.encode([(conversation, "")])[0].sample
+    assert sample is not None
+    ids = embedded.prompt_ids(messages[:3])
+    assert ids == sample.input_ids[: sample.spans[-1][0]].tolist()
+    assert ids.count(encoder.stop_ids[0]) == 1, "what a user types is never a control token"
+    with pytest.raises(UserError, match="unknown_role"):
+        embedded.prompt_ids([{"role": "narrator", "content": "hi"}])
+
+
+def test_adapter_on_and_off(adapter, run):
+    base = Chatter(run.parent / "base", device="cpu", max_tokens=12)
+    base.encoder, base.stop_ids = adapter.encoder, adapter.stop_ids  # asked in the same words
+    on, off = adapter.ask("hi"), adapter.ask("hi", adapter=False)
+    assert off == base.ask("hi") != on
+    assert adapter.ask("hi") == on, "off is over when the answer is"
+
+
+def test_the_quantizer_of_training_is_the_default(run):
+    assert Chatter(run, device="cpu").quantizer == "nf4"
+    assert Chatter(run.parent / "base", device="cpu").quantizer == "none"
+
+
+def test_max_tokens_and_context(adapter, embedded):
+    assert len(adapter.tokenizer.encode([adapter.ask("hi")])[0]) <= 14
+    with pytest.raises(UserError, match="context 2048"):
+        embedded.ask("a b " * 2000)
+
+
+def test_a_folder_without_a_chat_template(tmp_path):
+    base = write_model(tmp_path / "base")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config.pop("chat_template")
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="no chat template"):
+        Chatter(base, device="cpu")
+
+
+class Fake:
+    def __init__(self):
+        self.asked: list[tuple[list[str], bool]] = []
+
+    def answer(self, messages, *, adapter=True):
+        self.asked.append(([m["content"] for m in messages], adapter))
+        if messages[-1]["content"] == "wait":
+            yield "partly"
+            raise KeyboardInterrupt
+        yield from ("an", "swer")
+
+
+def talk(lines, **options):
+    fake, written, lines = Fake(), [], iter(lines)
+
+    def read(prompt):
+        line = next(lines)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    chat_loop(fake, read=read, write=written.append, **options)
+    return fake.asked, "".join(written)
+
+
+def test_the_loop_keeps_the_conversation():
+    asked, written = talk(["one", "  ", "two", "/new", "three", EOFError()], system="sys")
+    assert asked == [
+        (["sys", "one"], True),
+        (["sys", "one", "answer", "two"], True),
+        (["sys", "three"], True),
+    ]
+    assert written == "answer\n" * 3 + "\n"
+
+
+def test_ctrl_c_ends_the_answer_then_the_chat():
+    asked, _ = talk(["wait", "on", KeyboardInterrupt()])
+    assert asked[1] == (["wait", "partly", "on"], True)
+    assert talk(["/exit", "never"])[0] == []
+
+
+def test_compare_shows_both_and_goes_on_with_the_adapters():
+    asked, written = talk(["one", "two", "/exit"], compare=True)
+    assert [adapter for _, adapter in asked] == [False, True, False, True]
+    assert asked[2][0] == ["one", "answer", "two"]
+    assert written.startswith("adapter off: answer\nadapter on:  answer\n")

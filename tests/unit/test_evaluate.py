@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_training import make_batch, make_run, make_steps
+
+from corefit.engine.evaluate import generate, pick, stream, undisturbed, validation_loss
+from corefit.engine.loop import Every
+from corefit.errors import RunError
+
+PROMPT = [1, 9, 33, 70, 12]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def model(request, tmp_path_factory):
+    from tiny import write_model
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    folder: Path = write_model(tmp_path_factory.mktemp("model"), kind=request.param)
+    made = AutoModelForCausalLM.from_pretrained(folder)
+    made.config.use_cache = False  # as in training
+    return made
+
+
+def lora(model):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    made = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=64, lora_dropout=0.5, target_modules=["q_proj", "down_proj"])
+    )
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    return made
+
+
+def test_validation_loss_weighs_tokens_not_batches():
+    run = make_run(dropout=0.5)
+    batches = [make_batch(i, rows=1 + i % 3) for i in range(5)] + [make_batch(9, supervised=False)]
+    run.model.eval()
+    with torch.no_grad():
+        nats = [
+            float(run.model(*(torch.from_numpy(a) for a in (b.input_ids, b.position_ids, b.labels)))) for b in batches
+        ]
+    run.model.train()
+    loss, count = validation_loss(run.model, batches)
+    assert count == sum(b.n_supervised for b in batches)
+    assert loss == pytest.approx(sum(nats) / count, rel=1e-6)
+    means = [n / b.n_supervised for n, b in zip(nats, batches, strict=True) if b.n_supervised]
+    assert abs(loss - sum(means) / len(means)) > 1e-3, "a mean of means must differ for this test to mean anything"
+
+
+def test_validation_loss_is_repeatable_and_leaves_no_trace():
+    run = make_run(dropout=0.5)
+    run.model.dropout.eval()  # a part that was in eval mode stays so
+    state = torch.get_rng_state()
+    a, b = (validation_loss(run.model, [make_batch(1)]) for _ in range(2))
+    assert a == b
+    assert torch.equal(torch.get_rng_state(), state)
+    assert run.model.training
+    assert not run.model.dropout.training
+    assert torch.is_grad_enabled()
+    assert run.model.lora_B.grad is None
+
+
+def test_the_mode_comes_back_after_an_error():
+    run = make_run()
+    with pytest.raises(ZeroDivisionError), undisturbed(run.model):
+        torch.rand(1)
+        _ = 1 / 0
+    assert run.model.training
+    assert torch.is_grad_enabled()
+
+
+def test_nothing_supervised_is_an_error_not_a_number():
+    with pytest.raises(RunError, match="no record has a supervised token"):
+        validation_loss(make_run().model, [make_batch(1, supervised=False)])
+
+
+def test_validating_during_training_changes_nothing():
+    ends = []
+    for every in (0, 1):
+        run, losses = make_run(dropout=0.5), []
+        validate = Every(lambda step, m=run.model, to=losses: to.append(validation_loss(m, [make_batch(50)])), every)
+        run.train(make_steps(4), epochs=1, validate=validate)
+        assert len(losses) == 4 * every
+        ends.append((run.weights(), torch.get_rng_state()))
+    assert torch.equal(ends[0][1], ends[1][1])
+    assert all(torch.equal(tensor, ends[1][0][name]) for name, tensor in ends[0][0].items())
+
+
+def reference(model, prompt, count):
+    """Greedy decoding without a cache: the whole text again for each token."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_greedy_with_a_cache_equals_greedy_without_and_transformers(model):
+    model.eval()
+    expected = reference(model, PROMPT, 12)
+    found = generate(model, PROMPT, stop_ids=[], max_tokens=12)
+    assert (list(found.ids), found.stopped) == (expected, False)
+    theirs = model.generate(
+        torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True
+    )
+    assert theirs[0, len(PROMPT) :].tolist() == expected
+
+
+def test_settings_of_the_base_do_not_leak_in(model):
+    model.eval()
+    expected = generate(model, PROMPT, stop_ids=[], max_tokens=8)
+    before = model.generation_config.to_dict()
+    model.generation_config.update(do_sample=True, temperature=50.0, repetition_penalty=100.0, max_new_tokens=1)
+    try:
+        assert generate(model, PROMPT, stop_ids=[], max_tokens=8) == expected
+    finally:
+        model.generation_config.update(**before)
+
+
+def test_an_answer_ends_before_the_stop_token(model):
+    model.eval()
+    ids = reference(model, PROMPT, 12)
+    stop = ids[5]
+    seen = []
+    found = generate(model, PROMPT, stop_ids=[stop, 511], max_tokens=12, on_token=seen.append)
+    assert found.ids == tuple(ids[: ids.index(stop)])
+    assert found.stopped
+    assert seen == list(found.ids)
+
+
+def test_generating_in_the_middle_of_training_leaves_no_trace(model):
+    """With an adapter, dropout and gradient checkpointing on, as in a run."""
+    tuned = lora(model)
+    try:
+        tuned.gradient_checkpointing_enable()
+        tuned.train()
+        modes = [part.training for part in tuned.modules()]
+        state = torch.get_rng_state()
+        first = generate(tuned, PROMPT, stop_ids=[], max_tokens=6)
+        sampled = generate(tuned, PROMPT, stop_ids=[], max_tokens=6, temperature=1.0)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert [part.training for part in tuned.modules()] == modes
+        assert tuned.config.use_cache is False
+        assert tuned.get_base_model().is_gradient_checkpointing
+        assert torch.is_grad_enabled()
+        assert first == generate(tuned, PROMPT, stop_ids=[], max_tokens=6)
+        assert sampled == generate(tuned, PROMPT, stop_ids=[], max_tokens=6, temperature=1.0)
+        tuned.eval()
+        tuned.gradient_checkpointing_disable()
+        assert list(first.ids) == reference(tuned, PROMPT, 6)
+        with tuned.disable_adapter():
+            assert reference(tuned, PROMPT, 6) != list(first.ids), (
+                "the adapter must show for this test to mean anything"
+            )
+    finally:
+        tuned.unload()
+
+
+def test_seeds_and_temperature_decide_a_sample(model):
+    model.eval()
+    answers = {s: generate(model, PROMPT, stop_ids=[], max_tokens=8, temperature=1.5, seed=s).ids for s in range(3)}
+    assert len(set(answers.values())) > 1
+    assert generate(model, PROMPT, stop_ids=[], max_tokens=8, temperature=1.5, seed=2).ids == answers[2]
+
+
+def test_a_stream_gives_tokens_as_they_come_and_grads_stay_on_between_them(model):
+    model.eval()
+    tokens = stream(model, PROMPT, max_tokens=3)
+    next(tokens)
+    assert torch.is_grad_enabled()
+    assert len(list(tokens)) == 2
+
+
+def test_only_the_last_row_of_logits_is_made(model, monkeypatch):
+    model.eval()
+    rows = []
+    model.lm_head.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
+    try:
+        generate(model, PROMPT, stop_ids=[], max_tokens=3)
+    finally:
+        model.lm_head._forward_hooks.clear()
+    assert rows == [1, 1, 1]
+
+
+def test_a_model_without_a_cache_reads_everything_again():
+    class NoCache(torch.nn.Module):
+        def forward(self, input_ids, past_key_values=None, use_cache=None):
+            logits = torch.nn.functional.one_hot((input_ids.sum() % 50).reshape(1, 1), 50).float()
+            return type("Out", (), {"logits": logits, "past_key_values": None})
+
+    assert list(stream(NoCache(), [1, 2], max_tokens=4)) == [3, 6, 12, 24]
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it():
+    logits = torch.tensor([0.5, 0.2, 0.2999, 0.0001]).log()
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda p, t=1.0: {pick(logits, t, p, generator) for _ in range(300)}  # noqa: E731
+    assert draw(0.4) == draw(0.0) == {0}
+    assert draw(0.6) == {0, 2}
+    assert draw(0.9) == {0, 1, 2}
+    assert draw(1.0, 0.01) == {0}
+    share = sum(pick(logits, 1.0, 0.7, generator) == 0 for _ in range(2000)) / 2000
+    assert math.isclose(share, 0.5 / 0.7999, abs_tol=0.04)
+    assert pick(logits, 0.0, 0.01, generator) == 0

@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_training import POISON_GRADIENT, POISON_LOSS, make_batch, make_run, make_steps
+
+from corefit.engine.loop import Every, LoopState, progress_at, take_step
+from corefit.errors import RunError
+
+
+def split(batch, sizes):
+    """The same rows in micro-batches of these sizes."""
+    parts, row = [], 0
+    for size in sizes:
+        rows = slice(row, row + size)
+        labels = batch.labels[rows]
+        fields = {k: getattr(batch, k)[rows] for k in ("input_ids", "position_ids")}
+        parts.append(replace(batch, labels=labels, n_supervised=int((labels != -100).sum()), **fields))
+        row += size
+    return parts
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2), (3, 1), (1, 3)])
+@pytest.mark.parametrize("scale", [False, True])
+def test_any_split_of_a_step_gives_the_same_update(sizes, scale):
+    weights, losses = [], []
+    batch = make_batch(1, rows=4)
+    assert len({part.n_supervised for part in split(batch, (1, 1, 1, 1))}) > 1, (
+        "equal counts would hide a mean of means"
+    )
+    for parts in ([batch], split(batch, sizes)):
+        run = make_run(scale=scale, dropout=0.0)
+        run.optimizer = torch.optim.SGD(run.parameters.values(), lr=1.0)
+        loss, norm = take_step(run.model, parts, run.parameters, run.optimizer, run.scaler, "cpu", torch.float32, None)
+        weights.append(run.weights())
+        losses.append((loss, norm))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][name], atol=1e-7), name
+    assert not torch.equal(weights[0]["lora_B"], make_run().weights()["lora_B"])
+
+
+def test_loss_is_nats_per_supervised_token_of_the_whole_step():
+    run = make_run(dropout=0.0)
+    batches = (make_batch(1), make_batch(2))
+    with torch.no_grad():
+        nats = sum(
+            float(run.model(*(torch.from_numpy(a) for a in (b.input_ids, b.position_ids, b.labels)))) for b in batches
+        )
+    run.train([batches], max_steps=1)
+    report = run.reports[0]
+    assert report.loss == pytest.approx(nats / sum(b.n_supervised for b in batches), rel=1e-5)
+    assert report.supervised_tokens == sum(b.n_supervised for b in batches)
+    assert (report.tokens, report.samples, report.packs, report.step) == (58, 4, 4, 1)
+    assert report.fill == pytest.approx(100 * 58 / 64)
+    assert report.tokens_per_s == pytest.approx(report.supervised_tokens / report.seconds)
+    assert report.memory_bytes > 50e6
+    assert (
+        list(asdict(report))
+        == (
+            "step epoch progress loss lr grad_norm loss_scale skipped tokens supervised_tokens samples packs fill "
+            "tokens_per_s seconds memory_bytes"
+        ).split()
+    )
+
+
+def test_the_loss_falls():
+    run = make_run()
+    assert run.train(make_steps(30), epochs=1, lr_at=lambda progress: 1e-2) == "epochs"
+    assert run.reports[-1].loss < 0.7 * run.reports[0].loss
+
+
+def test_gradients_are_unscaled_before_they_are_clipped_and_reported():
+    plain, scaled = make_run(dropout=0.0), make_run(dropout=0.0, scale=True)
+    for run in (plain, scaled):
+        run.train(make_steps(3), epochs=1, clip=0.01)
+    for a, b in zip(plain.reports, scaled.reports, strict=True):
+        assert a.grad_norm > 0.01, "clipping must bite for this test to mean anything"
+        assert b.grad_norm == pytest.approx(a.grad_norm, rel=1e-4)
+        assert (a.loss_scale, b.loss_scale) == (1.0, 65536.0)
+
+
+@pytest.mark.parametrize("clip", [0.05, 0, None])
+def test_clipping_bounds_the_norm_and_zero_turns_it_off(clip):
+    run = make_run(dropout=0.0)
+    run.optimizer = torch.optim.SGD(run.parameters.values(), lr=1.0)
+    before = run.weights()
+    run.train(make_steps(1), epochs=1, clip=clip, lr_at=lambda progress: 1.0)
+    moved = math.sqrt(sum(float((tensor - before[name]).square().sum()) for name, tensor in run.weights().items()))
+    assert moved == pytest.approx(clip or run.reports[0].grad_norm, rel=1e-3)
+    assert run.reports[0].grad_norm > 0.05
+
+
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize(
+    ("poison", "cause"), [(POISON_GRADIENT, "non_finite_gradients"), (POISON_LOSS, "non_finite_loss")]
+)
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_a_step_that_is_not_finite_changes_nothing_but_is_counted(scale, poison, cause, optimizer):
+    run = make_run(scale=scale, optimizer=optimizer)
+    seen = []
+
+    def look(report):
+        moments = {
+            k: v.clone()
+            for p in run.parameters.values()
+            for k, v in run.optimizer.state[p].items()
+            if hasattr(v, "clone")
+        }
+        seen.append((report, run.weights(), moments, [run.optimizer.state[p]["step"] for p in run.parameters.values()]))
+
+    run.train(make_steps(5, poison={2: poison}), epochs=1, on_step=look)
+    report, weights, moments, counts = seen[2]
+    assert (report.step, report.skipped, report.cause, report.epoch) == (3, True, cause, pytest.approx(0.6))
+    assert (report.loss is None) == (poison == POISON_LOSS)
+    assert (report.grad_norm is None) == (poison == POISON_GRADIENT)
+    json.dumps(asdict(report), allow_nan=False)
+    assert all(torch.equal(weights[name], seen[1][1][name]) for name in weights)
+    assert all(torch.equal(moments[name], seen[1][2][name]) for name in moments)
+    assert counts == seen[1][3]
+    assert not torch.equal(seen[3][1]["lora_B"], weights["lora_B"]), "the next step goes on"
+    assert all(torch.isfinite(tensor).all() for tensor in seen[4][1].values())
+    assert run.state.skipped == {cause: 1}
+    assert (run.state.step, run.state.skipped_in_a_row, run.state.stream["next"]) == (5, 0, 10)
+    backed_off = poison == POISON_GRADIENT
+    scales = ([65536.0] * 3 + [32768.0 if backed_off else 65536.0] * 2) if scale else [1.0] * 5
+    assert [r.loss_scale for r, *_ in seen] == scales
+
+
+def test_twenty_skipped_steps_in_a_row_stop_the_run_with_the_weights_as_they_were():
+    run = make_run(scale=True)
+    saved = []
+    poison = dict.fromkeys(range(5, 40), POISON_GRADIENT)
+    with pytest.raises(
+        RunError, match=r"step 25: the gradients of 20 steps in a row are not finite \(loss scale 0\.125\)"
+    ):
+        run.train(
+            make_steps(40, poison=poison), epochs=1, checkpoint=Every(lambda step: saved.append(run.weights()), 5)
+        )
+    assert all(torch.equal(tensor, saved[0][name]) for name, tensor in run.weights().items())
+    assert run.state.skipped == {"non_finite_gradients": 20}
+
+
+def test_nineteen_skipped_steps_and_a_good_one_go_on():
+    run = make_run()
+    poison = dict.fromkeys([*range(0, 19), *range(20, 39)], POISON_GRADIENT)
+    assert run.train(make_steps(40, poison=poison), epochs=1) == "epochs"
+    assert run.state.skipped == {"non_finite_gradients": 38}
+
+
+def test_a_step_without_supervised_tokens_updates_nothing_and_is_counted():
+    run = make_run(scale=True)
+    before = run.weights()
+    run.train([(make_batch(0, epoch=0.5, supervised=False),), (make_batch(1, epoch=1.0),)], epochs=1)
+    first, second = run.reports
+    assert (first.cause, first.loss, first.grad_norm, first.supervised_tokens) == ("nothing_supervised", None, None, 0)
+    assert not second.skipped
+    assert run.state.skipped == {"nothing_supervised": 1}
+    alone = make_run(scale=True)
+    alone.train([(make_batch(1, epoch=1.0),)], epochs=1, lr_at=lambda progress: second.lr)
+    assert all(torch.equal(tensor, alone.weights()[name]) for name, tensor in run.weights().items())
+    assert not torch.equal(before["lora_B"], run.weights()["lora_B"])
+
+
+def test_a_micro_batch_without_supervised_tokens_leaves_the_step_as_it_is():
+    weights = []
+    for batches in ((make_batch(1),), (make_batch(0, supervised=False), make_batch(1))):
+        run = make_run()
+        run.train([batches], max_steps=1)
+        weights.append(run.weights())
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.parametrize("limit", [{"epochs": 1}, {"max_steps": 4}])
+def test_progress_is_taken_in_the_middle_of_a_step_and_sets_the_rate(limit):
+    run = make_run()
+    asked = []
+    run.train(make_steps(4), **limit, lr_at=lambda progress: asked.append(progress) or 0.5 * progress)
+    assert [r.progress for r in run.reports] == pytest.approx([1 / 8, 3 / 8, 5 / 8, 7 / 8])
+    assert [r.lr for r in run.reports] == pytest.approx([0.5 * r.progress for r in run.reports])
+    assert run.optimizer.param_groups[0]["lr"] == run.reports[-1].lr
+    assert [r.epoch for r in run.reports] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+
+
+def test_the_nearer_end_decides_progress():
+    assert progress_at(5, 0.1, max_steps=10, epochs=3) == 0.5
+    assert progress_at(5, 2.7, max_steps=10, epochs=3) == pytest.approx(0.9)
+    assert progress_at(5, 2.7, max_steps=10, epochs=0) == 0.5
+    assert progress_at(500, 7.0, max_steps=None, epochs=0) == 0.5
+
+
+@given(st.floats(0, 1e7), st.floats(0, 1e4), st.none() | st.integers(1, 10**6), st.integers(0, 100))
+def test_progress_is_strictly_inside_and_never_falls(step, epoch, max_steps, epochs):
+    here = progress_at(step, epoch, max_steps=max_steps, epochs=epochs)
+    assert 0 < here < 1
+    assert here <= progress_at(step + 1, epoch + 0.1, max_steps=max_steps, epochs=epochs)
+
+
+def test_the_run_ends_at_max_steps_without_taking_more_data():
+    run = make_run()
+    steps = make_steps(10)
+    assert run.train(steps, epochs=1, max_steps=3) == "max_steps"
+    assert run.state.step == 3
+    assert next(steps)[0].state["next"] == 7
+
+
+def test_no_data_is_no_step():
+    run = make_run()
+    saved = []
+    assert run.train([], epochs=1, checkpoint=Every(saved.append, 1)) == "epochs"
+    assert run.state == LoopState()
+    assert saved == []
+
+
+def test_a_signal_finishes_the_step_saves_and_says_why():
+    run = make_run()
+    saved = []
+    why = run.train(
+        make_steps(10),
+        epochs=1,
+        should_stop=lambda: "SIGINT" if run.state.step == 4 else "",
+        checkpoint=Every(saved.append, 3),
+    )
+    assert (why, saved, len(run.reports)) == ("SIGINT", [3, 4], 4)
+
+
+def test_hooks_run_when_due_the_checkpoint_last_and_the_end_is_saved_once():
+    run = make_run()
+    calls = []
+    run.train(
+        make_steps(6),
+        epochs=1,
+        checkpoint=Every(lambda step: calls.append(("checkpoint", step)), 2),
+        validate=Every(lambda step: calls.append(("validate", step)), 2),
+        sample=Every(lambda step: calls.append(("sample", step)), 3),
+    )
+    assert calls == [
+        *(("validate", 2), ("checkpoint", 2), ("sample", 3), ("validate", 4), ("checkpoint", 4)),
+        *(("validate", 6), ("sample", 6), ("checkpoint", 6)),
+    ]
+
+
+def test_a_hook_by_minutes_counts_from_the_end_of_its_last_run(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("corefit.engine.loop.time.monotonic", lambda: now[0])
+    hook = Every(lambda step: now.__setitem__(0, now[0] + 50), minutes=1, last_time=now[0])
+    now[0] += 59
+    assert not hook.due(1)
+    now[0] += 1
+    assert hook.due(2)
+    hook.run(2)
+    now[0] += 59
+    assert not hook.due(3)
+    now[0] += 1
+    assert hook.due(4)
+    assert not Every(print).due(1)
+
+
+def test_a_full_memory_says_what_makes_the_step_smaller():
+    run = make_run()
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    run.model.forward = full
+    with pytest.raises(
+        RunError, match=r"step 1: out of memory with 2 packs of 16 slots: --set train.micro_batch=1,.*\(CUDA"
+    ):
+        run.train(make_steps(1), epochs=1)
+
+
+def test_fp16_autocast_with_scaling_learns_as_fp32_does():
+    losses = []
+    for dtype, scale in ((torch.float32, False), (torch.float16, True)):
+        run = make_run(dropout=0.0, scale=scale)
+        run.train(make_steps(8), epochs=1, compute_dtype=dtype)
+        losses.append([r.loss for r in run.reports])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert losses[0] != losses[1], "nothing was computed in fp16"
+
+
+def test_waits_for_the_device_once_a_step(monkeypatch):
+    waits = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: waits.append(1) or tolist(self))
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: pytest.fail("a second wait"))
+    run = make_run()
+    run.optimizer = torch.optim.SGD(run.parameters.values(), lr=0.1)
+    run.train([(make_batch(1), make_batch(2)), (make_batch(3),)], max_steps=2)
+    assert len(waits) == 2
+
+
+def test_a_batch_reaches_the_loss_as_it_is():
+    run = make_run()
+    seen = []
+    forward = run.model.forward
+    run.model.forward = lambda *args: seen.append(args) or forward(*args)
+    batch = make_batch(3)
+    run.train([(batch,)], max_steps=1)
+    for tensor, array in zip(seen[0], (batch.input_ids, batch.position_ids, batch.labels), strict=True):
+        assert tensor.dtype == torch.int64
+        assert np.array_equal(tensor.numpy(), array)

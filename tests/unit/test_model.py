@@ -1,0 +1,487 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import write_model
+
+from corefit.engine import model as model_module
+from corefit.engine.attention import causal_lm
+from corefit.engine.model import (
+    AdapterSpec,
+    attach_adapter,
+    base_dtype_of,
+    choose_device,
+    choose_precision,
+    count_parameters,
+    decoder_targets,
+    enable_gradient_checkpointing,
+    load_base,
+    model_fingerprint,
+    prepare_process,
+    quiet,
+    resolve_base,
+    trainable_parameters,
+)
+from corefit.errors import ModelError, UserError
+from corefit.types import Quantizer
+
+torch.set_num_threads(1)
+ALL = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+SPEC = AdapterSpec(r=4, alpha=8, dropout=0.0)
+
+
+def nf4(compute_dtype):
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=getattr(torch, compute_dtype))
+
+
+NONE = Quantizer(name="none", summary="", config=lambda compute_dtype: None)
+NF4 = Quantizer(name="nf4", summary="", config=nf4)
+
+
+def load(folder, quantizer=NONE, compute_dtype="float32", **more):
+    return load_base(str(folder), quantizer=quantizer, compute_dtype=compute_dtype, device="cpu", **more)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+def refused(folder, match, **more):
+    with pytest.raises(ModelError, match=match) as caught:
+        load(folder, **more)
+    text = str(caught.value)
+    assert "\n" not in text and text.startswith(str(folder)), text
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def test_a_loaded_base_is_frozen_with_sdpa_and_without_a_cache(tiny_model):
+    model = load(tiny_model)
+    assert model.config._attn_implementation == "sdpa" and model.config.use_cache is False
+    assert not model.training and not trainable_parameters(model)
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("compute", ["float32", "float16", "bfloat16"])
+def test_frozen_weights_are_held_in_the_compute_dtype_and_norms_in_fp32(tmp_path, stored, compute):
+    folder = write_model(tmp_path, dtype=stored)
+    assert base_dtype_of(str(folder)) == stored
+    model = attach_adapter(load(folder, compute_dtype=compute), SPEC, seed=0)
+    for name, parameter in model.named_parameters():
+        fp32 = "norm" in name or "lora" in name
+        assert parameter.dtype == (torch.float32 if fp32 else getattr(torch, compute)), name
+
+
+def test_the_stored_dtype_is_read_from_the_weights_not_from_the_config(tmp_path):
+    folder = edit_config(write_model(tmp_path, dtype="float16"), dtype="bfloat16", torch_dtype="bfloat16")
+    assert base_dtype_of(str(folder)) == "float16"
+
+
+def test_full_fine_tuning_trains_everything_in_fp32_as_stored(tmp_path):
+    folder = write_model(tmp_path)
+    model = attach_adapter(load(folder, compute_dtype="bfloat16", weights_dtype="float32"), None, seed=0)
+    assert len(trainable_parameters(model)) == len(list(model.parameters()))
+    stored = load(folder).state_dict()
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+    counted = count_parameters(model)
+    assert counted.trainable == counted.total
+    attach_adapter(load(folder, compute_dtype="bfloat16"), None, seed=0)  # asserts fp32 itself
+
+
+def test_4_bit_layers_are_protected_from_repacking_and_counted_whole(tmp_path):
+    folder = write_model(tmp_path)
+    seen = []
+    quantizer = Quantizer(name="nf4", summary="", config=nf4, after_load=seen.append)
+    model = load(folder, quantizer, "bfloat16")
+    assert seen == [model]
+    layers = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    assert len(layers) == 14 and not any(m.support_avx512bf16_for_cpu for m in layers)
+    assert count_parameters(model).total == count_parameters(load(folder)).total
+    with pytest.raises(ModelError, match="full fine-tuning"):
+        attach_adapter(model, None, seed=0)
+
+
+def test_a_class_without_sdpa_gets_eager_attention_and_says_so(tiny_model, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    for owner in LlamaForCausalLM.__mro__:
+        if "_supports_sdpa" in vars(owner):
+            monkeypatch.setattr(owner, "_supports_sdpa", False)
+    lines = []
+    assert load(tiny_model, say=lines.append).config._attn_implementation == "eager"
+    assert len(lines) == 1 and "eager" in lines[0]
+
+
+def test_nothing_is_printed_by_others_while_loading_and_training(tiny_model):
+    code = f"""
+import torch
+torch.set_num_threads(1)
+from corefit.engine.model import *
+from corefit.engine.loss import CausalLoss
+from corefit.types import Quantizer
+def config(compute_dtype):
+    from transformers import BitsAndBytesConfig
+    return BitsAndBytesConfig(load_in_8bit=True)
+model = load_base({str(tiny_model)!r}, quantizer=Quantizer(name="int8", summary="", config=config),
+                  compute_dtype="bfloat16", device="cpu")
+model = attach_adapter(model, AdapterSpec(4, 8, 0.1), seed=0)
+enable_gradient_checkpointing(model)
+ids = torch.arange(16)[None]
+with torch.autocast("cpu", dtype=torch.bfloat16):
+    CausalLoss(model)(ids, ids, ids).backward()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_bitsandbytes_is_imported_without_the_hub(tmp_path):
+    (tmp_path / "kernels.py").write_text("raise SystemExit('kernels was imported')\n")
+    code = (
+        "import sys; from corefit.engine import model\n"
+        "assert model._import_bitsandbytes() and 'kernels' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_quiet_and_threads():
+    quiet()
+    assert logging.getLogger("bitsandbytes").level == logging.ERROR
+    prepare_process(1)
+    assert torch.get_num_threads() == 1
+
+
+# ------------------------------------------------------------------------------------------------ what can't be loaded
+
+
+def test_a_missing_folder_names_the_nearest_one(tmp_path):
+    write_model(tmp_path / "internlm-tiny")
+    assert "internlm-tiny?" in refused(tmp_path / "internlm-tniy", "no such folder")
+
+
+def test_a_hub_name_without_network_says_the_ways_out():
+    with pytest.raises(ModelError, match="no such folder here.*local model folder") as caught:
+        load("some-owner/some-model")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match="neither a folder"):
+        resolve_base("not a name!")
+
+
+def test_a_hub_that_does_not_answer_is_one_line(tmp_path):
+    code = "from corefit.engine.model import base_dtype_of\nbase_dtype_of('owner/some-model')"
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("corefit.errors.ModelError: owner/some-model: no such folder here, and not to be had"), last
+
+
+def test_files_that_are_not_a_model(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    refused(file, "a file, not a model folder")
+    refused(tmp_path, "no config.json")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refused(tmp_path, "an adapter, not a base model")
+    (tmp_path / "config.json").write_text("{")
+    refused(tmp_path, "config.json can't be read")
+
+
+def test_pickled_weights_are_refused_unopened(tmp_path):
+    folder = write_model(tmp_path)
+    (folder / "model.safetensors").unlink()
+    refused(folder, r"no \*.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    refused(folder, "pickle .*safetensors")
+    with pytest.raises(ModelError, match="pickle"):
+        base_dtype_of(str(folder))
+
+
+def test_remote_code_is_refused_without_a_prompt(tmp_path, monkeypatch):
+    folder = edit_config(
+        write_model(tmp_path), model_type="internlm9", auto_map={"AutoModelForCausalLM": "modeling.InternLM"}
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
+    assert "model.trust_remote_code=true" in refused(folder, "own Python code")
+    edit_config(folder, auto_map=None, model_type="lama")
+    folder_config = json.loads((folder / "config.json").read_text())
+    del folder_config["auto_map"]
+    (folder / "config.json").write_text(json.dumps(folder_config))
+    assert "'llama'" in refused(folder, "no model type 'lama'")
+
+
+def test_remote_code_runs_where_it_is_trusted_and_only_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = edit_config(
+        write_model(tmp_path / "remote"),
+        model_type="mine",
+        architectures=["Mine"],
+        auto_map={"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.Mine"},
+    )
+    (folder / "mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
+        "class Mine(LlamaForCausalLM):\n    config_class = MineConfig\n"
+    )
+    refused(folder, "own Python code")
+    assert type(load(folder, trust_remote_code=True)).__name__ == "Mine"
+
+
+def test_missing_and_broken_weights_are_errors_not_random_numbers(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = write_model(tmp_path)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    lines = []
+    save_file({**tensors, "model.layers.0.self_attn.rotary_emb.extra": torch.zeros(1)}, path, {"format": "pt"})
+    load(folder, say=lines.append)
+    assert len(lines) == 1 and "rotary_emb.extra" in lines[0]
+    gone = tensors.pop("model.norm.weight")
+    save_file(tensors, path, {"format": "pt"})
+    refused(folder, "1 weights .*model.norm.weight")
+    save_file({**tensors, "model.norm.weight": gone[:5].clone()}, path, {"format": "pt"})
+    refused(folder, "can't be loaded")
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(folder, "broken weights|can't be loaded")
+    path.write_bytes(b"version https://git-lfs")
+    with pytest.raises(ModelError, match="not a whole safetensors file"):
+        base_dtype_of(str(folder))
+
+
+def test_a_base_that_is_quantised_already_is_not_quantised_again(tmp_path):
+    folder = edit_config(write_model(tmp_path), quantization_config={"quant_method": "gptq", "bits": 4})
+    refused(folder, "quantised already", quantizer=NF4)
+
+
+def test_fingerprints_follow_values_and_architecture_not_the_place(tmp_path):
+    folder = write_model(tmp_path / "a")
+    first = model_fingerprint(str(folder))
+    shutil.copytree(folder, tmp_path / "b")
+    assert len(first) == 64 and model_fingerprint(str(tmp_path / "b")) == first
+    assert model_fingerprint(str(write_model(tmp_path / "c", seed=1))) != first
+    assert model_fingerprint(str(edit_config(tmp_path / "b", rope_theta=5e5))) != first
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+@pytest.mark.parametrize("quantizer", [NONE, NF4], ids=["none", "nf4"])
+def test_lora_goes_on_all_linear_layers_of_the_decoder(tiny_model, quantizer):
+    model = load(tiny_model, quantizer)
+    assert decoder_targets(model) == ALL
+    model = attach_adapter(model, SPEC, seed=0)
+    config = model.peft_config["default"]
+    assert config.target_modules == ALL and config.bias == "none" and config.task_type == "CAUSAL_LM"
+    trainable = trainable_parameters(model)
+    assert len(trainable) == 2 * 7 * 2 and all("lora_" in name for name in trainable)
+    assert all(parameter.dtype == torch.float32 for parameter in trainable.values())
+    assert model.training
+
+
+def test_the_head_is_no_target_where_the_decoder_is_the_whole_model(tiny_model, monkeypatch):
+    model = load(tiny_model)
+    monkeypatch.setattr(model, "get_decoder", lambda: model)
+    assert decoder_targets(model) == ALL
+
+
+def test_targets_stand_for_the_decoder_alone_also_where_names_repeat(tiny_model):
+    model = load(tiny_model)
+    model.model.layers[0].extra = torch.nn.Sequential(torch.nn.Linear(4, 4))  # named by an index
+    model.projector = torch.nn.ModuleDict({"up_proj": torch.nn.Linear(4, 4)})  # a twin outside the decoder
+    targets = decoder_targets(model)
+    assert "extra.0" in targets and "mlp.up_proj" in targets and "up_proj" not in targets and "lm_head" not in targets
+
+
+def test_the_seed_alone_decides_the_initial_adapter(tiny_model):
+    def made(seed, noise):
+        torch.manual_seed(noise)
+        before = torch.get_rng_state()
+        tensors = trainable_parameters(attach_adapter(load(tiny_model), SPEC, seed=seed))
+        assert torch.equal(torch.get_rng_state(), before)
+        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+    first, same, other = made(3, 0), made(3, 1), made(4, 0)
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_named_targets_and_modules_to_save(tiny_model):
+    spec = AdapterSpec(r=2, alpha=4, dropout=0.0, targets=("v_proj", "self_attn.q_proj"), modules_to_save=("lm_head",))
+    model = attach_adapter(load(tiny_model, compute_dtype="bfloat16"), spec, seed=0)
+    assert model.peft_config["default"].target_modules == ["self_attn.q_proj", "v_proj"]
+    trainable = trainable_parameters(model)
+    assert len(trainable) == 2 * 2 * 2 + 1 and any("lm_head" in name for name in trainable)
+    assert all(parameter.dtype == torch.float32 for parameter in trainable.values())
+
+
+def test_unknown_targets_name_the_nearest(tiny_model):
+    with pytest.raises(ModelError, match=r"adapter.targets: no layer 'q_porj'; did you mean 'q_proj'\?"):
+        attach_adapter(load(tiny_model), AdapterSpec(4, 8, 0.0, targets=("q_porj",)), seed=0)
+    with pytest.raises(ModelError, match=r"adapter.modules_to_save: no layer 'lm_haed'; did you mean 'lm_head'\?"):
+        attach_adapter(load(tiny_model), AdapterSpec(4, 8, 0.0, modules_to_save=("lm_haed",)), seed=0)
+
+
+def test_the_adapter_needs_no_network(tiny_model, monkeypatch):
+    import socket
+
+    monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("a socket was opened"))
+    attach_adapter(load(tiny_model), SPEC, seed=0)
+
+
+@pytest.mark.parametrize("old_names", [False, True])
+def test_gradient_checkpointing_recomputes_and_changes_nothing(tiny_model, monkeypatch, old_names):
+    def gradients(checkpointing):
+        model = attach_adapter(load(tiny_model), SPEC, seed=0)
+        calls = []
+        causal_lm(model).model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        if checkpointing:
+            enable_gradient_checkpointing(model)
+            assert causal_lm(model).model.layers[0]._gradient_checkpointing_func.keywords == {"use_reentrant": False}
+        ids = torch.arange(12)[None]
+        model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum().backward()
+        return len(calls), {name: p.grad for name, p in trainable_parameters(model).items()}
+
+    calls, expected = gradients(checkpointing=False)
+    if old_names:
+        from transformers import PreTrainedModel
+
+        if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
+            pytest.skip("this transformers has the old names anyway")
+        enable = PreTrainedModel._activation_checkpointing_enable
+        monkeypatch.delattr(PreTrainedModel, "activation_checkpointing_enable")
+        monkeypatch.setattr(
+            PreTrainedModel,
+            "gradient_checkpointing_enable",
+            lambda self, gradient_checkpointing_kwargs=None: enable(self, gradient_checkpointing_kwargs),
+        )
+    again, found = gradients(checkpointing=True)
+    assert (calls, again) == (1, 2)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def test_a_class_without_gradient_checkpointing_says_what_to_set(tiny_model, monkeypatch):
+    model = load(tiny_model)
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    with pytest.raises(ModelError, match="train.gradient_checkpointing=false"):
+        enable_gradient_checkpointing(model)
+
+
+# ------------------------------------------------------------------------------------------------- device and precision
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "base", "native", "name"),
+    [
+        ("auto", "cuda", "float16", True, "fp16"),
+        ("auto", "cuda", "bfloat16", True, "bf16"),
+        ("auto", "cuda", "float32", True, "bf16"),
+        ("auto", "cuda:1", "bfloat16", False, "fp16"),
+        ("auto", "cpu", "float16", True, "bf16"),
+        ("auto", "cpu", "float16", False, "fp32"),
+        ("fp16", "cpu", "float32", True, "fp16"),
+        ("bf16", "cpu", "float32", False, "bf16"),
+        ("fp32", "cuda", "float16", True, "fp32"),
+    ],
+)
+def test_precision(monkeypatch, wanted, device, base, native, name):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native)
+    monkeypatch.setattr(model_module, "_cpu_has_bf16", lambda: native)
+    chosen = choose_precision(wanted, device=device, base_dtype=base)
+    assert chosen.name == name and chosen.use_scaler == (name == "fp16")
+    assert chosen.compute_dtype == {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    assert chosen.reason and "\n" not in chosen.reason
+    assert ("12-15 times" in chosen.reason) == ((wanted, device) == ("fp16", "cpu"))
+    assert ("slow" in chosen.reason) == ((wanted, native) == ("bf16", False))
+
+
+def test_unknown_precisions_and_devices_name_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'fp16'"):
+        choose_precision("f16", device="cpu", base_dtype="float32")
+    for wanted in ("cudo", "cuda:x", "mps"):
+        with pytest.raises(UserError, match=f"no device '{wanted}'.*known: auto"):
+            choose_device(wanted)
+
+
+def test_without_a_gpu_auto_is_the_cpu_and_cuda_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(model_module, "_gpu_is_there", lambda: False)
+    assert choose_device("auto") == "cpu"
+    with pytest.raises(UserError, match="'cuda' was asked for"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize(("build", "words"), [(None, "CPU build"), ("13.0", "update the driver")])
+def test_a_gpu_that_torch_can_not_use_is_never_a_silent_cpu_run(monkeypatch, build, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", build)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(model_module, "_gpu_is_there", lambda: True)
+    with pytest.raises(UserError, match=f"{words}.*run.device=cpu") as caught:
+        choose_device("auto")
+    assert "\n" not in str(caught.value)
+    assert choose_device("cpu") == "cpu"
+
+
+def test_a_build_without_code_for_the_gpu_names_its_capability(monkeypatch):
+    def no_kernel(*args, **kwargs):
+        raise RuntimeError("CUDA error: no kernel image is available\nfor execution on the device")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (3, 7))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
+    monkeypatch.setattr(torch, "ones", no_kernel)
+    with pytest.raises(UserError, match=r"capability 3\.7.*sm_80 sm_90.*no kernel image.*run.device=cpu") as caught:
+        choose_device("auto")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="torch sees 1 GPU"):
+        choose_device("cuda:1")
+    monkeypatch.setattr(torch, "ones", lambda n, device: torch.full((n,), 1.0))
+    assert choose_device("auto") == "cuda" and choose_device("cuda:0") == "cuda:0"
+
+
+def test_a_gpu_is_seen_by_its_device_file_or_by_nvidia_smi_unless_hidden(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([Path("/dev/nvidiactl"), Path("/dev/nvidia0")]))
+    assert model_module._gpu_is_there()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not model_module._gpu_is_there()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([Path("/dev/nvidiactl")]))
+    monkeypatch.setattr(shutil, "which", lambda name: "/bin/nvidia-smi")
+    for output, code, there in (("GPU 0: Tesla K80", 0, True), ("No devices were found", 6, False)):
+        done = subprocess.CompletedProcess([], code, stdout=output)
+        monkeypatch.setattr(subprocess, "run", lambda *_, done=done, **__: done)
+        assert model_module._gpu_is_there() is there
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not model_module._gpu_is_there()
+
+
+def test_the_cpu_is_asked_by_names_that_may_be_missing(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    assert model_module._cpu_has_bf16()
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert not model_module._cpu_has_bf16()

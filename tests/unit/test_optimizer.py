@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from tiny_training import make_run, make_steps
+from torch import nn
+
+from corefit.engine.optimizer import (
+    OPTIMIZERS,
+    load_optimizer_state,
+    make_optimizer,
+    make_scaler,
+    optimizer_notice,
+    optimizer_state,
+)
+from corefit.errors import CheckpointError, RecipeError
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_learns_without_a_warning(name):
+    run = make_run(optimizer=name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.train(make_steps(20), epochs=1, lr_at=lambda progress: 1e-2)
+    assert run.reports[-1].loss < 0.8 * run.reports[0].loss
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_settings_reach_the_optimizer_and_parameters_are_in_the_order_of_their_names(name):
+    parameters = {key: nn.Parameter(torch.zeros(2)) for key in ("b", "a", "c")}
+    group = make_optimizer(name, parameters, lr=0.5, betas=(0.8, 0.9), weight_decay=0.25).param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.5, (0.8, 0.9), 0.25)
+    assert [id(p) for p in group["params"]] == [id(parameters[key]) for key in "abc"]
+
+
+def test_8_bit_state_really_is_8_bits_and_its_tables_are_not_saved():
+    run = make_run(optimizer="adamw_8bit")
+    run.train(make_steps(1), epochs=1)
+    tensors, scalars = optimizer_state(run.optimizer, run.parameters)
+    assert sorted(tensors) == [f"lora_{m}/{k}" for m in "AB" for k in ("absmax1", "absmax2", "state1", "state2")]
+    assert tensors["lora_A/state1"].dtype == torch.uint8
+    assert scalars["values"] == {"lora_A": {"step": 1}, "lora_B": {"step": 1}}
+    assert scalars["group"]["betas"] == (0.9, 0.999)
+    assert "params" not in scalars["group"]
+
+
+def test_state_goes_to_the_parameter_of_its_name_whatever_the_order():
+    run = make_run()
+    run.train(make_steps(2), epochs=1)
+    tensors, scalars = optimizer_state(run.optimizer, run.parameters)
+    other = {name: nn.Parameter(p.detach().clone()) for name, p in reversed(run.parameters.items())}
+    fresh = torch.optim.AdamW(other.values())
+    load_optimizer_state(fresh, other, tensors, scalars)
+    for name, parameter in other.items():
+        assert torch.equal(fresh.state[parameter]["exp_avg"], run.optimizer.state[run.parameters[name]]["exp_avg"])
+    assert fresh.param_groups[0]["weight_decay"] == 0.01
+
+
+def test_names_with_slashes_and_dots_survive():
+    parameters = {"model.layers.0/odd.lora_A": nn.Parameter(torch.ones(3))}
+    optimizer = make_optimizer("adamw", parameters, lr=0.1)
+    parameters["model.layers.0/odd.lora_A"].grad = torch.ones(3)
+    optimizer.step()
+    state = optimizer_state(optimizer, parameters)
+    load_optimizer_state(optimizer, parameters, *state)
+    assert set(optimizer.state[parameters["model.layers.0/odd.lora_A"]]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_state_of_a_weight_that_is_not_trained_is_refused():
+    parameters = {"a": nn.Parameter(torch.zeros(2))}
+    optimizer = make_optimizer("adamw", parameters, lr=0.1)
+    with pytest.raises(CheckpointError, match=r"not trained now: b \(1 in all\)"):
+        load_optimizer_state(optimizer, parameters, {"b/exp_avg": torch.zeros(2)}, {"values": {}, "group": {}})
+
+
+def test_an_unknown_name_gets_the_nearest():
+    with pytest.raises(RecipeError, match=r"no optimizer 'adamw8bit'; did you mean 'adamw_8bit'\?"):
+        make_optimizer("adamw8bit", {}, lr=0.1)
+
+
+def test_paging_that_does_not_happen_is_said():
+    assert optimizer_notice("paged_adamw_8bit", "cpu") is not None
+    assert optimizer_notice("paged_adamw_8bit", "cuda:0") is None
+    assert optimizer_notice("adamw_8bit", "cpu") is None
+
+
+def test_the_scaler_starts_at_65536_or_does_nothing():
+    assert make_scaler("cpu", enabled=True).get_scale() == 65536.0
+    off = make_scaler("cpu", enabled=False)
+    assert (off.get_scale(), off.state_dict()) == (1.0, {})
+
+
+def test_bitsandbytes_is_imported_only_where_it_is_used():
+    code = (
+        "import sys, torch; from corefit.engine.optimizer import make_optimizer as m;"
+        "import corefit.engine.loop, corefit.engine.checkpoint;"
+        "m('adamw', {'a': torch.nn.Parameter(torch.zeros(2))}, lr=0.1); sys.exit('bitsandbytes' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,503 @@
+"""The stream: order, mixtures, errors, validation, estimate, ranks, and that it reads no further than it must."""
+
+import json
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+from fakes import FORWARD, JSONL, NO_INDEX, PARTS, FakeEncoder, source, write_records
+
+from corefit.data.jsonl import content_hash, read_jsonl
+from corefit.data.ledger import Ledger
+from corefit.data.source import permutation
+from corefit.data.stream import Stream, batches_of, encode_all, split_validation
+from corefit.errors import CheckpointError, DataError, RecipeError
+from corefit.types import DatasetReader, Document, Drop, MapFunction, Record
+
+
+def stream(*sources, **changes):
+    settings = {"max_length": 32, "held": 16, "algorithm": "first_fit", "epochs": 1, **changes}
+    encoder = settings.pop("encoder", None) or FakeEncoder()
+    return Stream(sources, encoder, **settings)
+
+
+def batches(made, packs_per_step=1, micro_batch=1):
+    return [batch for step in made.steps(packs_per_step, micro_batch) for batch in step]
+
+
+def lines(found):
+    """Give the line numbers of all samples, in order."""
+    return [int(origin.rsplit(":", 1)[1]) for batch in found for origin in batch.origins]
+
+
+def names(found):
+    """Give the file names, in order."""
+    return "".join(origin.rsplit("/", 1)[1][0] for batch in found for origin in batch.origins)
+
+
+def last_ledger(found):
+    return found[-1].state["ledger"]
+
+
+# ------------------------------------------------------------------------------------------------------------ order
+
+
+def test_without_shuffle_full_packs_come_in_file_order(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[32]] * 10)
+    assert lines(batches(stream(source(path)))) == list(range(1, 11))
+
+
+def splitmix64(state):
+    """Source: the public-domain C of splitmix64 (Vigna 2015): one output, from the state before it."""
+    z = (state + 0x9E3779B97F4A7C15) % 2**64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+    return z ^ (z >> 31)
+
+
+def test_the_shuffle_is_splitmix64_and_fixed_for_ever():
+    assert splitmix64(0) == 0xE220A8397B1DCDAF  # the generator's published first output for seed 0
+    state = 0
+    for key in (7, 1, 2):
+        state = splitmix64(state ^ key)
+    keys = [splitmix64((state + i * 0x9E3779B97F4A7C15) % 2**64) for i in range(50)]
+    assert permutation(50, 7, 1, 2).tolist() == sorted(range(50), key=keys.__getitem__)
+    assert permutation(5, 2**70, -1).tolist() == permutation(5, 0, 2**64 - 1).tolist()
+
+
+@pytest.mark.parametrize("reader", [JSONL, NO_INDEX, FORWARD])
+def test_a_shuffle_depends_on_seed_and_epoch_and_on_nothing_else(tmp_path, reader):
+    path = write_records(tmp_path / "a.jsonl", [[32]] * 20)
+    made = lambda seed: lines(batches(stream(source(path, reader=reader, shuffle=True), epochs=2, seed=seed)))  # noqa: E731
+    one = made(0)
+    assert one[:20] == [i + 1 for i in permutation(20, 0, 0, 0)] and one[20:] == [
+        i + 1 for i in permutation(20, 0, 0, 1)
+    ]
+    assert one[:20] != one[20:] != sorted(one[20:]) and made(1) != one == made(0)
+
+
+def test_what_a_shuffle_needs_is_said(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[32]] * 20)
+    assert stream(source(path, shuffle=True)).notices[0].startswith("shuffle: indexed 20 records in 0.")
+    assert stream(source(path, shuffle=True, reader=FORWARD)).notices == [
+        "reader forward can't seek: 20 records held in memory"
+    ]
+    assert stream(source(path), source(path, reader=FORWARD), epochs=3).notices == []
+
+
+@pytest.mark.parametrize("reader", [JSONL, NO_INDEX, FORWARD])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_first_and_repeat(tmp_path, reader, shuffle):
+    path = write_records(tmp_path / "a.jsonl", [[32]] * 10)
+    found = batches(stream(source(path, reader=reader, shuffle=shuffle, first=3, repeat=2), epochs=2))
+    assert sorted(lines(found)) == sorted([1, 2, 3] * 4)
+    assert found[-1].state["epoch"] == 2.0
+    assert all(sorted(lines(found[i : i + 3])) == [1, 2, 3] for i in range(0, 12, 3))
+
+
+def test_no_limit_of_epochs(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[32]] * 3)
+    found = [step[0] for step in islice(stream(source(path), epochs=0).steps(1, 1), 100)]
+    assert lines(found) == ([1, 2, 3] * 34)[:100]
+    assert found[-1].state["epoch"] == pytest.approx(100 / 3)
+
+
+def test_several_files_and_origins(tmp_path):
+    a, b = (write_records(tmp_path / f"{name}.jsonl", [[32], [32]]) for name in "ab")
+    found = batches(stream(source(a, b)))
+    assert [origin for batch in found for origin in batch.origins] == [f"{a}:1", f"{a}:2", f"{b}:1", f"{b}:2"]
+
+
+# --------------------------------------------------------------------------------------------------------- mixtures
+
+
+def test_without_a_ratio_sources_mix_evenly_and_end_together(tmp_path):
+    a, b = (write_records(tmp_path / f"{name}.jsonl", [[32]] * n) for name, n in (("a", 60), ("b", 20)))
+    order = names(batches(stream(source(a), source(b))))
+    assert order.count("a") == 60 and order.count("b") == 20
+    assert all(12 <= order[i : i + 20].count("a") <= 18 for i in range(0, 80, 20))
+
+
+def test_repeat_counts_in_the_mix(tmp_path):
+    a, b = (write_records(tmp_path / f"{name}.jsonl", [[32]] * 20) for name in "ab")
+    order = names(batches(stream(source(a, repeat=3), source(b))))
+    assert order.count("a") == 60 and all(order[i : i + 4].count("a") == 3 for i in range(4, 76, 4))
+
+
+def test_a_ratio_counts_records_and_what_is_left_follows(tmp_path):
+    a, b = (write_records(tmp_path / f"{name}.jsonl", [[32]] * n) for name, n in (("a", 10), ("b", 20)))
+    order = names(batches(stream(source(a, ratio=1.0), source(b, ratio=3.0))))
+    assert order[:24].count("b") == 18 and order[24:] == "abbaaa"
+
+
+def test_a_source_in_memory_without_sizes_mixes_too(tmp_path):
+    def read(sources, options):
+        for i in range(30):
+            yield Record({"id": i, "parts": [32]}, path="x", line=i + 1, offset=0)
+
+    a = write_records(tmp_path / "a.jsonl", [[32]] * 30)
+    made = DatasetReader(name="made", summary="", read=read, needs_path=False)
+    order = "".join(o.rsplit("/", 1)[-1][0] for b in batches(stream(source(a), source(reader=made))) for o in b.origins)
+    assert all(order[i : i + 10].count("a") == 5 for i in range(0, 60, 10))
+
+
+# ----------------------------------------------------------------------------------------------------- errors, drops
+
+
+def test_a_bad_record_stops_the_run_at_its_turn(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[32], [32], '{"id": 3, oops}', [32]])
+    steps = stream(source(path), held=1).steps(1, 1)
+    assert lines(next(steps)) == [1]
+    with pytest.raises(DataError, match=rf'^{path}:3:11: broken JSON.*on_bad="skip"'):
+        next(steps)
+
+
+def test_bad_records_can_be_skipped_and_are_counted(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[32], '{"id": 3, oops}', "[1]", [32]])
+    records = last_ledger(batches(stream(source(path, on_bad="skip"))))["records"]
+    assert (records["read"], records["used"], records["dropped"]) == (4, 2, {"bad_record": 2})
+
+
+@pytest.mark.parametrize(("message", "shown"), [("a\nb", "ValueError: a b"), ("", "ValueError:")])
+def test_a_map_function_that_fails_names_the_record_and_its_keys(tmp_path, message, shown):
+    def fail(record, options):
+        raise ValueError(message)
+        yield
+
+    path = write_records(tmp_path / "a.jsonl", [[32]])
+    broken = MapFunction(name="broken", summary="", map=fail)
+    with pytest.raises(DataError) as caught:
+        batches(stream(source(path, map_function=broken)))
+    assert str(caught.value) == f"{path}:1: map function 'broken' failed: {shown}; keys of the record: id, parts"
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_map_function_must_give_items(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[32]])
+    for wrong, shown in ((lambda record, options: ["text"], "gave a str"), (lambda record, options: None, "NoneType")):
+        with pytest.raises(DataError, match=shown):
+            batches(stream(source(path, map_function=MapFunction(name="w", summary="", map=wrong))))
+
+
+def test_map_options_reach_the_map_function(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[32]])
+    echo = MapFunction(name="echo", summary="", map=lambda record, options: [Document(f"{options} 8")])
+    assert batches(stream(source(path, map_function=echo, map_options=5)))[0].input_ids[0, 0] == 5
+
+
+def test_data_without_a_single_sample_is_an_error_with_the_reasons(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [["why"], ["encoder: odd"], []])
+    for epochs in (0, 1, 3):
+        with pytest.raises(DataError, match=r"no sample in 3 records \(why 1, odd 1, no_items 1\)"):
+            batches(stream(source(path), epochs=epochs))
+
+
+def test_overlong_error_stops_at_its_turn(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[32], [32], [33]])
+    steps = stream(source(path), held=1, overlong="error").steps(1, 1)
+    next(steps)
+    with pytest.raises(DataError, match=rf"{path}:3: 33 tokens"):
+        next(steps)
+
+
+# ------------------------------------------------------------------------------------------------------- the ledger
+
+
+def test_everything_is_counted(tmp_path):
+    a = write_records(
+        tmp_path / "a.jsonl", [[40], [10, "why", 3], ["why"], ["encoder: odd", 8], [[6, 4, 2, 8]], []], trailing=1
+    )
+    ledger = last_ledger(batches(stream(source(a), epochs=2)))
+    assert ledger["records"] == {
+        "read": 12, "used": 8, "dropped": {"why": 2, "no_items": 2}, "validation": 0, "pending": 0,
+        "parts_dropped": {"why": 2, "odd": 2},
+    }  # fmt: skip
+    assert ledger["tokens"] == {
+        "encoded": 162, "supervised": 2 * (31 + 9 + 2 + 7 + 12), "masked": 2 * (4 + 8), "truncated": 16, "dropped": 0,
+        "validation": 0, "pending": 0,
+    }  # fmt: skip
+    assert ledger["messages"] == {
+        "total": 10, "dropped": {"trailing_user": 2}, "notes": {"joined": 2, "look_alike": 2}
+    }  # fmt: skip
+    slots = ledger["slots"]
+    assert (slots["supervised"], slots["masked"]) == (ledger["tokens"]["supervised"], ledger["tokens"]["masked"])
+    assert ledger["balanced"]
+
+
+@pytest.mark.parametrize(
+    ("overlong", "expected"), [("drop", (30, 0, 70)), ("truncate", (62, 38, 0)), ("split", (99, 0, 1))]
+)
+def test_overlong_samples_are_counted_by_token(tmp_path, overlong, expected):
+    path = write_records(tmp_path / "a.jsonl", [[70], [30]])
+    if overlong == "split":
+        path = write_records(tmp_path / "a.jsonl", [[65], [35]])  # pieces of 32, 32, 1 and 32, 3: one has no target
+    tokens = last_ledger(batches(stream(source(path), overlong=overlong)))["tokens"]
+    assert (tokens["supervised"] + tokens["masked"], tokens["truncated"], tokens["dropped"]) == expected
+    assert tokens["encoded"] == 100
+
+
+def test_what_is_held_is_pending(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[20]] * 6)
+    first = next(stream(source(path), held=3).steps(1, 1))[0]
+    records = first.state["ledger"]["records"]
+    assert (records["read"], records["used"], records["pending"]) == (4, 1, 3)
+    assert first.state["ledger"]["tokens"]["pending"] == 60
+
+
+def test_a_record_is_used_when_its_last_sample_is_packed(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[32, 32, 20], [32], [32]])
+    used = [b.state["ledger"]["records"]["used"] for b in batches(stream(source(path), held=1))]
+    assert used == [0, 0, 1, 2, 3]
+
+
+def test_a_sample_lost_by_the_packer_unbalances_the_ledger(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[10]] * 40)
+    made = stream(source(path), held=4)
+    steps = made.steps(1, 1)
+    assert next(steps)[0].state["ledger"]["balanced"]
+    made._packer.packs[-1].refs.pop()
+    after = [step[0].state["ledger"] for step in steps]
+    assert not any(ledger["balanced"] for ledger in after)
+    assert after[-1]["records"]["read"] == 40 and after[-1]["records"]["used"] == 39
+
+
+def test_progress_rises_to_the_number_of_epochs(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [["why"], [32], ["why"], [32], [32], ["why"], ["why"]])
+    found = [batch.state["epoch"] for batch in batches(stream(source(path), epochs=2))]
+    assert found == sorted(found) and found[-1] == 2.0 and 0 < found[0] < found[1] < 1 < found[3]
+
+
+def test_progress_of_a_set_that_is_held_whole_starts_low(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[20]] * 10)
+    found = [batch.state["epoch"] for batch in batches(stream(source(path), held=256))]
+    assert np.allclose(found, np.arange(1, 11) / 10, atol=0.02) and found[-1] == 1.0
+
+
+def test_progress_where_the_reader_says_no_sizes(tmp_path):
+    def read(sources, options):
+        return (Record({"id": i, "parts": [32]}, path="x", line=i + 1, offset=0) for i in range(8))
+
+    made = stream(source(reader=DatasetReader(name="made", summary="", read=read, needs_path=False)), epochs=2)
+    assert made.total_bytes == 8
+    assert [batch.state["epoch"] for batch in batches(made)] == [i / 8 for i in range(1, 17)]
+
+
+# ------------------------------------------------------------------------------------------------------ reading ahead
+
+
+def test_nothing_is_encoded_beyond_the_samples_held(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[10]] * 2000)
+    encoder = FakeEncoder()
+    steps = stream(source(path, shuffle=True), encoder=encoder, held=64, algorithm="first_fit_decreasing").steps(2, 1)
+    assert encoder.n_items == 0
+    next(steps)
+    assert encoder.n_items <= 64 + 32 + 1
+    assert encoder.largest_call <= 32
+
+
+def test_large_records_are_encoded_in_small_groups(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[10]] * 40, filler="x" * 2**19)
+    encoder = FakeEncoder()
+    next(stream(source(path), encoder=encoder, held=1).steps(1, 1))
+    assert encoder.largest_call == 2
+
+
+# --------------------------------------------------------------------------------------------------- steps and ranks
+
+
+def test_steps_and_micro_batches(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[32]] * 11)
+    shapes = [[b.input_ids.shape[0] for b in step] for step in stream(source(path)).steps(4, 2)]
+    assert shapes == [[2, 2], [2, 2], [2, 1]]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("n", [1, 2, 11, 12, 13, 14, 23])
+def test_ranks_share_the_packs_of_one_rank(tmp_path, world, n):
+    path = write_records(tmp_path / "a.jsonl", [[32 - i % 9] for i in range(n)])
+    alone = list(stream(source(path)).steps(12, 12))
+    ranks = [list(stream(source(path), world=world, rank=r).steps(12, 1)) for r in range(world)]
+    assert {len(steps) for steps in ranks} == {len(alone)}
+    for number, step in enumerate(alone):
+        rows = [lines(steps[number]) for steps in ranks]
+        assert [rows[k % world][k // world] for k in range(len(lines(step)))] == lines(step)
+        ends = [steps[number][-1].state for steps in ranks if steps[number]]
+        assert all(state["cut"] == step[-1].state["cut"] and state["ledger"] == ends[0]["ledger"] for state in ends)
+        assert ends[0]["ledger"]["balanced"]
+        for key in ("records", "tokens", "messages"):
+            assert ends[0]["ledger"][key] == step[-1].state["ledger"][key]
+    slots = [step[-1].state["ledger"]["slots"] for step in (ranks[0][-1],)][0]
+    assert slots["total"] == sum(b.input_ids.size for steps in ranks for step in steps for b in step)
+
+
+def test_packs_per_step_must_divide(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[32]])
+    for packs_per_step, micro_batch, world in ((4, 3, 1), (4, 2, 4), (0, 1, 1), (4, 0, 1)):
+        with pytest.raises(RecipeError, match=r"train.packs_per_step: .* not a multiple"):
+            next(stream(source(path), world=world).steps(packs_per_step, micro_batch))
+
+
+# ------------------------------------------------------------------------------------------------------------ resume
+
+
+def test_changed_data_is_noticed_on_resume(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[20]] * 20)
+    state = json.loads(json.dumps(next(stream(source(path)).steps(1, 1))[0].state))
+    write_records(path, [[21]] * 20)
+    with pytest.raises(CheckpointError, match="changed since the checkpoint"):
+        stream(source(path)).load_state_dict(state)
+    with pytest.raises(CheckpointError, match="1 data sources, the recipe 2"):
+        stream(source(path), source(path)).load_state_dict(state)
+
+
+def test_resume_seeks_instead_of_reading_from_the_start(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[32]] * 400)
+    starts = []
+
+    def read(sources, options, start=None):
+        starts.append(start)
+        return read_jsonl(sources, options, start)
+
+    made = source(path, reader=replace(NO_INDEX, read=read))
+    state = list(islice(stream(made, held=1).steps(1, 1), 300))[-1][0].state
+    resumed = stream(made, held=1)
+    resumed.load_state_dict(state)
+    starts.clear()
+    assert lines(next(resumed.steps(1, 1))) == [301]
+    assert [start.line for start in starts] == [301]  # the record held comes from before
+
+
+# -------------------------------------------------------------------------------------------------------- validation
+
+
+def test_the_split_is_by_content(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[i % 50 + 2] for i in range(200)])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    split = split_validation([source(path)], share=0.2, records=10)
+    chosen = [row for row in rows if content_hash(row) < 0.2 * 2**64][:10]
+    assert split.reason is None and [dict(record) for _, record in split.records] == chosen
+    assert split.hashes == {content_hash(row) for row in chosen}
+
+
+def test_duplicates_fall_on_one_side(tmp_path):
+    rows = [json.dumps({"id": i % 40, "parts": [32]}) for i in range(120)]
+    path = write_records(tmp_path / "a.jsonl", rows)
+    split = split_validation([source(path), source(path)], share=0.2, records=5)
+    assert len(split.records) == len(split.hashes) == 5
+    found = batches(stream(source(path), val_hashes=split.hashes))
+    ids = {record["id"] for _, record in split.records}
+    assert not ids & {int(batch.input_ids[0, 0]) for batch in found}
+    assert last_ledger(found)["records"]["validation"] == 15 and len(found) == 105
+
+
+@pytest.mark.parametrize(
+    ("n", "share", "why"), [(19, 0.5, "only 19 records"), (30, 1e-9, "chose none of 30"), (30, 1.0, "chose all of 30")]
+)
+def test_with_too_few_rows_the_split_is_off_and_says_why(tmp_path, n, share, why):
+    path = write_records(tmp_path / "a.jsonl", [[2 + i] for i in range(n)])
+    split = split_validation([source(path)], share=share, records=200)
+    assert not split.hashes and not split.records and split.reason is not None and why in split.reason
+    assert split_validation([source(path)], share=0.0, records=200) == (frozenset(), [], None)
+
+
+def test_the_split_reads_no_further_than_it_must(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[2 + i % 30] for i in range(500)])
+    n_read = 0
+
+    def read(sources, options):
+        nonlocal n_read
+        for record in read_jsonl(sources, options):
+            n_read += 1
+            yield record
+
+    made = source(path, reader=replace(FORWARD, read=read))
+    assert len(split_validation([made], share=0.5, records=10).records) == 10
+    assert 20 <= n_read < 60
+
+
+def test_validation_tokens_balance(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[40 + i] for i in range(40)])
+    split = split_validation([source(path)], share=0.3, records=5)
+    made = stream(source(path), val_hashes=split.hashes)
+    samples = encode_all(split.records, made.encoder, max_length=32, ledger=made.ledger)
+    assert [len(s.input_ids) for s in samples] == [32] * 5
+    ledger = last_ledger(batches(made))
+    assert ledger["tokens"]["validation"] == sum(record["parts"][0] for _, record in split.records)
+    assert ledger["records"]["validation"] == 5 and ledger["balanced"]
+    assert (found := batches_of(samples, max_length=64, micro_batch=2)) and [b.n_samples for b in found] == [4, 1]
+    assert all(b.input_ids.shape[1] <= 64 for b in found) and batches_of([], max_length=64, micro_batch=2) == []
+
+
+def test_encode_all_stops_at_an_error(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[40]])
+    made = source(path)
+    pairs = [(made, record) for record in made.read()]
+    with pytest.raises(DataError, match="40 tokens"):
+        encode_all(pairs, FakeEncoder(), max_length=32, overlong="error")
+    ledger = Ledger()
+    assert len(encode_all(pairs, FakeEncoder(), max_length=64, ledger=ledger)) == 1
+    ledger.check()
+
+
+# ---------------------------------------------------------------------------------------------------------- estimate
+
+
+@pytest.mark.parametrize("algorithm", ["first_fit", "first_fit_decreasing", "best_fit_decreasing"])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_small_set_is_counted_exactly(tmp_path, algorithm, shuffle):
+    rng = np.random.default_rng(0)
+    a = write_records(tmp_path / "a.jsonl", [[int(n)] for n in rng.integers(2, 32, 60)] + [["why"]])
+    b = write_records(tmp_path / "b.jsonl", [[int(n), 3] for n in rng.integers(2, 32, 20)])
+    made = stream(source(a, shuffle=shuffle), source(b, repeat=2), epochs=3, algorithm=algorithm)
+    estimate = made.estimate()
+    assert (estimate.records, estimate.samples, estimate.exact) == (101, 140, True)
+    steps = list(made.steps(4, 1))
+    assert estimate.total_packs == sum(map(len, steps)) and estimate.steps(4) == len(steps)
+    assert estimate.packs == -(-estimate.total_packs // 3)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_large_set_is_estimated_within_a_few_percent(tmp_path, shuffle):
+    rng = np.random.default_rng(0)
+    path = write_records(tmp_path / "a.jsonl", [[int(n)] for n in np.clip(rng.lognormal(2, 0.8, 2000), 2, 32)])
+    encoder = FakeEncoder()
+    made = stream(source(path, shuffle=shuffle), epochs=2, encoder=encoder, algorithm="first_fit_decreasing")
+    estimate = made.estimate()
+    assert encoder.n_items <= 201 and not estimate.exact
+    found = batches(made)
+    assert estimate.records == (2000 if shuffle else pytest.approx(2000, rel=0.06))
+    assert estimate.total_packs == pytest.approx(len(found), rel=0.1)
+
+
+def test_an_estimate_disturbs_nothing(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[10 + i % 20] for i in range(50)])
+    make = lambda: stream(source(path, shuffle=True), epochs=2)  # noqa: E731
+    made, other = make(), make()
+    made.estimate()
+    assert [b.state for b in batches(made)] == [b.state for b in batches(other)]
+    assert stream(source(path), epochs=0).estimate().total_packs is None
+
+
+def test_total_bytes(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[10]] * 50)
+    size = path.stat().st_size
+    assert stream(source(path)).total_bytes == stream(source(path, shuffle=True)).total_bytes == size
+    assert stream(source(path, repeat=2)).total_bytes == 2 * size
+    assert stream(source(path, first=10)).total_bytes == pytest.approx(size / 5, rel=0.05)
+    assert stream(source(path, first=10, shuffle=True)).total_bytes == pytest.approx(size / 5, rel=0.05)
+
+
+def test_a_pipe_that_was_compressed_has_no_known_size(tmp_path):
+    import gzip
+
+    plain = write_records(tmp_path / "a.jsonl", [[32]] * 5)
+    packed = tmp_path / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    made = stream(source(packed), epochs=2)
+    assert made.total_bytes is None
+    assert batches(made)[-1].state["epoch"] == 2.0
+
+
+def test_the_fake_map_function_drops():
+    assert list(PARTS.map(Record({"id": 1, "parts": ["why"]}, path="a", line=1, offset=0), None)) == [Drop("why")]
