@@ -15,7 +15,7 @@ from corefit.data.ledger import Ledger
 from corefit.data.stream import Source, Stream
 from corefit.data.tokenizer import Tokenizer
 from corefit.errors import DataError, RecipeError, unknown
-from corefit.recipe import Recipe, apply_overrides, load_recipe, option_keys, options_from, recipe_path
+from corefit.recipe import Data, Recipe, apply_overrides, load_recipe, option_keys, options_from, recipe_path
 from corefit.registry import Registry
 from corefit.types import BadRecord, DatasetReader, Drop, Item, MapFunction, PromptTemplate, Record, Sample, Sources
 
@@ -124,7 +124,7 @@ def prepare(recipe: Recipe, registry: Registry, *, tokenizer: Path, spool_to: Pa
 
 
 def _sources(
-    entry: Any,
+    entry: Data,
     recipe: Recipe,
     registry: Registry,
     spool_to: Path | None,  # noqa: ANN401
@@ -171,7 +171,7 @@ def _sources(
     return source(train, shuffle=entry.shuffle), (source(val, shuffle=False),) if val else (), lines
 
 
-def _plain(spec: str, recipe: Recipe, entry: Any, spool_to: Path | None) -> str:  # noqa: ANN401
+def _plain(spec: str, recipe: Recipe, entry: Data, spool_to: Path | None) -> str:  # noqa: ANN401
     """Give a path that can be read twice: standard input, and .gz where it is shuffled, are unpacked first."""
     packed = spec.endswith(".gz") and (entry.shuffle or recipe.train.epochs != 1)
     if spec != "-" and not packed:

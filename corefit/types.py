@@ -281,8 +281,8 @@ class DatasetReader:
     name: str
     summary: str
     read: Callable[..., Iterator[Record | BadRecord]]
-    """``read(sources: Sources, options)``; a seekable reader also takes ``start: Position | None = None`` and then begins
-    with exactly that record. Order depends on the sources and options alone. Must not read ahead without bound."""
+    """``read(sources: Sources, options)``; a seekable reader also takes ``start: Position | None = None`` and then
+    begins with exactly that record. Order depends on the sources and options alone. Must not read ahead without bound."""
     streams: bool = True
     """False: one pass over the whole file comes first (the start of a run says so)."""
     seekable: bool = False
@@ -321,7 +321,7 @@ class PromptTemplate:
     name: str
     summary: str
     render: Callable[..., Iterator[Segment]]
-    """``render(item, tokenizer, options)``: content verbatim and in order; only assistant content and its stop supervised.
+    """``render(item, tokenizer, options)``: content verbatim and in order; only answers and their stops supervised.
     An item it can't place exactly raises ``Unrenderable(reason)``, a counted drop."""
     stop: tuple[str, ...] = ()
     """Strings that end an answer, each one token; empty: the tokenizer's EOS."""
@@ -413,7 +413,8 @@ class Quantizer:
     name: str
     summary: str
     config: Callable[[str], Any]
-    """``config(compute_dtype)`` with ``"float16" | "bfloat16" | "float32"``: a transformers quantization config, or None."""
+    """``config(compute_dtype)``, one of ``"float16"``, ``"bfloat16"``, ``"float32"``: a transformers quantization config,
+    or None."""
     after_load: Callable[[Any], None] | None = None
     """Called once with the loaded model, before adapters are attached."""
 
@@ -425,7 +426,8 @@ class Scheduler:
     name: str
     summary: str
     factor: Callable[[float, float], float]
-    """``factor(progress, warmup)``: the share of the peak rate, in [0, 1]; progress in (0, 1), warm-up as a share of the run."""
+    """``factor(progress, warmup)``: the share of the peak rate, in [0, 1]; progress in (0, 1), warm-up as a share of
+    the run."""
     decays: bool = True
     """True: needs to know how long the run is."""
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<eoh>", "<eoa>"]
 CHATML_JINJA = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
 def write_tokenizer(folder: Path, *, texts: list[str] | None = None, vocab_size: int = 512) -> Path:
-    """Write a byte-level BPE tokenizer folder (tokenizer.json + tokenizer_config.json) with InternLM's and ChatML's tokens."""
+    """Write a byte-level BPE tokenizer folder with InternLM's and ChatML's control tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tempfile
 from collections.abc import Iterator
@@ -37,10 +38,10 @@ small = st.tuples(st.integers(3, 40), st.integers(0, 60))
 
 
 @contextmanager
-def stored(data: bytes, sizes: tuple[int, int], limit: int = 2**20) -> Iterator[Sources]:
+def stored(data: bytes, sizes: tuple[int, int], limit: int = 2**20, *, packed: bool = False) -> Iterator[Sources]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.json"
-        path.write_bytes(data)
+        path.write_bytes(gzip.compress(data, 0) if packed else data)
         with patch.object(jsonl, "_BLOCK", sizes[0]), patch.object(jsonl, "_HOLD", sizes[1]):
             yield Sources((path,), limit)
 
@@ -55,8 +56,8 @@ def check_positions(where: Sources, records: list[Record | BadRecord], data: byt
         assert [(repr(r), r.size) for r in again] == [(repr(r), r.size) for r in records[i:]]
 
 
-@given(rows, style, small, st.data())
-def test_lines_equal_json(items, style, sizes, data):
+@given(rows, style, small, st.booleans(), st.data())
+def test_lines_equal_json(items, style, sizes, packed, data):
     blank = st.sampled_from(["", "", " ", "\t", "\r"])
     ending = data.draw(st.sampled_from(["\n", "\r\n"]))
     lines = []
@@ -66,7 +67,7 @@ def test_lines_equal_json(items, style, sizes, data):
         lines.append(data.draw(st.sampled_from(["", " "])) + json.dumps(item, **style))
     content = data.draw(st.sampled_from(["", "\ufeff"])) + ending.join(lines) + data.draw(st.sampled_from(["", ending]))
     raw = content.encode()
-    with stored(raw, sizes) as where:
+    with stored(raw, sizes, packed=packed) as where:
         records = list(jsonl.read_jsonl(where))
         assert [dict(r) for r in records] == items
         assert all(json.loads(raw[r.offset : r.offset + r.size]) == dict(r) for r in records)
@@ -75,10 +76,10 @@ def test_lines_equal_json(items, style, sizes, data):
         assert len(jsonl.index_jsonl(where)) == len(records)
 
 
-@given(rows, style, small, st.sampled_from([None, 1, "\t"]), st.sampled_from(["", "\ufeff", " \n "]))
-def test_a_list_equals_json(items, style, sizes, indent, before):
+@given(rows, style, small, st.booleans(), st.sampled_from([None, 1, "\t"]), st.sampled_from(["", "\ufeff", " \n "]))
+def test_a_list_equals_json(items, style, sizes, packed, indent, before):
     raw = (before + json.dumps(items, indent=indent, **style) + "\n").encode()
-    with stored(raw, sizes) as where:
+    with stored(raw, sizes, packed=packed) as where:
         records = list(jsonl.read_jsonl(where))
         assert [dict(r) for r in records] == items
         assert all(json.loads(raw[r.offset : r.offset + r.size - 1]) == dict(r) for r in records)

@@ -109,7 +109,8 @@ def test_no_text_is_lost_or_added(first, rest):
 @given(st.lists(texts, min_size=2, max_size=7), st.sampled_from(["", "\n", "\n\n"]))
 def test_plain_rows_come_back_word_for_word(said, gap):
     roles = [("user", "assistant")[k % 2] for k in range(len(said))]
-    text = gap.join(f"{(H, A)[k % 2]}{t}" for k, t in enumerate(said))
+    # the format writes a marker straight after text, or each on a line of its own; a row that does both is doubtful
+    text = gap.join(f"{(H, A)[k % 2]}{t.rstrip()}" for k, t in enumerate(said))
     (item,) = oasst1({"text": text})
     expected = [(r, t.strip()) for r, t in zip(roles, said, strict=True)][: len(said) // 2 * 2]
     assert [(m.role, m.content) for m in item.messages] == expected

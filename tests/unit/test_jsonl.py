@@ -203,7 +203,7 @@ def test_the_digit_limit_does_not_move_with_the_interpreters(tmp_path, kind):
     old = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(0)
     try:
-        path = write(tmp_path / "a.jsonl", BAD[kind][0] + '\n{"a": ' + "7" * 4300 + "}")
+        path = write(tmp_path / "a.jsonl", BAD[kind][0] + '\n{"a": -' + "7" * 4300 + "}")
         bad, good = read(path)
     finally:
         sys.set_int_max_str_digits(old)

@@ -1,4 +1,4 @@
-"""The project's own rules, run as tests: style, types, import direction, size, public names, texts without machine paths."""
+"""The project's own rules, run as tests: style, types, import direction, size, public names, no machine paths."""
 
 from __future__ import annotations
 
