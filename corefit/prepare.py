@@ -60,10 +60,13 @@ def resolve(
     )
     if resolved.model.base is None and not has_path and recipe is None and need_model:
         embedded = load_recipe(EMBEDDED / "recipe.toml")
+        if pathless:  # its data and questions belong to another format
+            data = tuple(dataclasses.replace(d, path=None) for d in embedded.data)
+            sample = dataclasses.replace(embedded.sample, prompts=())
+            embedded = dataclasses.replace(embedded, data=data, sample=sample)
+        elif flags.get("plugin") not in (None, embedded.data[0].map):
+            raise RecipeError(f"--plugin {flags['plugin']} without --data: the embedded data is in the oasst1 format")
         resolved = apply_overrides(embedded, flags, sets)
-        if pathless:
-            data = tuple(dataclasses.replace(d, path=None) for d in resolved.data)
-            resolved = dataclasses.replace(resolved, data=data)
         what = "its own records" if pathless else f"{Path(str(resolved.data[0].path)).name}"
         line = f"no --model and no --data: the embedded demonstration, a tiny InternLM-like model on {what}"
         return resolved, f"embedded-{name}" if flags.get("plugin") else "embedded", [line]

@@ -138,20 +138,6 @@ class Registry:
                     plugins[i] = dataclasses.replace(info, clashes=(*info.clashes, line))
         return cls(tuple(plugins), MappingProxyType(entries), tuple(sorted(gone)))
 
-    def describe(self) -> str:
-        """Give what ``corefit plugins`` prints: every plugin, what it contributes, and why it can't be used."""
-        lines = []
-        for info in self.plugins:
-            lines.append(f"{info.name}  ({info.source}, {info.module})")
-            for kind, names in info.entries.items():
-                for name in names:
-                    entry = self.entries[kind].get(name)
-                    lines.append(f"  {kind:<12}  {name:<20}  {entry.summary if entry else 'CLAIMED TWICE'}".rstrip())
-            lines += [f"  BROKEN: {info.error}"] if info.error else []
-            lines += [f"  CLASH: {line}; it can't be used" for line in info.clashes]
-        lines += [f"{name}  (left out by {DISABLE})" for name in self.disabled]
-        return "\n".join(lines)
-
     @property
     def readers(self) -> Mapping[str, DatasetReader]:
         """Dataset readers by name."""

@@ -21,6 +21,7 @@ from corefit.errors import RecipeError
 from corefit.prepare import Prepared, prepare, resolve, tally, walk, without_out
 from corefit.recipe import Recipe, load_recipe, to_toml
 from corefit.registry import Registry
+from corefit.report import read_lines
 
 INSPECTED = 10_000
 """Samples that ``corefit inspect`` looks at for its histogram."""
@@ -42,7 +43,7 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``: one object a step; validation lines carry ``val_loss``."""
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text("utf-8").splitlines()]
+        return read_lines(self.path / "metrics.jsonl")
 
     @property
     def ledger(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from corefit.types import BadRecord, Batch, Conversation, Message, Quantizer, Re
 
 Say = Callable[[str], None]
 SAMPLED_PROMPTS = 2
-"""Questions taken from the validation records where the recipe has no prompts of its own."""
+"""Questions taken from the validation records, else the first ones, where the recipe has no prompts of its own."""
 FEW_STEPS = 50
 """A run with fewer steps is pointed to a smaller ``packs_per_step``."""
 
@@ -112,6 +112,8 @@ class Session:
         self.patience = Patience(self.recipe.val.patience)
         self.state, self.lengths = LoopState(), {"metrics.jsonl": 0, "samples.jsonl": 0}
         self.proofs: dict[str, Any] = {}
+        self.validated: set[int] = set()
+        self.sampled: set[int] = set()
         self._model(quantizer)
 
     # ------------------------------------------------------------------------------------------------------ the start
@@ -145,7 +147,8 @@ class Session:
                 f"scheduler {self.scheduler.name!r} must know how long the run is, the size of the data isn't known: "
                 "--set train.max_steps=N, or --scheduler constant"
             )
-        return stream, batches, recipe.sample.prompts or questions(held_out)
+        first = ((source, record) for source in plan.sources for record in islice(source.read(), SAMPLED_PROMPTS))
+        return stream, batches, recipe.sample.prompts or questions(held_out or list(first))
 
     def _model(self, quantizer: Quantizer) -> None:
         """Load the model and its adapter, and prove that packed documents don't see each other."""
@@ -179,7 +182,8 @@ class Session:
             modules_to_save=tuple(recipe.adapter.modules_to_save or ()),
         )
         self.network = network = model.attach_adapter(network, None if full else spec, seed=settings.seed)
-        if settings.gradient_checkpointing:
+        wanted = settings.gradient_checkpointing
+        if wanted is True or (wanted == "auto" and self.device != "cpu"):
             model.enable_gradient_checkpointing(network)
         self.parameters = model.trainable_parameters(network)
         self.counts = counts = model.count_parameters(network)
@@ -246,7 +250,10 @@ class Session:
                 should_stop=lambda: self.interrupts.reason or self.patience.reason,
                 **self.context,
             )
-            if not self.state.step and not self.interrupts.reason:
+            if not self.state.step:
+                if self.interrupts.reason:
+                    self._write_run("interrupted", ended_by=reason, steps=0)
+                    return self.interrupts.exit_code
                 raise DataError(f"no step was made ({reason}): no record became a sample")
             self._export()
             if not self.interrupts.reason:
@@ -288,6 +295,9 @@ class Session:
         self._write_run("running")
         self.metrics = JsonLines(self.folder / "metrics.jsonl", keep=self.lengths["metrics.jsonl"])
         self.samples = JsonLines(self.folder / "samples.jsonl", keep=self.lengths["samples.jsonl"])
+        for file in (self.metrics, self.samples):
+            if file.missing:
+                self.say(f"{file.path}: {file.missing:,} bytes that the checkpoint counts on are gone")
         self.progress = Progress(endless=not self.recipe.train.epochs and not self.recipe.train.max_steps)
 
     def _report(self, report: StepReport) -> None:
@@ -295,16 +305,20 @@ class Session:
         self.progress.update(report)
 
     def _validate(self, step: int) -> None:
-        """Write and show the validation loss; nothing where validation is off."""
-        if not self.val_batches:
+        """Write and show the validation loss, once a step; nothing where validation is off."""
+        if not self.val_batches or step in self.validated:
             return
+        self.validated.add(step)
         nats, tokens = evaluate.validation_loss(self.loss_fn, self.val_batches, **self.context)
         self.metrics.write({"step": step, "val_loss": nats, "val_perplexity": perplexity(nats), "val_tokens": tokens})
         self.patience.see(nats)
         self.progress.note(f"step {step}: validation loss {nats:.4f} (perplexity {perplexity(nats):,.2f})")
 
     def _sample(self, step: int) -> None:
-        """Answer the questions of the recipe, greedily, into ``samples.jsonl``."""
+        """Answer the questions of the recipe, greedily, once a step, into ``samples.jsonl``."""
+        if step in self.sampled:
+            return
+        self.sampled.add(step)
         for prompt in self.prompts:
             answer = evaluate.generate(
                 self.network,
@@ -331,7 +345,7 @@ class Session:
                 keep=self.recipe.checkpoint.keep,
             )
         except CheckpointError as error:
-            self.progress.note(f"{error}; training goes on, earlier checkpoints are whole")
+            self.progress.note(f"{error}; earlier checkpoints are whole, the run goes on")
 
     # -------------------------------------------------------------------------------------------------------- the end
 
@@ -438,7 +452,7 @@ def forecast(estimate: Estimate, settings: Train) -> list[str]:
 
 
 def questions(records: Sequence[tuple[Source, Record | BadRecord]]) -> tuple[str, ...]:
-    """Give the first user messages of the first validation records, for sample generations."""
+    """Give the first user messages of the first of these records, for sample generations."""
     found: list[str] = []
     for source, record in records:
         if len(found) < SAMPLED_PROMPTS and isinstance(record, Record):

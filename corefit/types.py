@@ -282,7 +282,7 @@ class DatasetReader:
     summary: str
     read: Callable[..., Iterator[Record | BadRecord]]
     """``read(sources: Sources, options)``; a seekable reader also takes ``start: Position | None = None`` and then
-    begins with exactly that record. Order depends on the sources and options alone. Must not read ahead without bound."""
+    begins with exactly that record. Order depends on sources and options alone. Must not read ahead without bound."""
     streams: bool = True
     """False: one pass over the whole file comes first (the start of a run says so)."""
     seekable: bool = False
@@ -413,8 +413,8 @@ class Quantizer:
     name: str
     summary: str
     config: Callable[[str], Any]
-    """``config(compute_dtype)``, one of ``"float16"``, ``"bfloat16"``, ``"float32"``: a transformers quantization config,
-    or None."""
+    """``config(compute_dtype)``: a transformers quantization config, or None; the argument is ``"float16"``,
+    ``"bfloat16"`` or ``"float32"``."""
     after_load: Callable[[Any], None] | None = None
     """Called once with the loaded model, before adapters are attached."""
 

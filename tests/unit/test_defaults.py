@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import math
 
 import pytest
 from hypothesis import given
@@ -20,6 +21,11 @@ share = st.floats(0, 1)
 @given(progress=inside, warmup=share)
 def test_a_factor_is_in_0_1_and_never_0(name, progress, warmup):
     assert 0 < SCHEDULERS[name].factor(progress, warmup) <= 1
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_very_last_step_still_moves(name):
+    assert SCHEDULERS[name].factor(math.nextafter(1, 0), 0.0) > 0 < SCHEDULERS[name].factor(math.nextafter(0, 1), 1.0)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -69,11 +69,13 @@ def test_validation_loss_is_repeatable_and_leaves_no_trace():
     assert run.model.lora_B.grad is None
 
 
-def test_the_mode_comes_back_after_an_error():
+def test_mode_and_random_state_come_back_after_an_error():
     run = make_run()
+    state = torch.get_rng_state()
     with pytest.raises(ZeroDivisionError), undisturbed(run.model):
         torch.rand(1)
         _ = 1 / 0
+    assert torch.equal(torch.get_rng_state(), state)
     assert run.model.training
     assert torch.is_grad_enabled()
 
@@ -174,10 +176,16 @@ def test_seeds_and_temperature_decide_a_sample(model):
 
 def test_a_stream_gives_tokens_as_they_come_and_grads_stay_on_between_them(model):
     model.eval()
-    tokens = stream(model, PROMPT, max_tokens=3)
-    next(tokens)
-    assert torch.is_grad_enabled()
-    assert len(list(tokens)) == 2
+    inside = []
+    model.lm_head.register_forward_hook(lambda module, args, out: inside.append(out.requires_grad))
+    try:
+        tokens = stream(model, PROMPT, max_tokens=3)
+        next(tokens)
+        assert torch.is_grad_enabled()
+        assert len(list(tokens)) == 2
+    finally:
+        model.lm_head._forward_hooks.clear()
+    assert inside == [False] * 3
 
 
 def test_only_the_last_row_of_logits_is_made(model, monkeypatch):

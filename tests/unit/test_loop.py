@@ -155,6 +155,13 @@ def test_nineteen_skipped_steps_and_a_good_one_go_on():
     assert run.state.skipped == {"non_finite_gradients": 38}
 
 
+def test_a_step_without_supervised_tokens_neither_adds_to_a_row_of_skipped_ones_nor_ends_it():
+    run = make_run()
+    bad, nothing = make_batch(1, first=POISON_GRADIENT), make_batch(2, supervised=False)
+    with pytest.raises(RunError, match="step 25: the gradients of 20 steps"):
+        run.train([(bad,)] * 19 + [(nothing,)] * 5 + [(bad,)] * 9, max_steps=100)
+
+
 def test_a_step_without_supervised_tokens_updates_nothing_and_is_counted():
     run = make_run(scale=True)
     before = run.weights()
@@ -307,3 +314,11 @@ def test_a_batch_reaches_the_loss_as_it_is():
     for tensor, array in zip(seen[0], (batch.input_ids, batch.position_ids, batch.labels), strict=True):
         assert tensor.dtype == torch.int64
         assert np.array_equal(tensor.numpy(), array)
+
+
+def test_dropout_is_on_in_training_whatever_mode_the_model_came_in():
+    run = make_run()
+    run.model.eval()
+    modes = []
+    run.train(make_steps(1), epochs=1, on_step=lambda report: modes.append(run.model.dropout.training))
+    assert modes == [True]

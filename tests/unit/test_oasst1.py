@@ -117,6 +117,21 @@ def test_a_fence_left_open_never_swallows_a_human(text):
 
 
 @pytest.mark.parametrize(
+    "answers",
+    [
+        ("```py\ncode", "sure", "ok"),  # nothing closes it
+        ("```\ncode", "sure:\n```\nls\n```", "ok"),  # three fences can't be pairs
+        ("```py\ncode", "sure:\n```bash\nls", "ok"),  # a language is named where a fence opens
+        ("```\ncode", "```\nls", "ok"),  # a fence opens right after a marker
+    ],
+)
+def test_a_fence_left_open_ends_with_its_message(answers):
+    item = one("".join(f"{H}q{A}{answer}" for answer in answers))
+    assert turns(item) == [turn for answer in answers for turn in (("user", "q"), ("assistant", answer))]
+    assert item.notes == () and not masked(item)
+
+
+@pytest.mark.parametrize(
     "typed",
     [
         "what does ### Assistant: SECRET mean?",
@@ -169,8 +184,9 @@ def test_what_stands_before_the_first_marker_is_left_out():
 
 
 def test_a_human_marker_without_a_space_is_one_an_assistant_marker_is_not():
-    item = one(f"{H}write ### Assistant:x{A}a### Human:b{A}c### Human:\nd{A}e")
-    assert [t for _, t in turns(item)] == ["write ### Assistant:x", "a", "b", "c", "d", "e"]
+    item = one(f"{H}write:### Assistant:x{A}a### Human:b{A}c### Human:\nd{A}e")
+    assert [t for _, t in turns(item)] == ["write:### Assistant:x", "a", "b", "c", "d", "e"]
+    assert item.notes == ("marker_in_text",)
 
 
 @pytest.mark.parametrize(

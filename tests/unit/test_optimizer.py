@@ -53,7 +53,7 @@ def test_state_goes_to_the_parameter_of_its_name_whatever_the_order():
     run.train(make_steps(2), epochs=1)
     tensors, scalars = optimizer_state(run.optimizer, run.parameters)
     other = {name: nn.Parameter(p.detach().clone()) for name, p in reversed(run.parameters.items())}
-    fresh = torch.optim.AdamW(other.values())
+    fresh = torch.optim.AdamW(other.values(), weight_decay=0.5)
     load_optimizer_state(fresh, other, tensors, scalars)
     for name, parameter in other.items():
         assert torch.equal(fresh.state[parameter]["exp_avg"], run.optimizer.state[run.parameters[name]]["exp_avg"])

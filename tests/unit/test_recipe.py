@@ -372,6 +372,8 @@ def test_wrong_arguments_are_reported_together_as_typed():
 def test_an_argument_with_a_new_line_adds_no_key():
     recipe = apply_overrides(Recipe(), {}, ["template.name=1\nx = 2"])
     assert recipe.template.name == "1\nx = 2"
+    with pytest.raises(RecipeError, match="expected a whole number"):
+        apply_overrides(Recipe(), {}, ["train.seed=1\nx = 2"])
 
 
 def test_bytes_that_are_not_utf8_are_refused():

@@ -193,6 +193,10 @@ def test_answers_side_by_side_within_the_width():
     assert "".join(lines).count("我是小助手"[0]) == 8, "nothing of an answer is cut"
 
 
+def test_a_chinese_character_takes_two_cells_and_a_combining_mark_none():
+    assert [cell_width(text) for text in ("你好a", "e\u0301", "（")] == [5, 1, 2]
+
+
 @given(st.text(), st.integers(2, 40))
 def test_wrapping_keeps_every_character_and_the_width(text, width):
     lines = wrap(text, width)

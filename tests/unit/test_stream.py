@@ -259,7 +259,8 @@ def test_a_sample_lost_by_the_packer_unbalances_the_ledger(tmp_path):
     made._packer.packs[-1].refs.pop()
     after = [step[0].state["ledger"] for step in steps]
     assert not any(ledger["balanced"] for ledger in after)
-    assert after[-1]["records"]["read"] == 40 and after[-1]["records"]["used"] == 39
+    records, tokens = after[-1]["records"], after[-1]["tokens"]
+    assert (records["read"], records["used"], records["pending"], tokens["pending"]) == (40, 39, 0, 0)
 
 
 def test_progress_rises_to_the_number_of_epochs(tmp_path):
@@ -272,6 +273,26 @@ def test_progress_of_a_set_that_is_held_whole_starts_low(tmp_path):
     path = write_records(tmp_path / "a.jsonl", [[20]] * 10)
     found = [batch.state["epoch"] for batch in batches(stream(source(path), held=256))]
     assert np.allclose(found, np.arange(1, 11) / 10, atol=0.02) and found[-1] == 1.0
+
+
+def test_a_record_moves_progress_when_its_last_sample_is_packed(tmp_path):
+    path = write_records(tmp_path / "a.jsonl", [[32, 32, 32], [32, 32, 32]])
+    assert [batch.state["epoch"] for batch in batches(stream(source(path), held=1))] == [0, 0, 0.5, 0.5, 0.5, 1]
+
+
+def test_progress_never_falls_where_the_first_guess_was_too_small(tmp_path):
+    def read(sources, options):
+        for record in read_jsonl(sources, options):
+            yield Record(dict(record), path=record.path, line=record.line, offset=record.offset, size=2 * record.size)
+
+    path = write_records(tmp_path / "a.jsonl", [[32]] * 4)
+    make = lambda: stream(source(path, reader=replace(FORWARD, read=read)), held=1, epochs=3)  # noqa: E731
+    found = [batch.state for batch in batches(make())]
+    epochs = [state["epoch"] for state in found]
+    assert epochs[:5] == [0.5, 1, 1, 1, 1.25] and epochs[-1] == 3.0
+    resumed = make()
+    resumed.load_state_dict(found[1])
+    assert [batch.state["epoch"] for batch in batches(resumed)] == epochs[2:]
 
 
 def test_progress_where_the_reader_says_no_sizes(tmp_path):
@@ -378,6 +399,7 @@ def test_the_split_is_by_content(tmp_path):
     chosen = [row for row in rows if content_hash(row) < 0.2 * 2**64][:10]
     assert split.reason is None and [dict(record) for _, record in split.records] == chosen
     assert split.hashes == {content_hash(row) for row in chosen}
+    assert len(split_validation([source(path)], share=0.9, records=3).records) == 3
 
 
 def test_duplicates_fall_on_one_side(tmp_path):
@@ -385,6 +407,8 @@ def test_duplicates_fall_on_one_side(tmp_path):
     path = write_records(tmp_path / "a.jsonl", rows)
     split = split_validation([source(path), source(path)], share=0.2, records=5)
     assert len(split.records) == len(split.hashes) == 5
+    every = split_validation([source(path)], share=0.2, records=200).records
+    assert every and all(record.line <= 40 for _, record in every)  # of equal ones the first
     found = batches(stream(source(path), val_hashes=split.hashes))
     ids = {record["id"] for _, record in split.records}
     assert not ids & {int(batch.input_ids[0, 0]) for batch in found}
