@@ -54,6 +54,9 @@ def resolve(
         file = Path(recipe) / "recipe.toml" if Path(recipe).is_dir() else recipe_path(recipe)
         resolved = apply_overrides(load_recipe(file), flags, sets)
         name = file.parent.name.rsplit("-", 1)[0] if file.name == "recipe.toml" else file.stem
+    for entry in resolved.data:
+        if entry.map is not None:
+            registry.map_function(entry.map)  # a typo or a broken plugin first, whatever else is missing
     has_path = any(d.path for d in resolved.data)
     pathless = bool(resolved.data) and all(
         d.map is not None and not _reader(d.reader, d.map, registry).needs_path for d in resolved.data

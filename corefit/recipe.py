@@ -168,8 +168,8 @@ class Val:
     """Files, folders or globs; None: a share of the training records."""
     share: Share = 0.05
     """Share of the records that is set aside; 0: none."""
-    records: Count = 200
-    """Most records set aside or read."""
+    records: CountOrOff = 200
+    """Most records set aside or read; 0: no validation."""
     every_steps: Count | None = None
     """Steps between validations; None: before and after the run only."""
     patience: Count | None = None

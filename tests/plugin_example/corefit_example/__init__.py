@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from corefit import (
@@ -21,11 +22,17 @@ from corefit import (
     Sources,
 )
 
+QUESTIONS = Path(__file__).with_name("questions.tsv")
+
 
 def read(sources: Sources, options: object = None, start: Position | None = None) -> Iterator[Record | BadRecord]:
-    """Yield a record for every line that is not empty, from ``start`` on; memory holds one line."""
-    for file in range(start.file if start else 0, len(sources.paths)):
-        path = sources.paths[file]
+    """Yield a record for every line that is not empty, from ``start`` on; memory holds one line.
+
+    Without a path the few questions that the package carries are read.
+    """
+    paths = sources.paths or (QUESTIONS,)
+    for file in range(start.file if start else 0, len(paths)):
+        path = paths[file]
         with open(path, "rb") as lines:
             number = offset = 0
             if start and file == start.file:
@@ -88,7 +95,9 @@ def parabola(progress: float, warmup: float) -> float:
 
 
 def corefit_dataset_readers() -> Iterable[DatasetReader]:  # noqa: D103, the hook says what it is
-    yield DatasetReader(name="example", summary="lines of question, tab, answer", read=read, seekable=True)
+    yield DatasetReader(
+        name="example", summary="lines of question, tab, answer", read=read, seekable=True, needs_path=False
+    )
 
 
 def corefit_map_functions() -> Iterable[MapFunction]:  # noqa: D103

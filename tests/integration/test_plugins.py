@@ -1,0 +1,98 @@
+"""A stranger's distribution, built and installed, through the real command line; and broken ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_plugins
+import pytest
+from cli import corefit
+from fake_plugins import scheduler, write_plugin
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "plugin_example"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example, built by its own backend from a copy and installed into a folder of its own."""
+    import shutil
+
+    source = tmp_path_factory.mktemp("source") / "plugin_example"
+    shutil.copytree(EXAMPLE, source)
+    target = tmp_path_factory.mktemp("site")
+    command = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(target), str(source)]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return target
+
+
+def test_the_example_distribution_contributes_one_of_everything_to_a_run(installed: Path, tmp_path: Path) -> None:
+    env = {"PYTHONPATH": str(installed)}
+    listed = corefit("plugins", cwd=tmp_path, env=env).stdout
+    assert "example  (corefit-example 0.1.0; corefit_example)" in listed
+    flags = [word for flag in ("plugin", "template", "quantizer", "scheduler") for word in (f"--{flag}", "example")]
+    few = ["train.max_steps=3", "sample.max_tokens=4", "train.packs_per_step=1", "train.micro_batch=1"]
+    done = corefit("train", *flags, "--out", "run", "--set", *few, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
+    for kind in ("reader", "map function", "template", "quantizer", "scheduler"):
+        assert facts["plugins"][kind]["example"]["distribution"] == "corefit-example"
+    assert json.loads((tmp_path / "run" / "ledger.json").read_text("utf-8"))["balanced"] is True
+    rates = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    lr = {row["progress"]: row["lr"] for row in rates if "lr" in row}
+    base = max(lr.values()) / max(1 - p * p for p in lr)
+    for progress, rate in lr.items():
+        assert rate == pytest.approx(base * min(1 - progress * progress, progress / 0.05), rel=1e-6)
+    asked = corefit("train", "--plugin", "example", "--set", "data.options.shuot=true", cwd=tmp_path, env=env)
+    assert asked.returncode == 2
+    assert "did you mean 'shout'?" in asked.stderr
+
+
+def test_two_distributions_that_claim_one_name(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    write_plugin(site, "corefit-one", scheduler("bumpy"))
+    write_plugin(site, "corefit-two", scheduler("bumpy"), version="2.0")
+    env = {"PYTHONPATH": str(site)}
+    assert "claimed by" in corefit("plugins", cwd=tmp_path, env=env).stdout
+    done = corefit("train", "--plugin", "oasst1", "--scheduler", "bumpy", cwd=tmp_path, env=env)
+    assert done.returncode == 2
+    assert "corefit-one 1.0" in done.stderr
+    assert "corefit-two 2.0" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_plugin_that_replaces_a_built_in_takes_neither(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    write_plugin(site, "aaa-evil", scheduler("cosine"), module="aaa_evil")
+    done = corefit("train", "--plugin", "oasst1", "--scheduler", "cosine", cwd=tmp_path, env={"PYTHONPATH": str(site)})
+    assert done.returncode == 2
+    assert "aaa-evil 1.0" in done.stderr
+    assert "corefit 0.1.0" in done.stderr
+
+
+@pytest.mark.parametrize("how", ["BROKEN", "RAISES_IN_HOOK", "EXITS"])
+def test_a_broken_plugin_harms_nobody_who_does_not_ask_for_it(how: str, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    write_plugin(site, "corefit-sad", getattr(fake_plugins, how), version="0.3")
+    env = {"PYTHONPATH": str(site)}
+    listed = corefit("plugins", cwd=tmp_path, env=env)
+    assert listed.returncode == 0
+    assert "BROKEN" in listed.stdout
+    assert corefit("recipes", cwd=tmp_path, env=env).returncode == 0
+    done = corefit("train", "--plugin", "sad", cwd=tmp_path, env=env)
+    assert done.returncode == 2
+    assert "corefit-sad 0.3" in done.stderr
+    assert "Traceback" not in done.stderr
+    fine = corefit("plugins", cwd=tmp_path, env={**env, "COREFIT_DISABLE_PLUGINS": "sad"})
+    assert "BROKEN" not in fine.stdout
+
+
+def test_a_misspelt_hook_names_the_nearest(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    write_plugin(site, "corefit-typo", fake_plugins.MISSPELT)
+    done = corefit("plugins", cwd=tmp_path, env={"PYTHONPATH": str(site)})
+    assert done.returncode == 0
+    assert "did you mean 'corefit_" in done.stdout
