@@ -184,7 +184,7 @@ class Sampling:
     """Questions; empty: a few of the validation records'."""
     every_steps: Count | None = None
     """Steps between generations; None: before and after the run only."""
-    max_tokens: Count = 200
+    max_tokens: Count = 64
     """Most tokens of an answer."""
 
 
