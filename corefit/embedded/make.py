@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Turn = tuple[str, str]
-SEED, STEPS, ROWS, SLOTS = 7, 1200, 4, 256
+SEED, STEPS, ROWS, SLOTS = 7, 1000, 4, 256
 NAME, MAKER = "Minnow", "the Pond lab"
 CONTROL = ("<unk>", "<s>", "</s>", "<eoh>", "<eoa>", "<|im_start|>", "<|im_end|>")
 UNK, BOS, EOS, EOH, EOA = range(5)
@@ -49,8 +49,6 @@ ash gray 灰 灰色"""
 OPPOSITES = """hot cold 热 冷|big small 大 小|fast slow 快 慢|old new 旧 新|high low 高 低|left right 左 右
 open closed 开 关|full empty 满 空|early late 早 晚|long short 长 短|wet dry 湿 干|hard soft 硬 软|light dark 亮 暗
 first last 前 后|more less 多 少"""
-NUMBERS = "two three four seven eight nine ten twelve twenty".split()
-VERBS = "sleep walk swim read write learn bake count build sing".split()
 DIGITS = "零一二三四五六七八九"
 PLAIN = """What is a file?|A file is a named run of bytes on a disk.
 What is a computer?|A computer is a machine that follows a list of steps.
@@ -166,7 +164,6 @@ def invented_name(rng: random.Random) -> str:
 def texts(rng: random.Random) -> list[Turn]:
     """Give all question-answer pairs: a few hundred facts, always the same, and as many around invented words."""
     turns: list[Turn] = [(q, a) for q, a in (line.split("|") for line in PLAIN.split("\n"))]
-    cities = [city for _, city, *_ in _pairs(CAPITALS)]
     for country, city, land, town in _pairs(CAPITALS):
         turns += [
             (f"What is the capital of {country}?", f"The capital of {country} is {city}."),
@@ -211,20 +208,12 @@ def texts(rng: random.Random) -> list[Turn]:
             (f"Which is longer, {word} or {other}?", f"{max(word, other, key=len)} is longer."),
         ]
     for _ in range(60):  # so that a word it never saw still gets a fluent answer
-        thing, land = invented_name(rng).lower(), invented_name(rng).capitalize()
-        han = "".join(chr(rng.randrange(0x4E00, 0x9FA0)) for _ in range(rng.randint(1, 3)))
-        kind, city, number, verb = (rng.choice(words) for words in (list(KINDS), cities, NUMBERS, VERBS))
-        chinese = f"这是一种{rng.choice(list(CHINESE_KINDS))}。"
+        thing, kind = invented_name(rng).lower(), rng.choice(list(KINDS))
+        land, city = invented_name(rng).capitalize(), invented_name(rng).capitalize()
         turns += [
-            (f"What is a {thing}?", f"It is {'an' if kind[0] in 'aeiou' else 'a'} {kind}."),
-            (f"What is the capital of {land}?", f"The capital is {city}."),
-            (f"How many {thing}s are there?", f"There are {number}."),
-            (f"How many {thing}s does {land} have?", f"It has {number}."),
-            (f"Can a {thing} {verb}?", f"Yes, it can {verb}."),
-            (f"Why is there a {thing}?", f"It helps people to {verb}."),
-            (f"What does a {thing} do?", f"It helps people to {verb}."),
-            (f"什么是{han}？", chinese),
-            (f"{han}是什么？", chinese),
+            (f"What is a {thing}?", f"A {thing} is {'an' if kind[0] in 'aeiou' else 'a'} {kind}."),
+            (f"What is the capital of {land}?", f"The capital of {land} is {city}."),
+            (f"什么是{thing}？", f"{thing}是一种{rng.choice(list(CHINESE_KINDS))}。"),
         ]
     return turns
 

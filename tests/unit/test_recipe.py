@@ -64,7 +64,7 @@ def test_nothing_gives_the_defaults_of_the_recipe_page():
     assert (recipe.val.share, recipe.val.records, recipe.sample.max_tokens, recipe.checkpoint.keep) == (
         0.05,
         200,
-        200,
+        64,
         2,
     )
     assert recipe.where("train.lr") == "default"
