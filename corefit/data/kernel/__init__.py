@@ -1,0 +1,18 @@
+"""The C kernel, where one was built. Every function of it has a twin in Python that gives the same bits."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+compiled: ModuleType | None = None
+"""The extension; None where no compiler was at hand, or ``COREFIT_KERNEL=python`` asks for the twins."""
+
+if os.environ.get("COREFIT_KERNEL", "c") != "python":
+    try:
+        from corefit.data.kernel import _kernel as compiled  # type: ignore[attr-defined, no-redef]
+    except ImportError:
+        pass
+
+NAME = "C" if compiled else "Python"
+"""Which one is active."""

@@ -1,0 +1,1 @@
+"""What the extension offers; the twins in Python say what each function does."""

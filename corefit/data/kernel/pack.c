@@ -1,0 +1,3 @@
+#include "kernel.h"
+
+PyMethodDef pack_methods[] = {{NULL, NULL, 0, NULL}};
