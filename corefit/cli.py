@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0
     if arguments[0] in ("--version", "-V"):
-        print(f"corefit {__version__}")
+        from corefit.data import kernel
+
+        print(f"corefit {__version__} ({kernel.NAME} kernel)")
         return 0
     debug = "--debug" in arguments
     for stream in (sys.stdout, sys.stderr):  # a terminal that can't show a character must not end a run

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from corefit.data.encode import Encoder, fit, make_encoder
+import numpy as np
+
+from corefit.data.block import RECORD, RECORD_COLUMNS, Block, fit
+from corefit.data.encode import Encoder, make_encoder
 from corefit.data.jsonl import find_files, spool
 from corefit.data.ledger import Ledger
 from corefit.data.stream import Source, Stream
@@ -253,14 +256,16 @@ def walk(plan: Prepared) -> Iterator[tuple[Item, Sample]]:
                     items += [(item, record.origin) for item in mapped if not isinstance(item, Drop)]
                 elif source.on_bad == "error":
                     raise DataError(f'{record}; data.on_bad="skip" counts such records and goes on')
-            for (item, _), encoded in zip(items, plan.encoder.encode(items), strict=True):
-                if encoded.sample is not None:
-                    for sample in fit(encoded.sample, plan.recipe.pack.max_length, plan.recipe.pack.overlong).samples:
-                        yield item, sample
+            encoded = plan.encoder.encode(items)
+            rows = np.zeros((len(items), RECORD_COLUMNS), np.int64)  # here every item is a record of its own
+            block = Block(rows, encoded.samples, encoded.tokens, encoded.spans, encoded.cuts)
+            block = fit(block, plan.recipe.pack.max_length, plan.recipe.pack.overlong)
+            for i, number in enumerate(block.samples[:, RECORD].tolist()):
+                yield items[number][0], block.sample(i, items[number][1])
 
 
 def make_stream(
-    plan: Prepared, *, epochs: int, val_hashes: frozenset[int] = frozenset(), shuffle: bool = True
+    plan: Prepared, *, epochs: int, val_hashes: frozenset[int] = frozenset(), shuffle: bool = True, threads: int = 0
 ) -> Stream:
     """Join the stations of a plan."""
     pack = plan.recipe.pack
@@ -276,16 +281,17 @@ def make_stream(
         epochs=epochs,
         val_hashes=val_hashes,
         pad_id=plan.tokenizer.pad_id,
+        threads=threads,
     )
 
 
 def tally(plan: Prepared, samples: int) -> tuple[float, dict[str, Any]]:
     """Pack one epoch, or its first ``samples`` samples; give the fill in per cent and the ledger."""
     used = slots = seen = 0
-    ledger: dict[str, Any] = Ledger().as_dict()
+    state: Callable[[], Mapping[str, Any]] | None = None
     for (batch,) in make_stream(plan, epochs=1, shuffle=False).steps(1, 1):
         used, slots, seen = used + batch.n_tokens, slots + plan.recipe.pack.max_length, seen + batch.n_samples
-        ledger = dict(batch.state["ledger"])
+        state = batch.state
         if seen >= samples:
             break
-    return 100 * used / max(slots, 1), ledger
+    return 100 * used / max(slots, 1), dict(state()["ledger"]) if state else Ledger().as_dict()

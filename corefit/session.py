@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -20,7 +20,7 @@ import torch
 
 from corefit import __version__, show
 from corefit.data.ledger import Ledger
-from corefit.data.stream import Estimate, Source, Stream, batches_of, encode_all, split_validation
+from corefit.data.stream import Estimate, Source, Stream, encode_validation, split_validation
 from corefit.engine import attention, checkpoint, evaluate, export, model
 from corefit.engine.loop import Every, LoopState, autocast, train
 from corefit.engine.loss import CausalLoss
@@ -132,14 +132,18 @@ class Session:
         stream = make_stream(plan, epochs=recipe.train.epochs, val_hashes=hashes)
         for line in stream.notices:
             self.say(line)
-        self.val_ledger = Ledger()
-        sizes = {"max_length": recipe.pack.max_length}
-        samples = encode_all(held_out, plan.encoder, overlong=recipe.pack.overlong, ledger=self.val_ledger, **sizes)
-        batches = batches_of(samples, micro_batch=recipe.train.micro_batch, pad_id=plan.tokenizer.pad_id, **sizes)
+        batches, self.val_ledger = encode_validation(
+            held_out,
+            plan.encoder,
+            max_length=recipe.pack.max_length,
+            micro_batch=recipe.train.micro_batch,
+            overlong=recipe.pack.overlong,
+            pad_id=plan.tokenizer.pad_id,
+        )
         if off:
             self.say(f"validation: off ({off})")
         elif batches:
-            self.say(f"validation: {len(held_out):,} records, {len(samples):,} samples")
+            self.say(f"validation: {len(held_out):,} records, {sum(batch.n_samples for batch in batches):,} samples")
         for line in forecast(stream.estimate(), recipe.train):
             self.say(line)
         if self.scheduler.decays and not recipe.train.max_steps and not (recipe.train.epochs and stream.total_bytes):
@@ -277,10 +281,10 @@ class Session:
             self.say(f"resume: {self.folder} has no whole checkpoint, so the run starts again")
             return None
         saved = checkpoint.load(newest)
-        self.state = LoopState(**saved.state["loop"])
+        self.state = LoopState.from_dict(saved.state["loop"])
         self.lengths = saved.state["lengths"]
         self.patience.best, self.patience.bad = saved.state["extra"]["patience"]
-        self.stream.load_state_dict(self.state.stream or {})
+        self.stream.load_state_dict(saved.state["loop"]["stream"])
         self.say(f"resume: from step {self.state.step} ({newest})")
         return saved
 
@@ -339,7 +343,7 @@ class Session:
                 parameters=self.parameters,
                 optimizer=self.optimizer,
                 scaler=self.scaler,
-                loop=asdict(self.state),
+                loop=self.state.as_dict(),
                 lengths={"metrics.jsonl": self.metrics.sync(), "samples.jsonl": self.samples.sync()},
                 extra={"patience": [self.patience.best, self.patience.bad]},
                 keep=self.recipe.checkpoint.keep,
@@ -352,7 +356,7 @@ class Session:
     def _finish(self, reason: str) -> int:
         """Write ledger and status, print answers and summary, and give the exit code."""
         self.progress.close()
-        ledger = Ledger.from_dict(dict(self.state.stream or {})["ledger"])
+        ledger = Ledger.from_dict(self.state.as_dict()["stream"]["ledger"])
         ledger.add(self.val_ledger)
         differences = ledger.differences()
         facts = {**ledger.as_dict(), "balanced": not differences, "proofs": self.proofs}

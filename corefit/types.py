@@ -143,8 +143,7 @@ Item = Conversation | Document
 # ------------------------------------------------------------------------------------------- segments, samples, batches
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A run of text that is encoded by one call, never merged with a neighbour or split."""
 
     text: str
@@ -219,10 +218,12 @@ class Batch:
     n_tokens: int
     """Slots that are not padding."""
     n_samples: int
-    origins: tuple[str, ...]
-    """``path:line`` of every sample, in order."""
-    state: Mapping[str, Any] = field(repr=False)
-    """The stream's state once this batch is consumed; JSON-able; holds ``epoch`` (float) and ``ledger``."""
+    epoch: float
+    """Epochs done once this batch is consumed."""
+    origins: Callable[[], tuple[str, ...]] = field(repr=False)
+    """Gives ``path:line`` of every sample, in order."""
+    state: Callable[[], Mapping[str, Any]] = field(repr=False)
+    """Gives the stream's state once this batch is consumed; JSON-able; holds ``ledger``."""
 
 
 # ---------------------------------------------------------------------------------------------------- what a step says

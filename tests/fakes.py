@@ -25,7 +25,6 @@ from corefit.types import (
     MapFunction,
     Message,
     Record,
-    Sample,
     Sources,
 )
 
@@ -61,28 +60,40 @@ class FakeEncoder:
         self.n_items = 0
         self.largest_call = 0
 
-    def encode(self, items: Sequence[tuple[Document | Conversation, str]]) -> list[Encoded]:
+    def encode(self, items: Sequence[tuple[Document | Conversation, str]]) -> Encoded:
         self.n_items += len(items)
         self.largest_call = max(self.largest_call, len(items))
-        return [self.one(item, origin) for item, origin in items]
+        tokens, spans, cuts, samples, drops, notes, at = [np.empty(0, np.int32)], [], [], [], [], [], 0
+        for number, (item, _) in enumerate(items):
+            ids, targets, turns, drop, noticed = self.one(item)
+            supervised = sum(end - max(begin, 1) for begin, end in targets)
+            drops.append(drop or (None if supervised else "nothing_supervised"))
+            notes.append(noticed)
+            if drops[-1] is None:
+                samples.append([at, len(ids), len(spans), len(targets), -1, supervised, number, 0])
+            tokens.append(ids)
+            spans += [[at + begin, at + end] for begin, end in targets]
+            cuts += [at + turn for turn in turns]
+            at += len(ids)
+        spans, cuts, samples = (np.array(rows, np.int64) for rows in (spans, cuts, samples))
+        return Encoded(np.concatenate(tokens), spans.reshape(-1, 2), cuts, samples.reshape(-1, 8), drops, notes)
 
-    def one(self, item, origin):
+    def one(self, item):
+        """Give ids, ranges of targets, offsets of turns, why there is no sample, what was noticed."""
         if isinstance(item, Conversation):
             lengths = [int(message.content.split()[1]) for message in item.messages]
             number = int(item.messages[0].content.split()[0])
             bounds = np.cumsum([0, *lengths]).tolist()
-            spans = [[begin, end] for begin, end in zip(bounds[1::2], bounds[2::2], strict=False)]
-            cuts = np.array(bounds[:-1:2], dtype=np.int32)
+            spans = [(begin, end) for begin, end in zip(bounds[1::2], bounds[2::2], strict=False)]
+            cuts = bounds[:-1:2]
         else:
             number, word = item.text.split(" ", 1)
             if word.startswith("encoder: "):
-                return Encoded(None, word.removeprefix("encoder: "), ("look_alike",))
-            bounds, spans, cuts = [0, int(word)], [[0, int(word)]], None
+                return np.empty(0, np.int32), [], [], word.removeprefix("encoder: "), ("look_alike",)
+            bounds, spans, cuts = [0, int(word)], [(0, int(word))], []
         ids = np.arange(bounds[-1], dtype=np.int32) + 1
         ids[0] = int(number)
-        spans = np.array(spans, dtype=np.int32).reshape(-1, 2)
-        sample = Sample(ids, spans, origin, cuts)
-        return Encoded(sample, None) if sample.n_supervised else Encoded(None, "nothing_supervised")
+        return ids, spans, cuts, None, ()
 
 
 def write_records(path: Path, records: Sequence[Sequence[object] | str], **more: object) -> Path:

@@ -56,8 +56,9 @@ def make_batch(index: int, *, epoch: float = 0.0, rows: int = 2, supervised: boo
         n_supervised=int((labels != -100).sum()),
         n_tokens=16 * rows - 3,
         n_samples=rows,
-        origins=tuple(f"data.jsonl:{index * rows + i + 1}" for i in range(rows)),
-        state={"epoch": epoch, "next": index + 1},
+        epoch=epoch,
+        origins=lambda: tuple(f"data.jsonl:{index * rows + i + 1}" for i in range(rows)),
+        state=lambda: {"next": index + 1},
     )
 
 

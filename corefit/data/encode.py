@@ -1,43 +1,37 @@
-"""Items -> segments -> samples, and samples that fit a pack."""
+"""Items -> segments -> samples."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from corefit.errors import DataError, ModelError, PluginError
+from corefit.data import kernel
+from corefit.data.block import LENGTH, RECORD, SAMPLE_COLUMNS, SPAN, SPANS, START, STOP, SUPERVISED
+from corefit.errors import ModelError, PluginError
 from corefit.templates import markers
-from corefit.types import Conversation, Document, Item, Message, PromptTemplate, Sample, Segment, Unrenderable
+from corefit.types import Conversation, Document, Item, Message, PromptTemplate, Segment, Unrenderable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from corefit.data.block import Table
     from corefit.data.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Encoded:
-    """What became of one item: a sample, or the reason why there is none."""
+class Encoded(NamedTuple):
+    """What became of some items: samples as in ``Block``, and for each item why it has none, and what was noticed."""
 
-    sample: Sample | None
-    drop: str | None = None
-    notes: tuple[str, ...] = ()
+    tokens: NDArray[np.int32]
+    spans: Table
+    cuts: Table
+    samples: Table
+    """``RECORD`` is the number of the item."""
+    drops: list[str | None]
+    notes: list[tuple[str, ...]]
     """``look_alike`` once for every plain-text marker of the template that a message contains."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Fitted:
-    """A sample cut to the pack: its tokens are those of ``samples``, plus truncated, plus dropped ones."""
-
-    samples: tuple[Sample, ...]
-    n_truncated_tokens: int = 0
-    drop: str | None = None
-    """Why nothing is left; None where ``samples`` holds something."""
-    n_dropped_tokens: int = 0
-    """The whole sample's where ``drop`` is set; else those of pieces without a supervised token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +42,8 @@ class Encoder:
     tokenizer: Tokenizer
     options: object
     supervise: str
-    forbidden: NDArray[np.int64]
-    """Ids that content must never yield."""
+    forbidden: NDArray[np.bool_]
+    """bool [V]: ids that content must never yield."""
     forgeable: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
     """Tokens that end an answer, as text."""
@@ -60,36 +54,28 @@ class Encoder:
         """The ids of ``stop``."""
         return tuple(self._control_id(token) for token in self.stop)
 
-    def encode(self, items: Sequence[tuple[Item, str]]) -> list[Encoded]:
-        """Encode (item, origin) pairs, in order, with one call of the tokenizer; one result for each pair.
+    def encode(self, items: Sequence[tuple[Item, str]]) -> Encoded:
+        """Encode (item, origin) pairs, in order, with one call of the tokenizer.
 
         Raises:
             PluginError: the template failed, or wrote a control text that isn't one token.
         """
-        planned: list[tuple[str, tuple[Segment, ...], str | None, tuple[str, ...]]] = []
+        segments: list[Segment] = []
+        ends: list[int] = []  # of each item, in segments
+        drops: list[str | None] = []
         for item, origin in items:
-            segments: tuple[Segment, ...] = ()
-            drop = None
+            drops.append(None)
             try:
-                segments = self.segments(item, origin)
+                segments += self.segments(item, origin)
             except Unrenderable as refusal:
-                drop = refusal.reason
-            planned.append((origin, segments, drop, self._look_alikes(item)))
-        texts = [s.text for _, segments, _, _ in planned for s in segments if not s.control and s.text]
-        encoded = iter(self.tokenizer.encode(texts))
-        results = []
-        for origin, segments, drop, notes in planned:
-            sample = None
-            if drop is None:
-                parts = self._parts(segments, encoded)
-                sample = _sample(parts, segments, origin)
-                content = [part for part, segment in zip(parts, segments, strict=True) if not segment.control]
-                if np.isin(np.concatenate([_NOTHING, *content]), self.forbidden).any():
-                    sample, drop = None, "control_in_content"
-                elif not sample.n_supervised:
-                    sample, drop = None, "nothing_supervised"
-            results.append(Encoded(sample, drop, notes))
-        return results
+                drops[-1] = refusal.reason
+            ends.append(len(segments))
+        notes = [self._look_alikes(item) if self.forgeable else () for item, _ in items]
+        encoded = iter(self.tokenizer.encode([s.text for s in segments if not s.control and s.text]))
+        tokens, sizes = join_ids(
+            [self._control_id(s.text) if s.control else next(encoded) if s.text else [] for s in segments]
+        )
+        return _samples(tokens, sizes, segments, np.array(ends, np.int64), drops, notes, self.forbidden)
 
     def segments(self, item: Item, origin: str = "") -> tuple[Segment, ...]:
         """Render an item: what is encoded, piece by piece.
@@ -130,14 +116,7 @@ class Encoder:
             raise Unrenderable("nothing_supervised")
         asking = segments[:answer]
         encoded = iter(self.tokenizer.encode([s.text for s in asking if not s.control and s.text]))
-        return np.concatenate([_NOTHING, *self._parts(asking, encoded)])
-
-    def _parts(self, segments: Sequence[Segment], encoded: Iterator[NDArray[np.int32]]) -> list[NDArray[np.int32]]:
-        """Give the ids of every segment; those of text come from ``encoded``, in order."""
-        return [
-            np.array([self._control_id(s.text)], np.int32) if s.control else next(encoded) if s.text else _NOTHING
-            for s in segments
-        ]
+        return join_ids([self._control_id(s.text) if s.control else next(encoded) if s.text else [] for s in asking])[0]
 
     def _document(self, item: Document) -> tuple[Segment, ...]:
         if not item.text:
@@ -177,7 +156,6 @@ class Encoder:
         return id
 
 
-_NOTHING: NDArray[np.int32] = np.zeros(0, np.int32)
 _PROBE = Conversation(
     tuple(Message(("user", "assistant")[i % 2], content) for i, content in enumerate(("q 1", "a 1", "q 2", "a 2")))
 )
@@ -205,7 +183,9 @@ def make_encoder(
             raise ModelError(_not_one_token(token, template, tokenizer))
     control = {*template.control, *template.stop, *(() if template.chat_template else tokenizer.control_tokens)}
     forbidden = tokenizer.protect(sorted(control))
-    encoder = Encoder(template, tokenizer, template_options, supervise, np.array(sorted(forbidden), np.int64))
+    mask = np.zeros(tokenizer.vocab_size, np.bool_)
+    mask[sorted(forbidden)] = True
+    encoder = Encoder(template, tokenizer, template_options, supervise, mask)
     system = Message("system", "s 1")
     reason = ""
     for probe in (_PROBE, Conversation((system, *_PROBE.messages))):
@@ -236,98 +216,55 @@ def _not_one_token(token: str, template: PromptTemplate, tokenizer: Tokenizer) -
     )
 
 
-def _sample(parts: Sequence[NDArray[np.int32]], segments: Sequence[Segment], origin: str) -> Sample:
-    """Join encoded segments; neighbours that are supervised become one span."""
-    spans: list[list[int]] = []
-    cuts = []
-    at = 0
-    for part, segment in zip(parts, segments, strict=True):
-        if segment.turn:
-            cuts.append(at)
-        if segment.supervised and len(part):
-            if spans and spans[-1][1] == at:
-                spans[-1][1] += len(part)
-            else:
-                spans.append([at, at + len(part)])
-        at += len(part)
-    return Sample(
-        input_ids=np.concatenate([_NOTHING, *parts]),
-        spans=np.array(spans, np.int32).reshape(-1, 2),
-        origin=origin,
-        cuts=np.array(cuts, np.int32) if cuts else None,
-    )
-
-
-# ------------------------------------------------------------------------------------------------- fitting
-
-
-def fit(sample: Sample, max_length: int, overlong: str) -> Fitted:
-    """Make a sample fit ``max_length`` tokens, by the policy ``error``, ``drop``, ``truncate`` or ``split``.
-
-    ``truncate`` keeps the head, and the stop of an answer that it cuts. ``split`` cuts documents anywhere and
-    conversations between turns, repeating nothing; a turn that is longer by itself is truncated. Always
-    ``len(sample) == sum of len(samples) + n_truncated_tokens + n_dropped_tokens``.
-
-    Raises:
-        DataError: the policy is ``error`` and the sample is too long.
-    """
-    length = len(sample.input_ids)
-    if length <= max_length:
-        return Fitted((sample,))
-    if overlong == "error":
-        raise DataError(
-            f"{sample.origin}: {length} tokens, pack.max_length is {max_length}; raise it, or set pack.overlong to "
-            "truncate, split or drop"
-        )
-    if overlong == "drop":
-        return Fitted((), drop="overlong", n_dropped_tokens=length)
-    pieces = [sample] if overlong == "truncate" else _pieces(sample, max_length)
-    kept = []
-    truncated = dropped = 0
-    for piece in pieces:
-        size = len(piece.input_ids)
-        shorter = piece if size <= max_length else _truncate(piece, max_length)
-        if shorter.n_supervised:
-            kept.append(shorter)
-            truncated += size - len(shorter.input_ids)
-        else:
-            dropped += size
-    return Fitted(tuple(kept), truncated, None if kept else "nothing_supervised", dropped)
-
-
-def _pieces(sample: Sample, max_length: int) -> list[Sample]:
-    """Cut a document every ``max_length`` tokens, a conversation after the last turn that still fits."""
-    length = len(sample.input_ids)
-    if sample.cuts is None:
-        bounds = [*range(0, length, max_length), length]
+def join_ids(parts: list[list[int] | int]) -> tuple[NDArray[np.int32], Table]:
+    """Write lists of ids, and single ids, one after another: int32 [L], and the size of each part."""
+    total = sum(len(part) if type(part) is list else 1 for part in parts)
+    ids, sizes = np.empty(total, np.int32), np.empty(len(parts), np.int64)
+    if kernel.compiled is not None:
+        kernel.compiled.join_ids(parts, ids, sizes)
     else:
-        bounds = [0]
-        turns = [*(int(cut) for cut in sample.cuts if cut > 0), length]
-        for turn, following in zip(turns, turns[1:], strict=False):
-            if following - bounds[-1] > max_length and turn > bounds[-1]:
-                bounds.append(turn)
-        bounds.append(length)
-    return [_cut(sample, start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+        sizes[:] = [len(part) if isinstance(part, list) else 1 for part in parts]
+        ids[:] = [id for part in parts for id in (part if isinstance(part, list) else (part,))]
+    return ids, sizes
 
 
-def _cut(sample: Sample, start: int, end: int) -> Sample:
-    spans = np.clip(sample.spans, start, end) - start
-    cuts = sample.cuts
-    return replace(
-        sample,
-        input_ids=sample.input_ids[start:end].copy(),
-        spans=spans[spans[:, 0] < spans[:, 1]].astype(np.int32),
-        cuts=None if cuts is None else (cuts[(cuts >= start) & (cuts < end)] - start).astype(np.int32),
-    )
-
-
-def _truncate(sample: Sample, max_length: int) -> Sample:
-    """Keep the head; the answer that is cut ends with its stop, unless nothing but the stop would be left of it."""
-    short = _cut(sample, 0, max_length)
-    for start, end in sample.spans:
-        if start < max_length < end:
-            if start < max_length - 1:
-                short.input_ids[-1] = sample.input_ids[end - 1]
-            else:
-                short = replace(short, spans=short.spans[:-1])
-    return short
+def _samples(
+    tokens: NDArray[np.int32],
+    sizes: Table,
+    segments: Sequence[Segment],
+    item_ends: Table,
+    drops: list[str | None],
+    notes: list[tuple[str, ...]],
+    forbidden: NDArray[np.bool_],
+) -> Encoded:
+    """Cut the tokens of all segments into samples, one an item; drop what holds a forbidden id, or nothing to learn."""
+    n_items = len(item_ends)
+    supervised, control, turn = (
+        np.array([flags[i] for flags in segments], np.bool_) for i in (1, 2, 3)
+    )  # Segment's fields
+    segment_ends = np.cumsum(sizes)
+    segment_starts = segment_ends - sizes
+    bounds = np.concatenate([[0], segment_ends])[np.concatenate([[0], item_ends])]  # of items, in tokens
+    owner = np.repeat(np.arange(n_items), np.diff(item_ends, prepend=0))
+    target = np.flatnonzero(supervised & (sizes > 0))
+    starts, ends, owners = segment_starts[target], segment_ends[target], owner[target]
+    # neighbours that are supervised become one span
+    joined = np.zeros(len(target) + 1, np.bool_)
+    joined[1:-1] = (starts[1:] == ends[:-1]) & (owners[1:] == owners[:-1])
+    spans = np.stack([starts[~joined[:-1]], ends[~joined[1:]]], axis=1)
+    span_owners = owners[~joined[:-1]]
+    learnt = ends - np.maximum(starts, bounds[owners] + 1)
+    samples = np.zeros((n_items, SAMPLE_COLUMNS), np.int64)
+    samples[:, START], samples[:, LENGTH], samples[:, STOP] = bounds[:-1], np.diff(bounds), -1
+    samples[:, SPAN] = np.searchsorted(span_owners, np.arange(n_items))
+    samples[:, SPANS] = np.bincount(span_owners, minlength=n_items)
+    np.add.at(samples[:, SUPERVISED], owners, learnt)
+    samples[:, RECORD] = np.arange(n_items)
+    found = forbidden[tokens]
+    found[segment_starts[control]] = False
+    forged = set(np.searchsorted(bounds[1:], np.flatnonzero(found), side="right").tolist())
+    for i in np.flatnonzero((samples[:, SUPERVISED] == 0) | np.isin(samples[:, RECORD], list(forged))).tolist():
+        drops[i] = drops[i] or ("control_in_content" if i in forged else "nothing_supervised")
+    kept = np.array([drop is None for drop in drops], np.bool_)
+    turn &= segment_starts < bounds[1:][owner]  # not an empty one at the end
+    return Encoded(tokens, spans, segment_starts[turn], samples[kept], drops, notes)

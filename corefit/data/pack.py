@@ -1,28 +1,17 @@
-"""Lengths -> plan, samples -> packs, packs -> a batch.
+"""Lengths -> plan: which samples share a pack.
 
-A pack holds whole samples, side by side; each is a document of its own for the model. Two packs of 8 slots
-(``.`` is padding, which is a document too)::
-
-    slot             0  1  2  3  4  5  6  7 | 8  9 10 11 12 13 14 15
-    input_ids        a  a  a  b  b  c  c  c | d  d  d  d  d  e  .  .
-    position_ids     0  1  2  0  1  0  1  2 | 0  1  2  3  4  0  0  1
-    cu_seqlens       0        3     5         8              13 14   16
-
-Every plan depends on the lengths, their order and the capacity alone. This is the pure-Python twin of the kernel
-that takes over ``first_fit``, ``first_fit_decreasing`` and ``best_fit_decreasing`` behind the same interface.
+Every plan depends on the lengths, their order and the capacity alone. The kernel and its twin here give the same bits.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from bisect import bisect_left, bisect_right, insort
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-
-from corefit.types import IGNORE_INDEX, Batch, Sample
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -30,8 +19,6 @@ if TYPE_CHECKING:
 ALGORITHMS = ("first_fit", "first_fit_decreasing", "best_fit_decreasing")
 OPEN_PACKS = 64
 """Packs that ``first_fit`` keeps open when it streams."""
-CARRIED_WINDOWS = 4
-"""Windows for which ``first_fit_decreasing`` carries a pack that isn't full enough."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,14 +51,11 @@ def _plan(placed: NDArray[np.int64], pack_of: list[int], n_packs: int) -> Plan:
     return Plan(placed[np.argsort(packs, kind="stable")].astype(np.int32), offsets.astype(np.int64))
 
 
-def _first_fit(lengths: list[int], capacity: int, used: Sequence[int]) -> list[int]:
+def _first_fit(lengths: list[int], capacity: int) -> list[int]:
     """Give the pack of each length; a tournament tree over free slots finds the first that fits."""
     # at most one of the packs opened here ends half empty, so this many leaves always do
-    size = 1 << (len(used) + 2 * sum(lengths) // capacity + 2).bit_length()
+    size = 1 << (2 * sum(lengths) // capacity + 2).bit_length()
     tree = [capacity] * (2 * size)
-    tree[size : size + len(used)] = [capacity - slots for slots in used]
-    for node in range(size - 1, 0, -1):
-        tree[node] = max(tree[2 * node], tree[2 * node + 1])
     packs = []
     for length in lengths:
         node = 1
@@ -90,14 +74,13 @@ def _first_fit(lengths: list[int], capacity: int, used: Sequence[int]) -> list[i
     return packs
 
 
-def first_fit(lengths: ArrayLike, capacity: int, *, open_packs: int | None = None, used: Sequence[int] = ()) -> Plan:
+def first_fit(lengths: ArrayLike, capacity: int, *, open_packs: int | None = None) -> Plan:
     """Put each sample, in order, into the first pack that still has room for it.
 
     Args:
         lengths: tokens of each sample, in [1, capacity].
         capacity: slots of a pack.
         open_packs: only so many packs, the youngest, may still be added to; None: all.
-        used: slots already taken in packs that are open from before; these are the plan's first packs.
 
     Raises:
         ValueError: a length is out of range.
@@ -107,15 +90,13 @@ def first_fit(lengths: ArrayLike, capacity: int, *, open_packs: int | None = Non
     """
     array = _checked(lengths, capacity)
     if open_packs is not None:
-        packer = Packer("first_fit", capacity, held=array.size + 1, open_packs=open_packs)
-        packs = [pack for i, n in enumerate(array.tolist()) for pack in packer.add(i, n)] + packer.flush()
-        pack_of = [k for k, pack in enumerate(packs) for _ in pack]
-        return _plan(np.array([i for pack in packs for i in pack], dtype=np.int64), pack_of, len(packs))
-    pack_of = _first_fit(array.tolist(), capacity, used)
-    return _plan(np.arange(array.size), pack_of, max(len(used), max(pack_of, default=-1) + 1))
+        streamed = stream("first_fit", array, capacity, held=len(array) + 1, open_packs=open_packs, flush=True)
+        return Plan(streamed.order, streamed.offsets)
+    pack_of = _first_fit(array.tolist(), capacity)
+    return _plan(np.arange(array.size), pack_of, max(pack_of, default=-1) + 1)
 
 
-def first_fit_decreasing(lengths: ArrayLike, capacity: int, *, used: Sequence[int] = ()) -> Plan:
+def first_fit_decreasing(lengths: ArrayLike, capacity: int) -> Plan:
     """First-fit of the samples from long to short, equal ones in order. Arguments and errors as for ``first_fit``.
 
     >>> first_fit_decreasing([1, 3, 4], 4).packs()
@@ -123,8 +104,8 @@ def first_fit_decreasing(lengths: ArrayLike, capacity: int, *, used: Sequence[in
     """
     array = _checked(lengths, capacity)
     order = np.argsort(-array, kind="stable")
-    pack_of = _first_fit(array[order].tolist(), capacity, used)
-    return _plan(order, pack_of, max(len(used), max(pack_of, default=-1) + 1))
+    pack_of = _first_fit(array[order].tolist(), capacity)
+    return _plan(order, pack_of, max(pack_of, default=-1) + 1)
 
 
 def best_fit_decreasing(lengths: ArrayLike, capacity: int) -> Plan:
@@ -154,156 +135,129 @@ def best_fit_decreasing(lengths: ArrayLike, capacity: int) -> Plan:
     return _plan(order, pack_of, n_packs)
 
 
-@dataclass(slots=True)
-class OpenPack:
-    """A pack that may still take samples."""
+class Streamed(NamedTuple):
+    """What ``stream`` gives: the packs that closed, and what waits on."""
 
-    refs: list[int] = field(default_factory=list)
-    used: int = 0
-    """Slots taken."""
-    windows: int = 0
-    """How often it was carried to the next window."""
+    order: NDArray[np.int32]
+    """int32 [M]: indices of samples, pack by pack, ascending inside a pack."""
+    offsets: NDArray[np.int64]
+    """int64 [packs + 1]"""
+    seen: NDArray[np.int64]
+    """int64 [packs]: how many samples had been taken in when each pack closed."""
+    rest: NDArray[np.int32]
+    """int32 [N - M]: indices of the samples that are in no pack yet, ascending."""
 
 
-class Packer:
-    """Packs a stream of samples with bounded memory and bounded waiting.
+def stream(
+    algorithm: str,
+    lengths: ArrayLike,
+    capacity: int,
+    *,
+    held: int = 256,
+    n_held: int = 0,
+    ends: ArrayLike | None = None,
+    flush: bool = False,
+    open_packs: int = OPEN_PACKS,
+) -> Streamed:
+    """Pack samples as they arrive, with bounded memory and bounded waiting.
 
-    ``first_fit`` opens packs in order and closes them in that order: the oldest goes when more than ``open_packs``
-    are open or more than ``held`` samples wait. A sample is out at the latest when ``open_packs`` further packs
-    have been opened after its own.
+    Its only state is the samples that wait, in the order in which they came: handing those and new ones to the next
+    call gives the packs of one call, wherever it is cut.
 
-    ``first_fit_decreasing`` waits until ``held`` samples are there (those in carried packs included), sorts the new
-    ones, first-fits them into the carried packs and new ones, and closes what is at least 99 % full, what was
-    carried 4 times, and then the fullest until at most half of ``held`` is carried. A sample is out before
-    ``5 * held`` further ones have been added.
+    ``first_fit_decreasing`` makes a pack whenever ``held`` samples wait: the one that has waited longest, then again
+    and again the longest that still fits (of equal ones the oldest). So no pack closes without its oldest sample, and a
+    sample is in one of the first ``held`` packs that close after it came (with records of several samples: as many
+    packs as samples waited then).
+
+    ``first_fit`` puts each sample into the first open pack that has room, and closes the oldest when more than
+    ``open_packs`` are open or more than ``held`` samples wait.
 
     ``best_fit_decreasing`` holds everything until ``flush``.
 
-    Refs are integers that ascend with every ``add``. Inside a pack they ascend too, and packs that close together
-    come in the order of their first ref, so the order of the data is disturbed as little as packing allows.
-    """
-
-    def __init__(self, algorithm: str, capacity: int, held: int = 256, *, open_packs: int = OPEN_PACKS) -> None:
-        """``capacity``: slots of a pack; ``held``: most samples that wait (more where one record brings more)."""
-        if algorithm not in ALGORITHMS:
-            raise ValueError(f"no packing algorithm {algorithm!r}; known: {', '.join(ALGORITHMS)}")
-        if capacity < 1 or held < 1 or open_packs < 1:
-            raise ValueError("capacity, held and open_packs must be at least 1")
-        self.algorithm, self.capacity, self.held, self.open_packs = algorithm, capacity, held, open_packs
-        self.packs: list[OpenPack] = []
-        self.window: list[tuple[int, int]] = []  # refs and lengths that are in no pack yet
-        self.n_held = 0
-
-    def add(self, ref: int, length: int) -> list[list[int]]:
-        """Take a sample; give the packs that it closes, as lists of refs (mostly none)."""
-        if not 0 < length <= self.capacity:
-            raise ValueError(f"a sample must have 1 to {self.capacity} tokens, got {length}")
-        self.n_held += 1
-        if self.algorithm != "first_fit":
-            self.window.append((ref, length))
-            return self._fit_window() if self.algorithm.startswith("first") and self.n_held >= self.held else []
-        pack = next((p for p in self.packs if p.used + length <= self.capacity), None)
-        if pack is None:
-            self.packs.append(pack := OpenPack())
-        pack.refs.append(ref)
-        pack.used += length
-        closed = []
-        while len(self.packs) > self.open_packs or self.n_held > self.held:
-            closed += self._close(self.packs[:1])
-        return closed
-
-    def flush(self) -> list[list[int]]:
-        """Close everything."""
-        if self.algorithm == "best_fit_decreasing":
-            plan = best_fit_decreasing([length for _, length in self.window], self.capacity)
-            packs = [sorted(self.window[i][0] for i in pack) for pack in plan.packs()]
-            self.window, self.n_held = [], 0
-            return sorted(packs)
-        self._place_window()
-        return self._close(list(self.packs))
-
-    def state(self) -> tuple[list[list[Any]], list[int]]:
-        """Give the open packs, each as [windows it was carried for, refs], and the refs that are in no pack yet."""
-        return [[pack.windows, list(pack.refs)] for pack in self.packs], [ref for ref, _ in self.window]
-
-    def load(self, packs: list[list[Any]], window: list[int], lengths: Mapping[int, int]) -> None:
-        """Undo ``state``; ``lengths``: tokens of the sample behind each ref."""
-        self.packs = [OpenPack(list(refs), sum(lengths[ref] for ref in refs), windows) for windows, refs in packs]
-        self.window = [(ref, lengths[ref]) for ref in window]
-        self.n_held = len(lengths)
-
-    def _place_window(self) -> None:
-        lengths = [length for _, length in self.window]
-        plan = first_fit_decreasing(lengths, self.capacity, used=[pack.used for pack in self.packs])
-        self.packs += [OpenPack() for _ in range(len(plan) - len(self.packs))]
-        for pack, members in zip(self.packs, plan.packs(), strict=True):
-            pack.refs += [self.window[i][0] for i in members]
-            pack.used += sum(lengths[i] for i in members)
-        self.window = []
-
-    def _fit_window(self) -> list[list[int]]:
-        self._place_window()
-        enough = self.capacity - self.capacity // 100
-        done = [pack.used >= enough or pack.windows >= CARRIED_WINDOWS for pack in self.packs]
-        closing = [pack for pack, full in zip(self.packs, done, strict=True) if full]
-        excess = self.n_held - sum(len(pack.refs) for pack in closing) - self.held // 2
-        for pack in sorted((p for p, full in zip(self.packs, done, strict=True) if not full), key=lambda p: -p.used):
-            if excess > 0:
-                closing.append(pack)
-                excess -= len(pack.refs)
-            pack.windows += 1
-        return self._close(closing)
-
-    def _close(self, packs: list[OpenPack]) -> list[list[int]]:
-        gone = set(map(id, packs))
-        self.packs = [pack for pack in self.packs if id(pack) not in gone]
-        self.n_held -= sum(len(pack.refs) for pack in packs)
-        return sorted(sorted(pack.refs) for pack in packs)
-
-
-def padded(slots: int) -> int:
-    """Round up to a multiple of 8."""
-    return -(-slots // 8) * 8
-
-
-def assemble(
-    packs: Sequence[Sequence[Sample]], *, max_length: int, pad_id: int, state: Mapping[str, Any] | None = None
-) -> Batch:
-    """Write packs into the arrays of one micro-batch, exactly as ``Batch`` says.
-
-    T' is the longest pack rounded up to 8. ``max_length`` is T, which no pack may exceed.
+    Args:
+        algorithm: one of ``ALGORITHMS``.
+        lengths: tokens of each sample, in [1, capacity].
+        capacity: slots of a pack.
+        held: most samples that wait; more where one record brings more.
+        n_held: so many of them waited before: they are taken in first, and only then packs may close.
+        ends: [N], true where a sample is the last of its record: packs close only there; None: everywhere.
+        flush: close everything at the end.
+        open_packs: most packs that ``first_fit`` keeps open.
 
     Raises:
-        ValueError: no pack, an empty pack, an empty sample, or a pack that is longer than ``max_length``.
+        ValueError: a length is out of range, or there is no such algorithm.
     """
-    samples = [sample for pack in packs for sample in pack]
-    sizes = [[len(sample.input_ids) for sample in pack] for pack in packs]
-    used = [sum(pack) for pack in sizes]
-    if not packs or max(used) > max_length or not all(pack and min(pack) > 0 for pack in sizes):
-        raise ValueError(f"packs must hold samples and at most {max_length} slots, got {used}")
-    width = padded(max(used))
-    total = width * len(packs)
-    lengths = np.array([n for pack, slots in zip(sizes, used, strict=True) for n in (*pack, width - slots) if n])
-    bounds = np.concatenate([[0], np.cumsum(lengths)])
-    ids = np.full(total, pad_id, dtype=np.int64)
-    begins = np.concatenate([row * width + np.cumsum([0, *pack[:-1]]) for row, pack in enumerate(sizes)])
-    edges = np.zeros(total + 1, dtype=np.int32)
-    for sample, begin in zip(samples, begins.tolist(), strict=True):
-        ids[begin : begin + len(sample.input_ids)] = sample.input_ids
-        np.add.at(edges, sample.spans[:, 0] + begin, 1)
-        np.add.at(edges, sample.spans[:, 1] + begin, -1)
-    target = np.cumsum(edges[:-1]) > 0
-    target[bounds[:-1]] = False  # nothing inside the document precedes its first token
-    labels = np.full(total, IGNORE_INDEX, dtype=np.int64)
-    labels[:-1] = np.where(target[1:], ids[1:], IGNORE_INDEX)
-    return Batch(
-        input_ids=ids.reshape(len(packs), width),
-        labels=labels.reshape(len(packs), width),
-        position_ids=(np.arange(total) - np.repeat(bounds[:-1], lengths)).reshape(len(packs), width),
-        cu_seqlens=bounds.astype(np.int32),
-        n_supervised=int((labels != IGNORE_INDEX).sum()),
-        n_tokens=sum(used),
-        n_samples=len(samples),
-        origins=tuple(sample.origin for sample in samples),
-        state={} if state is None else state,
-    )
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"no packing algorithm {algorithm!r}; known: {', '.join(ALGORITHMS)}")
+    if capacity < 1 or held < 1 or open_packs < 1:
+        raise ValueError("capacity, held and open_packs must be at least 1")
+    array = _checked(lengths, capacity)
+    last = np.ones(len(array), np.bool_) if ends is None else np.asarray(ends, np.bool_)
+    sizes, may_close = array.tolist(), last.tolist()
+    if algorithm == "best_fit_decreasing":
+        plan = best_fit_decreasing(array, capacity).packs() if flush else []
+        closed = [(sorted(pack), len(sizes)) for pack in sorted(plan, key=min)]
+    elif algorithm == "first_fit":
+        closed = _stream_first_fit(sizes, may_close, capacity, held, n_held, flush, open_packs)
+    else:
+        closed = _stream_decreasing(sizes, may_close, capacity, held, n_held, flush)
+    order = np.array([i for pack, _ in closed for i in pack], np.int32)
+    offsets = np.cumsum([0, *(len(pack) for pack, _ in closed)], dtype=np.int64)
+    waits = np.ones(len(array), np.bool_)
+    waits[order] = False
+    seen = np.array([seen for _, seen in closed], np.int64)
+    return Streamed(order, offsets, seen, np.flatnonzero(waits).astype(np.int32))
+
+
+_Closed = list[tuple[list[int], int]]
+
+
+def _stream_first_fit(
+    sizes: list[int], may_close: list[bool], capacity: int, held: int, n_held: int, flush: bool, open_packs: int
+) -> _Closed:
+    closed: _Closed = []
+    packs: list[list[int]] = []
+    used: list[int] = []
+    waiting = 0
+    for i in range(len(sizes) + 1):
+        if i == n_held or (i > n_held and may_close[i - 1]):
+            while len(packs) > open_packs or waiting > held:
+                waiting -= len(packs[0])
+                closed.append((packs.pop(0), i))
+                used.pop(0)
+        if i == len(sizes):
+            break
+        k = next((k for k, slots in enumerate(used) if slots + sizes[i] <= capacity), len(packs))
+        if k == len(packs):
+            packs.append([])
+            used.append(0)
+        packs[k].append(i)
+        used[k] += sizes[i]
+        waiting += 1
+    return closed + ([(pack, len(sizes)) for pack in packs] if flush else [])
+
+
+def _stream_decreasing(
+    sizes: list[int], may_close: list[bool], capacity: int, held: int, n_held: int, flush: bool
+) -> _Closed:
+    closed: _Closed = []
+    keys: list[tuple[int, int]] = []  # (length, -index) of what waits, ascending: the last one that fits is taken
+    packed = [False] * len(sizes)
+    oldest = 0
+    for i in range(len(sizes) + 1):
+        at_end = i == len(sizes)
+        may = i == n_held or (i > n_held and may_close[i - 1])
+        while keys and ((may and len(keys) >= held) or (at_end and flush)):
+            while packed[oldest]:
+                oldest += 1
+            pack, room, key = [], capacity, bisect_left(keys, (sizes[oldest], -oldest))
+            while key >= 0:
+                length, negative = keys.pop(key)
+                packed[-negative] = True
+                pack.append(-negative)
+                room -= length
+                key = bisect_right(keys, (room, 0)) - 1
+            closed.append((sorted(pack), i))
+        if not at_end:
+            insort(keys, (sizes[i], -i))
+    return closed

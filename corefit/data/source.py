@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from corefit.data.encode import fit
+from corefit.data.block import (
+    ENCODED,
+    LENGTH,
+    MESSAGES,
+    NAME,
+    RECORD,
+    RECORD_COLUMNS,
+    SOURCE,
+    VALIDATION,
+    WEIGHT,
+    WORDS,
+    Block,
+    Words,
+    fit,
+    intern,
+)
 from corefit.data.jsonl import content_hash
-from corefit.data.ledger import Ledger, count
-from corefit.errors import CorefitError, DataError, UserError
+from corefit.errors import CorefitError, DataError
 from corefit.types import (
     BadRecord,
     Conversation,
@@ -24,7 +38,6 @@ from corefit.types import (
     MapFunction,
     Position,
     Record,
-    Sample,
     Sources,
 )
 
@@ -63,93 +76,101 @@ class Source:
         return islice(self.reader.read(self.sources, self.reader_options), self.first)
 
 
-@dataclass(slots=True)
-class Outcome:
-    """What became of a record: samples, what the ledger gains, or the error that stops the run when its turn comes."""
+def record_row(source: int, index: int, record: Record | BadRecord, weight: int, name: int) -> list[int]:
+    """Give the columns of a record that are known when it is read."""
+    row = [0] * RECORD_COLUMNS
+    row[: WEIGHT + 1] = source, index, record.file, record.line, record.offset, weight
+    row[NAME] = name
+    return row
 
-    samples: list[Sample] = field(default_factory=list)
-    gain: Ledger = field(default_factory=Ledger)
-    drops: list[str] = field(default_factory=list)
+
+def encode_records(
+    sources: Sequence[Source],
+    found: Sequence[Record | BadRecord],
+    rows: Sequence[Sequence[int]],
+    encoder: Encoder,
+    *,
+    max_length: int,
+    overlong: str,
+    names: Sequence[str],
+    val_hashes: frozenset[int] = frozenset(),
+) -> Block:
+    """Map, encode and fit records, with one call of the encoder.
+
+    Args:
+        sources: what ``SOURCE`` in ``rows`` refers to.
+        found: the records.
+        rows: ``record_row`` of each.
+        encoder: the run's.
+        max_length: tokens of a sample, at most.
+        overlong: policy for longer ones.
+        names: what ``NAME`` refers to.
+        val_hashes: content hashes of records that belong to the validation split.
+
+    The block ends before a record that stops the run, with the error.
+    """
+    table = np.array(rows, np.int64).reshape(-1, RECORD_COLUMNS)
+    words = [Words()]
+    drops, messages, notes = ([list[str]() for _ in found] for _ in range(3))
+    items: list[tuple[Item, str]] = []
+    owners: list[int] = []
     error: CorefitError | None = None
+    for i, record in enumerate(found):
+        source = sources[rows[i][SOURCE]]
+        if isinstance(record, BadRecord):
+            drops[i].append("bad_record")
+            if source.on_bad == "error":
+                error = DataError(f'{record}; data.on_bad="skip" counts such records and goes on')
+        elif val_hashes and content_hash(record) in val_hashes:
+            table[i, VALIDATION] = 1
+        else:
+            mapped: list[Item | Drop] = []
+            error = _map(source, record, mapped)
+            for item in mapped:
+                if isinstance(item, Drop):
+                    drops[i].append(item.reason)
+                    continue
+                items.append((item, record.origin))
+                owners.append(i)
+                if isinstance(item, Conversation):
+                    table[i, MESSAGES] += len(item.messages) + len(item.dropped)
+                    messages[i] += item.dropped
+                    notes[i] += item.notes
+        if error is not None:
+            table = table[:i]
+            break
+    encoded = encoder.encode(items)
+    owner = np.array(owners, np.int64)
+    for i, drop, noticed in zip(owners, encoded.drops, encoded.notes, strict=True):
+        drops[i] += [drop] if drop else []
+        notes[i] += noticed
+    for i in range(len(table)):
+        if drops[i] or messages[i] or notes[i]:
+            table[i, WORDS] = intern(words, Words(tuple(drops[i]), tuple(messages[i]), tuple(notes[i])))
+    samples = encoded.samples
+    samples[:, RECORD] = owner[samples[:, RECORD]]
+    samples = samples[samples[:, RECORD] < len(table)]
+    np.add.at(table[:, ENCODED], samples[:, RECORD], samples[:, LENGTH])
+    block = Block(table, samples, encoded.tokens, encoded.spans, encoded.cuts, words, names, error)
+    return fit(block, max_length, overlong)
 
 
-def _map(source: Source, record: Record, out: Outcome) -> list[Item]:
-    function, items = source.map_function, []
+def _map(source: Source, record: Record, items: list[Item | Drop]) -> DataError | None:
+    """Add what the map function makes of a record; give the error that stops the run where it fails."""
+    function = source.map_function
     try:
         for item in function.map(record, source.map_options):
-            if isinstance(item, Drop):
-                out.drops.append(item.reason)
-                continue
-            if not isinstance(item, Conversation | Document):
+            if not isinstance(item, Conversation | Document | Drop):
                 raise TypeError(f"gave a {type(item).__name__}, expected Conversation, Document or Drop")
             items.append(item)
-            if isinstance(item, Conversation):
-                out.gain.messages.total += len(item.messages) + len(item.dropped)
-                for reason in item.dropped:
-                    count(out.gain.messages.dropped, reason)
-                for word in item.notes:
-                    count(out.gain.messages.notes, word)
     except Exception as error:
         keys = ", ".join(map(str, record)) or "none"
         why = " ".join(f"{type(error).__name__}: {error}".split())
         where = f"{record.origin}: map function {function.name!r}"
-        out.error = DataError(f"{where} failed: {why}; keys of the record: {keys}")
-        out.error.__cause__ = error
-        return []
-    return items
-
-
-def outcomes_of(
-    pairs: Iterable[tuple[Source, Record | BadRecord]],
-    encoder: Encoder,
-    max_length: int,
-    overlong: str,
-    val_hashes: frozenset[int] = frozenset(),
-) -> list[Outcome]:
-    """Map, encode and fit records, with one call of the encoder; one outcome for each."""
-    outcomes: list[Outcome] = []
-    items: list[tuple[Item, str]] = []
-    owners: list[Outcome] = []
-    for source, record in pairs:
-        outcomes.append(out := Outcome())
-        out.gain.records.read = 1
-        if isinstance(record, BadRecord):
-            out.drops.append("bad_record")
-            if source.on_bad == "error":
-                out.error = DataError(f'{record}; data.on_bad="skip" counts such records and goes on')
-        elif val_hashes and content_hash(record) in val_hashes:
-            out.gain.records.validation = 1
-        else:
-            mapped = _map(source, record, out)
-            items += [(item, record.origin) for item in mapped]
-            owners += [out] * len(mapped)
-    for out, encoded in zip(owners, encoder.encode(items) if items else [], strict=True):
-        tokens = out.gain.tokens
-        for word in encoded.notes:
-            count(out.gain.messages.notes, word)
-        if encoded.sample is None:
-            out.drops.append(encoded.drop or "not_encoded")
-            continue
-        try:
-            fitted = fit(encoded.sample, max_length, overlong)
-        except UserError as error:
-            out.error = out.error or error
-            continue
-        tokens.encoded += len(encoded.sample.input_ids)
-        tokens.truncated += fitted.n_truncated_tokens
-        tokens.dropped += fitted.n_dropped_tokens
-        out.drops += [fitted.drop] if fitted.drop else []
-        tokens.pending += sum(len(sample.input_ids) for sample in fitted.samples)
-        out.samples += fitted.samples
-    for out in outcomes:
-        records = out.gain.records
-        records.pending = int(bool(out.samples))
-        if out.samples:
-            for reason in out.drops:
-                count(records.parts_dropped, reason)
-        elif not records.validation:
-            count(records.dropped, out.drops[0] if out.drops else "no_items")
-    return outcomes
+        failure = DataError(f"{where} failed: {why}; keys of the record: {keys}")
+        failure.__cause__ = error
+        return failure
+    return None
 
 
 def permutation(n: int, *keys: int) -> NDArray[np.int64]:
@@ -293,29 +314,3 @@ def split_validation(sources: Sequence[Source], *, share: float, records: int) -
     elif not n_train:
         reason = f"val.share = {share:g} chose all of {n_read:,} records"
     return Split(frozenset(), [], reason) if reason else Split(frozenset(chosen), list(chosen.values()), None)
-
-
-def encode_all(
-    records: Iterable[tuple[Source, Record | BadRecord]],
-    encoder: Encoder,
-    *,
-    max_length: int,
-    overlong: str = "truncate",
-    ledger: Ledger | None = None,
-) -> list[Sample]:
-    """Give the samples of all records, in order; ``ledger`` gains their tokens as validation tokens.
-
-    Raises:
-        DataError: as ``Stream.steps``.
-    """
-    samples: list[Sample] = []
-    rest = iter(records)
-    while group := list(islice(rest, GROUP_RECORDS)):
-        for out in outcomes_of(group, encoder, max_length, overlong):
-            if out.error is not None:
-                raise out.error
-            samples += out.samples
-            if ledger is not None:
-                ledger.tokens.encoded += out.gain.tokens.encoded
-                ledger.tokens.validation += out.gain.tokens.encoded
-    return samples

@@ -176,14 +176,12 @@ class Tokenizer:
         ids = self.special_ids | {id for token in control if (id := self.token_id(token)) is not None}
         return ids - {self._natural_unk}  # unknown characters yield it honestly
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """Encode each text by itself: int32 [L] each, no BOS or EOS."""
-        import numpy as np
-
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode each text by itself, no BOS or EOS."""
         if self._prefix:
             texts = [self._prefix + text if text else text for text in texts]
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | NDArray[np.int32], *, skip_special: bool = False) -> str:
         """Give the text of ids; ``skip_special`` leaves out special and protected tokens."""

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,17 +26,26 @@ ENDLESS_STEPS = 1_000
 
 @dataclass(slots=True)
 class LoopState:
-    """What the loop carries from step to step: ``asdict`` of it is JSON-able and part of every checkpoint."""
+    """What the loop carries from step to step; ``as_dict`` of it is part of every checkpoint."""
 
     step: int = 0
     """Steps attempted."""
     epoch: float = 0.0
-    stream: Mapping[str, Any] | None = None
-    """The stream's state as of the last batch consumed; None before the first."""
+    stream: Callable[[], Mapping[str, Any]] | None = None
+    """Gives the stream's state as of the last batch consumed; None before the first."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Skipped steps by cause."""
     skipped_in_a_row: int = 0
     """Of non-finite steps; one without supervised tokens leaves it as it is."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give a JSON-able object; ``stream`` becomes the state itself."""
+        return {**asdict(replace(self, stream=None)), "stream": self.stream and dict(self.stream())}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LoopState:
+        """Undo ``as_dict``."""
+        return cls(**{**data, "stream": data["stream"] and (lambda: data["stream"])})
 
 
 @dataclass(slots=True)
@@ -101,7 +110,7 @@ def train(
         if (batches := next(supply, None)) is None:
             reason = "epochs"
             break
-        epoch = float(batches[-1].state["epoch"])
+        epoch = batches[-1].epoch
         progress = progress_at(state.step + 0.5, (state.epoch + epoch) / 2, max_steps=max_steps, epochs=epochs)
         lr, loss_scale = lr_at(progress), scaler.get_scale()
         for group in optimizer.param_groups:

@@ -1,10 +1,13 @@
 """Plans against naive oracles; the packer and the batches against what they promise, on any input."""
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import rows_of
 
-from corefit.data.pack import ALGORITHMS, Packer, assemble, best_fit_decreasing, first_fit, first_fit_decreasing
+from corefit.data.pack import ALGORITHMS, best_fit_decreasing, first_fit, first_fit_decreasing, stream
 from corefit.types import Sample
 
 
@@ -53,41 +56,45 @@ def test_with_all_packs_open_bounded_first_fit_is_first_fit(problem, open_packs)
         assert [i for pack in bounded for i in pack] == list(range(len(lengths)))
 
 
+def packs_of(streamed):
+    return [streamed.order[a:b].tolist() for a, b in pairwise(streamed.offsets.tolist())]
+
+
 @given(problems(), st.sampled_from(ALGORITHMS), st.integers(1, 20), st.integers(1, 5), st.data())
-def test_the_packer_places_each_sample_once_and_whole_and_can_be_stopped_anywhere(
+def test_the_stream_places_each_sample_once_and_whole_and_can_be_cut_anywhere(
     problem, algorithm, held, open_packs, data
 ):
     lengths, capacity = problem
-    stop = data.draw(st.integers(0, len(lengths)))
-    packer, straight, resumed = Packer(algorithm, capacity, held, open_packs=open_packs), [], []
-    for i, n in enumerate(lengths):
-        if i == stop:
-            other = Packer(algorithm, capacity, held, open_packs=open_packs)
-            packs, window = packer.state()
-            refs = [ref for _, pack in packs for ref in pack] + window
-            other.load(packs, window, {ref: lengths[ref] for ref in refs})
-            resumed = list(straight)
-        straight.append(packer.add(i, n))
-        if i >= stop:
-            resumed.append(other.add(i, n))
-        assert algorithm.startswith("best") or packer.n_held <= held
-    straight.append(packer.flush())
-    if stop < len(lengths):
-        assert [*resumed, other.flush()] == straight
-    packs = [pack for closed in straight for pack in closed]
-    assert sorted(ref for pack in packs for ref in pack) == list(range(len(lengths)))
-    assert all(sum(lengths[ref] for ref in pack) <= capacity and pack == sorted(pack) for pack in packs)
-    assert all(closed == sorted(closed) for closed in straight)
-    assert packer.n_held == 0 and packer.state() == ([], [])
-
-
-@given(problems(), st.integers(1, 20))
-def test_no_sample_waits_longer_than_promised(problem, held):
-    lengths, capacity = problem
-    packer, waits = Packer("first_fit_decreasing", capacity, held), []
-    for i, n in enumerate(lengths * 5):
-        waits += [i - ref for pack in packer.add(i, n) for ref in pack]
-    assert max(waits, default=0) < 5 * held
+    more = {"held": held, "open_packs": open_packs}
+    ends = [*data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths)))[1:], True][: len(lengths)]
+    straight = packs_of(stream(algorithm, lengths, capacity, ends=ends, flush=True, **more))
+    assert sorted(i for pack in straight for i in pack) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in pack) <= capacity and pack == sorted(pack) for pack in straight)
+    # cut at ends of records, and after any pack: what waits is the whole state
+    packs, waiting, at = [], [], 0
+    while at < len(lengths) or waiting:
+        stops = [i + 1 for i in range(at, len(lengths)) if ends[i]]
+        until = data.draw(st.sampled_from(stops)) if stops else len(lengths)
+        refs = [*waiting, *range(at, until)]
+        flush = until == len(lengths)
+        part = stream(
+            algorithm,
+            [lengths[i] for i in refs],
+            capacity,
+            n_held=len(waiting),
+            ends=[ends[i] for i in refs],
+            flush=flush,
+            **more,
+        )
+        found = packs_of(part)
+        keep = data.draw(st.integers(0, len(found))) if found and not flush else len(found)
+        packs += [[refs[i] for i in pack] for pack in found[:keep]]
+        gone = {refs[i] for pack in found[:keep] for i in pack}
+        at = refs[part.seen[keep - 1] - 1] + 1 if 0 < keep < len(found) and part.seen[keep - 1] > len(waiting) else at
+        at = until if keep == len(found) else at
+        waiting = [i for i in [*waiting, *range(len(lengths))] if i < at and i not in gone and i in refs]
+        waiting = sorted(set(waiting))
+    assert packs == straight
 
 
 @st.composite
@@ -109,7 +116,7 @@ def samples(draw):
 @given(st.lists(st.lists(samples(), min_size=1, max_size=4), min_size=1, max_size=3))
 def test_a_batch_equals_one_written_token_by_token(packs):
     longest = max(sum(len(s.input_ids) for s, _ in pack) for pack in packs)
-    batch = assemble([[s for s, _ in pack] for pack in packs], max_length=longest, pad_id=7, state=None)
+    batch = rows_of([[s for s, _ in pack] for pack in packs], max_length=longest, pad_id=7)
     width = -(-longest // 8) * 8
     bounds, n_supervised = [0], 0
     for row, pack in enumerate(packs):
@@ -128,5 +135,3 @@ def test_a_batch_equals_one_written_token_by_token(packs):
         assert batch.position_ids[row].tolist() == [*positions, *range(left)]
     assert batch.cu_seqlens.tolist() == bounds
     assert batch.n_supervised == n_supervised == (batch.labels != -100).sum()
-    assert batch.n_tokens == sum(len(s.input_ids) for pack in packs for s, _ in pack)
-    assert batch.origins == tuple(s.origin for pack in packs for s, _ in pack)

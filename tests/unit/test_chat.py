@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from samples import encode_each
 from tiny import write_model
 from tiny_export import adapted, facts
 
@@ -92,7 +93,7 @@ def test_multi_turn_ids_are_those_of_training(embedded):
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
     encoder = make_encoder(Registry.load().template("internlm_chat"), Tokenizer.load(EMBEDDED_MODEL))
     conversation = Conversation(tuple(Message(m["role"], m["content"]) for m in messages))
-    sample = encoder.encode([(conversation, "")])[0].sample
+    sample = encode_each(encoder, [(conversation, "a:1")])[0].sample
     assert sample is not None
     ids = embedded.prompt_ids(messages[:3])
     assert ids == sample.input_ids[: sample.spans[-1][0]].tolist()

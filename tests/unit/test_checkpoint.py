@@ -32,7 +32,7 @@ def save_run(run, folder: Path, step: int, **more) -> Path:
         parameters=run.parameters,
         optimizer=run.optimizer,
         scaler=run.scaler,
-        loop=asdict(run.state),
+        loop=run.state.as_dict(),
         lengths={"metrics.jsonl": 100 * step},
         **more,
     )
@@ -46,7 +46,7 @@ def resume_run(folder: Path, **make):
     with torch.no_grad():
         for parameter in run.parameters.values():
             parameter.fill_(7.0)
-    run.state = LoopState(**found.state["loop"])
+    run.state = LoopState.from_dict(found.state["loop"])
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     restore(found, parameters=run.parameters, optimizer=run.optimizer, scaler=run.scaler)
     return run, found
@@ -66,7 +66,7 @@ def everything(run) -> dict[str, object]:
         "numpy": numpy_state,
         "groups": groups,
         "scaler": run.scaler.state_dict(),
-        "state": asdict(run.state),
+        "state": run.state.as_dict(),
     }
 
 
@@ -115,10 +115,10 @@ def test_a_killed_and_resumed_run_ends_as_a_straight_one_bit_for_bit(tmp_path, o
             checkpoint=Every(lambda step: save_run(killed, tmp_path, step), 5),
         )
     resumed, found = resume_run(tmp_path, optimizer=optimizer, scale=scale)
-    assert (found.step, resumed.state.step, resumed.state.stream["next"]) == (5, 5, 10)
+    assert (found.step, resumed.state.step, resumed.state.stream()["next"]) == (5, 5, 10)
     if optimizer.endswith("8bit"):
         assert found.optimizer["lora_A/state1"].dtype == torch.uint8
-    start = resumed.state.stream["next"]
+    start = resumed.state.stream()["next"]
     resumed.train(make_steps(12, start=start, epochs=2, poison=poison), epochs=2)
 
     assert_same(expected, everything(resumed))
@@ -138,7 +138,7 @@ from tiny_training import make_steps
 run.train(make_steps(1), epochs=1)
 for step in range(1, 10**6):
     save(Path(sys.argv[1]), step, parameters=run.parameters, optimizer=run.optimizer, scaler=run.scaler,
-         loop=asdict(run.state), lengths={}, keep=1)
+         loop=run.state.as_dict(), lengths={}, keep=1)
     print(step, flush=True)
 """
 
@@ -373,8 +373,8 @@ def test_the_real_stack_resumes_bit_for_bit_and_evaluating_on_the_way_changes_no
     assert (why, len(set(losses))) == ("SIGTERM", 3)
     found = load(tmp_path / "step-00000003")
     second = make(5)
-    second.state = LoopState(**found.state["loop"])
+    second.state = LoopState.from_dict(found.state["loop"])
     restore(found, parameters=second.parameters, optimizer=second.optimizer, scaler=second.scaler)
-    second.train(make_steps(6, start=second.state.stream["next"]), epochs=1)
+    second.train(make_steps(6, start=second.state.stream()["next"]), epochs=1)
     assert stable(straight.reports) == stable(first.reports + second.reports)
     assert_same(expected, everything(second))

@@ -9,9 +9,11 @@ import pytest
 from corefit_chatml import corefit_prompt_templates as chatml
 from corefit_internlm_chat import corefit_prompt_templates as internlm_chat
 from corefit_tokenizer import corefit_prompt_templates as own_template
+from samples import encode_each
+from samples import fit_one as fit
 from tiny import CHATML_JINJA, write_tokenizer
 
-from corefit.data.encode import fit, make_encoder
+from corefit.data.encode import make_encoder
 from corefit.data.tokenizer import Tokenizer
 from corefit.errors import DataError, ModelError, PluginError
 from corefit.types import Conversation, Document, Message, PromptTemplate, Sample, Segment
@@ -26,7 +28,7 @@ def talk(*contents: str, system: str | None = None) -> Conversation:
 
 
 def encode(encoder, item):
-    return encoder.encode([(item, "data.jsonl:7")])[0]
+    return encode_each(encoder, [(item, "data.jsonl:7")])[0]
 
 
 def labels_of(sample: Sample) -> list[int]:
@@ -61,7 +63,7 @@ class TestInternlmChat:
         threads = [thread[: len(thread) // 2 * 2] for thread in threads]
         assert len(threads) == 100 and sum(map(len, threads)) == 284
         encoder = make_encoder(INTERNLM, Tokenizer.load(path))
-        results = encoder.encode([(talk(*thread), f"rows:{i}") for i, thread in enumerate(threads)])
+        results = encode_each(encoder, [(talk(*thread), f"rows:{i}") for i, thread in enumerate(threads)])
         for thread, result in zip(threads, results, strict=True):
             ids, targets = [1], [-100]
             for question, answer in zip(thread[::2], thread[1::2], strict=True):
@@ -146,7 +148,7 @@ class TestSupervision:
     def test_drops(self, tokenizer, template, messages, reason):
         encoder = make_encoder(template, tokenizer)
         good, bad = talk("q", "a"), Conversation(messages)
-        results = encoder.encode([(good, "a:1"), (bad, "a:2"), (good, "a:3")])
+        results = encode_each(encoder, [(good, "a:1"), (bad, "a:2"), (good, "a:3")])
         assert [r.drop for r in results] == [None, reason, None]
         assert results[1].sample is None
         assert results[0].sample.input_ids.tolist() == results[2].sample.input_ids.tolist()
@@ -155,8 +157,8 @@ class TestSupervision:
     def test_batch_equals_one_by_one(self, tokenizer):
         encoder = make_encoder(CHATML, tokenizer)
         items = [(talk("q" * n, "", "x", "a\n" * n), f"d:{n}") for n in range(5)] + [(Document("text"), "d:9")]
-        for whole, item in zip(encoder.encode(items), items, strict=True):
-            [alone] = encoder.encode([item])
+        for whole, item in zip(encode_each(encoder, items), items, strict=True):
+            [alone] = encode_each(encoder, [item])
             assert whole.sample.input_ids.tolist() == alone.sample.input_ids.tolist()
             assert whole.sample.spans.tolist() == alone.sample.spans.tolist()
 
@@ -380,7 +382,11 @@ class TestFit:
         whole = sample(8, [[3, 8]], [0])
         for policy in ("error", "drop", "truncate", "split"):
             fitted = fit(whole, 8, policy)
-            assert fitted.samples[0] is whole and (fitted.n_truncated_tokens, fitted.n_dropped_tokens) == (0, 0)
+            assert [s.input_ids.tolist() for s in fitted.samples] == [whole.input_ids.tolist()]
+            assert (
+                fitted.n_truncated_tokens,
+                fitted.n_dropped_tokens,
+            ) == (0, 0)
 
     def test_error_and_drop(self):
         with pytest.raises(

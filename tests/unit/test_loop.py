@@ -128,7 +128,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_is_counted(scale, poison,
     assert not torch.equal(seen[3][1]["lora_B"], weights["lora_B"]), "the next step goes on"
     assert all(torch.isfinite(tensor).all() for tensor in seen[4][1].values())
     assert run.state.skipped == {cause: 1}
-    assert (run.state.step, run.state.skipped_in_a_row, run.state.stream["next"]) == (5, 0, 10)
+    assert (run.state.step, run.state.skipped_in_a_row, run.state.stream()["next"]) == (5, 0, 10)
     backed_off = poison == POISON_GRADIENT
     scales = ([65536.0] * 3 + [32768.0 if backed_off else 65536.0] * 2) if scale else [1.0] * 5
     assert [r.loss_scale for r, *_ in seen] == scales
@@ -215,7 +215,7 @@ def test_the_run_ends_at_max_steps_without_taking_more_data():
     steps = make_steps(10)
     assert run.train(steps, epochs=1, max_steps=3) == "max_steps"
     assert run.state.step == 3
-    assert next(steps)[0].state["next"] == 7
+    assert next(steps)[0].state()["next"] == 7
 
 
 def test_no_data_is_no_step():

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTHON_LINES, C_LINES = 6_300, 900
+PYTHON_LINES, C_LINES = 6_650, 900
 """The budget of the engine in lines of code: without blank lines, comments and docstrings.
 
-The design asks for 6,000 lines in all. The first version has 6,259 lines of code: a change that needs more than this
-raises the number here, openly; one that needs less lowers it.
+The design asks for 6,000 lines in all. The first version had 6,259 lines of code; the tables that samples travel in
+and packing as a pure function brought it to 6,631. A change that needs more than this raises the number here, openly;
+one that needs less lowers it.
 """
 
 

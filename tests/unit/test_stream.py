@@ -11,7 +11,7 @@ from fakes import FORWARD, JSONL, NO_INDEX, PARTS, FakeEncoder, source, write_re
 from corefit.data.jsonl import content_hash, read_jsonl
 from corefit.data.ledger import Ledger
 from corefit.data.source import permutation
-from corefit.data.stream import Stream, batches_of, encode_all, split_validation
+from corefit.data.stream import Stream, encode_validation, split_validation
 from corefit.errors import CheckpointError, DataError, RecipeError
 from corefit.types import DatasetReader, Document, Drop, MapFunction, Record
 
@@ -28,16 +28,21 @@ def batches(made, packs_per_step=1, micro_batch=1):
 
 def lines(found):
     """Give the line numbers of all samples, in order."""
-    return [int(origin.rsplit(":", 1)[1]) for batch in found for origin in batch.origins]
+    return [int(origin.rsplit(":", 1)[1]) for batch in found for origin in batch.origins()]
 
 
 def names(found):
     """Give the file names, in order."""
-    return "".join(origin.rsplit("/", 1)[1][0] for batch in found for origin in batch.origins)
+    return "".join(origin.rsplit("/", 1)[1][0] for batch in found for origin in batch.origins())
+
+
+def place(state):
+    """Give where the stream is, without what is counted per rank."""
+    return {key: state[key] for key in ("cursor", "held", "read", "epoch")}
 
 
 def last_ledger(found):
-    return found[-1].state["ledger"]
+    return found[-1].state()["ledger"]
 
 
 # ------------------------------------------------------------------------------------------------------------ order
@@ -92,7 +97,7 @@ def test_first_and_repeat(tmp_path, reader, shuffle):
     path = write_records(tmp_path / "a.jsonl", [[32]] * 10)
     found = batches(stream(source(path, reader=reader, shuffle=shuffle, first=3, repeat=2), epochs=2))
     assert sorted(lines(found)) == sorted([1, 2, 3] * 4)
-    assert found[-1].state["epoch"] == 2.0
+    assert found[-1].epoch == 2.0
     assert all(sorted(lines(found[i : i + 3])) == [1, 2, 3] for i in range(0, 12, 3))
 
 
@@ -100,13 +105,13 @@ def test_no_limit_of_epochs(tmp_path):
     path = write_records(tmp_path / "a.jsonl", [[32]] * 3)
     found = [step[0] for step in islice(stream(source(path), epochs=0).steps(1, 1), 100)]
     assert lines(found) == ([1, 2, 3] * 34)[:100]
-    assert found[-1].state["epoch"] == pytest.approx(100 / 3)
+    assert found[-1].epoch == pytest.approx(100 / 3)
 
 
 def test_several_files_and_origins(tmp_path):
     a, b = (write_records(tmp_path / f"{name}.jsonl", [[32], [32]]) for name in "ab")
     found = batches(stream(source(a, b)))
-    assert [origin for batch in found for origin in batch.origins] == [f"{a}:1", f"{a}:2", f"{b}:1", f"{b}:2"]
+    assert [origin for batch in found for origin in batch.origins()] == [f"{a}:1", f"{a}:2", f"{b}:1", f"{b}:2"]
 
 
 # --------------------------------------------------------------------------------------------------------- mixtures
@@ -138,7 +143,9 @@ def test_a_source_in_memory_without_sizes_mixes_too(tmp_path):
 
     a = write_records(tmp_path / "a.jsonl", [[32]] * 30)
     made = DatasetReader(name="made", summary="", read=read, needs_path=False)
-    order = "".join(o.rsplit("/", 1)[-1][0] for b in batches(stream(source(a), source(reader=made))) for o in b.origins)
+    order = "".join(
+        o.rsplit("/", 1)[-1][0] for b in batches(stream(source(a), source(reader=made))) for o in b.origins()
+    )
     assert all(order[i : i + 10].count("a") == 5 for i in range(0, 60, 10))
 
 
@@ -240,14 +247,14 @@ def test_overlong_samples_are_counted_by_token(tmp_path, overlong, expected):
 def test_what_is_held_is_pending(tmp_path):
     path = write_records(tmp_path / "a.jsonl", [[20]] * 6)
     first = next(stream(source(path), held=3).steps(1, 1))[0]
-    records = first.state["ledger"]["records"]
+    records = first.state()["ledger"]["records"]
     assert (records["read"], records["used"], records["pending"]) == (4, 1, 3)
-    assert first.state["ledger"]["tokens"]["pending"] == 60
+    assert first.state()["ledger"]["tokens"]["pending"] == 60
 
 
 def test_a_record_is_used_when_its_last_sample_is_packed(tmp_path):
     path = write_records(tmp_path / "a.jsonl", [[32, 32, 20], [32], [32]])
-    used = [b.state["ledger"]["records"]["used"] for b in batches(stream(source(path), held=1))]
+    used = [b.state()["ledger"]["records"]["used"] for b in batches(stream(source(path), held=1))]
     assert used == [0, 0, 1, 2, 3]
 
 
@@ -255,29 +262,29 @@ def test_a_sample_lost_by_the_packer_unbalances_the_ledger(tmp_path):
     path = write_records(tmp_path / "a.jsonl", [[10]] * 40)
     made = stream(source(path), held=4)
     steps = made.steps(1, 1)
-    assert next(steps)[0].state["ledger"]["balanced"]
-    made._packer.packs[-1].refs.pop()
-    after = [step[0].state["ledger"] for step in steps]
-    assert not any(ledger["balanced"] for ledger in after)
+    assert next(steps)[0].state()["ledger"]["balanced"]
+    made._rows = made._rows[:-1]
+    after = [step[0].state()["ledger"] for step in steps]
+    assert not after[-1]["balanced"]
     records, tokens = after[-1]["records"], after[-1]["tokens"]
     assert (records["read"], records["used"], records["pending"], tokens["pending"]) == (40, 39, 0, 0)
 
 
 def test_progress_rises_to_the_number_of_epochs(tmp_path):
     path = write_records(tmp_path / "a.jsonl", [["why"], [32], ["why"], [32], [32], ["why"], ["why"]])
-    found = [batch.state["epoch"] for batch in batches(stream(source(path), epochs=2))]
+    found = [batch.epoch for batch in batches(stream(source(path), epochs=2))]
     assert found == sorted(found) and found[-1] == 2.0 and 0 < found[0] < found[1] < 1 < found[3]
 
 
 def test_progress_of_a_set_that_is_held_whole_starts_low(tmp_path):
     path = write_records(tmp_path / "a.jsonl", [[20]] * 10)
-    found = [batch.state["epoch"] for batch in batches(stream(source(path), held=256))]
+    found = [batch.epoch for batch in batches(stream(source(path), held=256))]
     assert np.allclose(found, np.arange(1, 11) / 10, atol=0.02) and found[-1] == 1.0
 
 
 def test_a_record_moves_progress_when_its_last_sample_is_packed(tmp_path):
     path = write_records(tmp_path / "a.jsonl", [[32, 32, 32], [32, 32, 32]])
-    assert [batch.state["epoch"] for batch in batches(stream(source(path), held=1))] == [0, 0, 0.5, 0.5, 0.5, 1]
+    assert [batch.epoch for batch in batches(stream(source(path), held=1))] == [0, 0, 0.5, 0.5, 0.5, 1]
 
 
 def test_progress_never_falls_where_the_first_guess_was_too_small(tmp_path):
@@ -287,12 +294,12 @@ def test_progress_never_falls_where_the_first_guess_was_too_small(tmp_path):
 
     path = write_records(tmp_path / "a.jsonl", [[32]] * 4)
     make = lambda: stream(source(path, reader=replace(FORWARD, read=read)), held=1, epochs=3)  # noqa: E731
-    found = [batch.state for batch in batches(make())]
+    found = [batch.state() for batch in batches(make())]
     epochs = [state["epoch"] for state in found]
     assert epochs[:5] == [0.5, 1, 1, 1, 1.25] and epochs[-1] == 3.0
     resumed = make()
     resumed.load_state_dict(found[1])
-    assert [batch.state["epoch"] for batch in batches(resumed)] == epochs[2:]
+    assert [batch.epoch for batch in batches(resumed)] == epochs[2:]
 
 
 def test_progress_where_the_reader_says_no_sizes(tmp_path):
@@ -301,7 +308,7 @@ def test_progress_where_the_reader_says_no_sizes(tmp_path):
 
     made = stream(source(reader=DatasetReader(name="made", summary="", read=read, needs_path=False)), epochs=2)
     assert made.total_bytes == 8
-    assert [batch.state["epoch"] for batch in batches(made)] == [i / 8 for i in range(1, 17)]
+    assert [batch.epoch for batch in batches(made)] == [i / 8 for i in range(1, 17)]
 
 
 # ------------------------------------------------------------------------------------------------------ reading ahead
@@ -343,12 +350,12 @@ def test_ranks_share_the_packs_of_one_rank(tmp_path, world, n):
     for number, step in enumerate(alone):
         rows = [lines(steps[number]) for steps in ranks]
         assert [rows[k % world][k // world] for k in range(len(lines(step)))] == lines(step)
-        ends = [steps[number][-1].state for steps in ranks if steps[number]]
-        assert all(state["cut"] == step[-1].state["cut"] and state["ledger"] == ends[0]["ledger"] for state in ends)
+        ends = [steps[number][-1].state() for steps in ranks if steps[number]]
+        assert all(place(state) == place(step[-1].state()) and state["ledger"] == ends[0]["ledger"] for state in ends)
         assert ends[0]["ledger"]["balanced"]
         for key in ("records", "tokens", "messages"):
-            assert ends[0]["ledger"][key] == step[-1].state["ledger"][key]
-    slots = [step[-1].state["ledger"]["slots"] for step in (ranks[0][-1],)][0]
+            assert ends[0]["ledger"][key] == step[-1].state()["ledger"][key]
+    slots = [step[-1].state()["ledger"]["slots"] for step in (ranks[0][-1],)][0]
     assert slots["total"] == sum(b.input_ids.size for steps in ranks for step in steps for b in step)
 
 
@@ -364,7 +371,7 @@ def test_packs_per_step_must_divide(tmp_path):
 
 def test_changed_data_is_noticed_on_resume(tmp_path):
     path = write_records(tmp_path / "a.jsonl", [[20]] * 20)
-    state = json.loads(json.dumps(next(stream(source(path)).steps(1, 1))[0].state))
+    state = json.loads(json.dumps(next(stream(source(path)).steps(1, 1))[0].state()))
     write_records(path, [[21]] * 20)
     with pytest.raises(CheckpointError, match="changed since the checkpoint"):
         stream(source(path)).load_state_dict(state)
@@ -381,7 +388,7 @@ def test_resume_seeks_instead_of_reading_from_the_start(tmp_path):
         return read_jsonl(sources, options, start)
 
     made = source(path, reader=replace(NO_INDEX, read=read))
-    state = list(islice(stream(made, held=1).steps(1, 1), 300))[-1][0].state
+    state = list(islice(stream(made, held=1).steps(1, 1), 300))[-1][0].state()
     resumed = stream(made, held=1)
     resumed.load_state_dict(state)
     starts.clear()
@@ -444,23 +451,25 @@ def test_validation_tokens_balance(tmp_path):
     path = write_records(tmp_path / "a.jsonl", [[40 + i] for i in range(40)])
     split = split_validation([source(path)], share=0.3, records=5)
     made = stream(source(path), val_hashes=split.hashes)
-    samples = encode_all(split.records, made.encoder, max_length=32, ledger=made.ledger)
-    assert [len(s.input_ids) for s in samples] == [32] * 5
-    ledger = last_ledger(batches(made))
+    val_batches, val_ledger = encode_validation(split.records, FakeEncoder(), max_length=64, micro_batch=2)
+    assert [b.n_samples for b in val_batches] == [2, 2, 1] and all(b.input_ids.shape[1] <= 64 for b in val_batches)
+    assert sorted(origin for b in val_batches for origin in b.origins()) == sorted(r.origin for _, r in split.records)
+    whole = Ledger.from_dict(last_ledger(batches(made)))
+    whole.add(val_ledger)
+    ledger = whole.as_dict()
     assert ledger["tokens"]["validation"] == sum(record["parts"][0] for _, record in split.records)
     assert ledger["records"]["validation"] == 5 and ledger["balanced"]
-    assert (found := batches_of(samples, max_length=64, micro_batch=2)) and [b.n_samples for b in found] == [4, 1]
-    assert all(b.input_ids.shape[1] <= 64 for b in found) and batches_of([], max_length=64, micro_batch=2) == []
+    assert encode_validation([], FakeEncoder(), max_length=64, micro_batch=2)[0] == []
 
 
-def test_encode_all_stops_at_an_error(tmp_path):
+def test_validation_stops_at_an_error(tmp_path):
     path = write_records(tmp_path / "a.jsonl", [[40]])
     made = source(path)
     pairs = [(made, record) for record in made.read()]
     with pytest.raises(DataError, match="40 tokens"):
-        encode_all(pairs, FakeEncoder(), max_length=32, overlong="error")
-    ledger = Ledger()
-    assert len(encode_all(pairs, FakeEncoder(), max_length=64, ledger=ledger)) == 1
+        encode_validation(pairs, FakeEncoder(), max_length=32, micro_batch=1, overlong="error")
+    found, ledger = encode_validation(pairs, FakeEncoder(), max_length=64, micro_batch=1)
+    assert [batch.n_samples for batch in found] == [1]
     ledger.check()
 
 
@@ -499,7 +508,7 @@ def test_an_estimate_disturbs_nothing(tmp_path):
     make = lambda: stream(source(path, shuffle=True), epochs=2)  # noqa: E731
     made, other = make(), make()
     made.estimate()
-    assert [b.state for b in batches(made)] == [b.state for b in batches(other)]
+    assert [b.state() for b in batches(made)] == [b.state() for b in batches(other)]
     assert stream(source(path), epochs=0).estimate().total_packs is None
 
 
@@ -520,7 +529,7 @@ def test_a_pipe_that_was_compressed_has_no_known_size(tmp_path):
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     made = stream(source(packed), epochs=2)
     assert made.total_bytes is None
-    assert batches(made)[-1].state["epoch"] == 2.0
+    assert batches(made)[-1].epoch == 2.0
 
 
 def test_the_fake_map_function_drops():

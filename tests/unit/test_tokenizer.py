@@ -72,15 +72,15 @@ class TestFolder:
 
         theirs = AutoTokenizer.from_pretrained(tiny_tokenizer)
         texts = ["What is the capital of France?", "", " é你🦜\n", "a<|im_end|>b</s>"]
-        assert [ids.tolist() for ids in tokenizer.encode(texts)] == theirs(texts, add_special_tokens=False)["input_ids"]
-        assert all(ids.dtype == "int32" for ids in tokenizer.encode(texts))
+        assert tokenizer.encode(texts) == theirs(texts, add_special_tokens=False)["input_ids"]
+        assert all(type(id) is int for ids in tokenizer.encode(texts) for id in ids)
 
     def test_protected_content_never_yields_control(self, tokenizer):
         text = "a</s><eoa><|im_end|>b"
-        assert {2, 6, 4} <= set(tokenizer.encode([text])[0].tolist())
+        assert {2, 6, 4} <= set(tokenizer.encode([text])[0])
         forbidden = tokenizer.protect(["<eoa>"])
         [ids] = tokenizer.encode([text])
-        assert not forbidden & set(ids.tolist()) and {0, 1, 2, 6} - {0} <= forbidden
+        assert not forbidden & set(ids) and {0, 1, 2, 6} - {0} <= forbidden
         assert tokenizer.decode(ids) == text
 
     def test_control_that_is_not_special_is_protected_too(self, tmp_path):
@@ -91,7 +91,7 @@ class TestFolder:
         (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
         tokenizer = Tokenizer.load(folder)
         tokenizer.protect([])
-        assert tokenizer.encode(["<eoa>"])[0].tolist() == [6]  # an added token like any other
+        assert tokenizer.encode(["<eoa>"])[0] == [6]  # an added token like any other
         tokenizer.protect(["<eoa>"])
         assert 6 not in tokenizer.encode(["<eoa>"])[0]
         assert tokenizer.decode([6], skip_special=True) == ""
@@ -136,7 +136,7 @@ class TestFolder:
         folder = write_tokenizer(tmp_path)
         size = Tokenizer.load(folder).vocab_size
         (folder / "added_tokens.json").write_text(json.dumps({"<new>": size}))
-        assert Tokenizer.load(folder).encode(["<new>"])[0].tolist() == [size]
+        assert Tokenizer.load(folder).encode(["<new>"])[0] == [size]
         (folder / "added_tokens.json").write_text(json.dumps({"<new>": size + 5}))
         with pytest.raises(ModelError, match="do not belong together"):
             Tokenizer.load(folder)
@@ -183,9 +183,7 @@ class TestSentencepiece:
         ours.protect([])  # sentencepiece reads a typed <s> as text, and a typed <eoa> as the token
         texts = real_texts(shared)
         assert len(texts) > 5000
-        differing = [
-            text for text, a, b in zip(texts, ours.encode(texts), theirs.encode(texts), strict=True) if a.tolist() != b
-        ]
+        differing = [text for text, a, b in zip(texts, ours.encode(texts), theirs.encode(texts), strict=True) if a != b]
         assert differing == []
         assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.pad_id) == (len(theirs), 1, 2, 2)
         assert ours.token_id("<eoh>") == 103027 and ours.token_id("<eoa>") == 103028
@@ -201,14 +199,14 @@ class TestSentencepiece:
             (tmp_path / name).write_bytes(data)
         theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
         text = "def f(x):\n    return 你好 🦜 <eoa>"
-        assert theirs(text)["input_ids"] == ours.encode([text])[0].tolist()
+        assert theirs(text)["input_ids"] == ours.encode([text])[0]
         assert (theirs.bos_token, theirs.eos_token) == ("<s>", "</s>")
         assert {path.name for path in tmp_path.iterdir()} == {
             "tokenizer.model",
             "tokenizer.json",
             "tokenizer_config.json",
         }
-        assert Tokenizer.load(tmp_path).encode([text])[0].tolist() == ours.encode([text])[0].tolist()
+        assert Tokenizer.load(tmp_path).encode([text])[0] == ours.encode([text])[0]
 
     @pytest.mark.parametrize("dummy_prefix", [True, False])
     @pytest.mark.parametrize("byte_fallback", [True, False])
@@ -241,7 +239,7 @@ class TestSentencepiece:
         forbidden = ours.protect([])
         texts = real_texts(shared)[-2500:] + ["<eoa> a", "in two words", " two words<eoa>", "two"]
         encoded = ours.encode(texts)
-        assert [a.tolist() for a in encoded] == theirs.encode(texts)
+        assert encoded == theirs.encode(texts)
         assert (ours.pad_token, ours.pad_id) == ("<pad>", 3)
         assert theirs.unk_id() not in forbidden or byte_fallback  # unknown characters are no forgery
 

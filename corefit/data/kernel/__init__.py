@@ -10,7 +10,7 @@ compiled: ModuleType | None = None
 
 if os.environ.get("COREFIT_KERNEL", "c") != "python":
     try:
-        from corefit.data.kernel import _kernel as compiled  # type: ignore[attr-defined, no-redef]
+        from corefit.data.kernel import _kernel as compiled
     except ImportError:
         pass
 
