@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from corefit.data import kernel
+
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 ALGORITHMS = ("first_fit", "first_fit_decreasing", "best_fit_decreasing")
+CAPACITY = 2**24
+"""The largest pack."""
 OPEN_PACKS = 64
 """Packs that ``first_fit`` keeps open when it streams."""
 
@@ -38,25 +42,53 @@ class Plan:
         return [self.order[a:b].tolist() for a, b in pairwise(self.offsets.tolist())]
 
 
-def _checked(lengths: ArrayLike, capacity: int) -> NDArray[np.int64]:
-    array = np.asarray(lengths, dtype=np.int64).reshape(-1)
-    if array.size and not (0 < array.min() and array.max() <= capacity):
-        raise ValueError(f"lengths must be in [1, {capacity}], got {array.min()} to {array.max()}")
-    return array
+def _checked(lengths: ArrayLike, capacity: int) -> NDArray[np.int32]:
+    if not 1 <= capacity <= CAPACITY:
+        raise ValueError(f"capacity must be in [1, {CAPACITY:,}], got {capacity:,}")
+    array = np.asarray(lengths)
+    if not array.size:
+        return np.empty(0, np.int32)
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise TypeError(f"lengths must be integers in one dimension, got {array.dtype} in {array.ndim}")
+    low, high = array.min(), array.max()
+    if low < 1 or high > capacity:
+        raise ValueError(f"lengths must be in [1, {capacity}], got {low} to {high}")
+    return np.ascontiguousarray(array, np.int32)
 
 
-def _plan(placed: NDArray[np.int64], pack_of: list[int], n_packs: int) -> Plan:
-    packs = np.asarray(pack_of, dtype=np.int64)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(packs, minlength=n_packs))])
-    return Plan(placed[np.argsort(packs, kind="stable")].astype(np.int32), offsets.astype(np.int64))
+def _plan(lengths: ArrayLike, capacity: int, *, best: bool, open_packs: int | None = None) -> Plan:
+    array = _checked(lengths, capacity)
+    most = array.size + 1 if open_packs is None else min(open_packs, array.size + 1)
+    if most < 1:
+        raise ValueError(f"open_packs must be at least 1, got {open_packs}")
+    if kernel.compiled is not None:
+        order, offsets = np.empty(array.size, np.int32), np.empty(array.size + 1, np.int64)
+        n = kernel.compiled.plan(array, order, offsets, capacity, best, most)
+        return Plan(order, offsets[: n + 1])
+    placed = np.argsort(-array, kind="stable") if best else np.arange(array.size)
+    sizes = array[placed].tolist()
+    packs = np.array(_best_fit(sizes, capacity) if best else _first_fit(sizes, capacity, most), np.int64)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(packs))]).astype(np.int64)
+    return Plan(placed[np.argsort(packs, kind="stable")].astype(np.int32), offsets)
 
 
-def _first_fit(lengths: list[int], capacity: int) -> list[int]:
+def _first_fit(lengths: list[int], capacity: int, open_packs: int) -> list[int]:
     """Give the pack of each length; a tournament tree over free slots finds the first that fits."""
-    # at most one of the packs opened here ends half empty, so this many leaves always do
+    # of two neighbouring packs at least one is half full, so this many leaves always do
     size = 1 << (2 * sum(lengths) // capacity + 2).bit_length()
     tree = [capacity] * (2 * size)
-    packs = []
+    packs: list[int] = []
+    n_packs = 0
+
+    def leave(node: int, room: int) -> None:
+        tree[node] = room
+        while node > 1:
+            node //= 2
+            largest = max(tree[2 * node], tree[2 * node + 1])
+            if tree[node] == largest:
+                break
+            tree[node] = largest
+
     for length in lengths:
         node = 1
         while node < size:
@@ -64,13 +96,31 @@ def _first_fit(lengths: list[int], capacity: int) -> list[int]:
             if tree[node] < length:
                 node += 1
         packs.append(node - size)
-        tree[node] -= length
-        while node > 1:
-            node //= 2
-            largest = max(tree[2 * node], tree[2 * node + 1])
-            if tree[node] == largest:
-                break
-            tree[node] = largest
+        leave(node, tree[node] - length)
+        if packs[-1] == n_packs:
+            n_packs += 1
+            if n_packs > open_packs:
+                leave(node - open_packs, 0)
+    return packs
+
+
+def _best_fit(lengths: list[int], capacity: int) -> list[int]:
+    """Give the pack of each length; a bit for every number of free slots that some pack has finds the fullest."""
+    free: dict[int, list[int]] = {}  # heaps of packs by free slots
+    some = 0  # bit r: a pack with r free slots exists
+    packs: list[int] = []
+    n_packs = 0
+    for length in lengths:
+        fits = some >> length
+        if fits:
+            room = length + (fits & -fits).bit_length() - 1
+            pack = heapq.heappop(free[room])
+            some ^= 0 if free[room] else 1 << room
+        else:
+            pack, room, n_packs = n_packs, capacity, n_packs + 1
+        packs.append(pack)
+        heapq.heappush(free.setdefault(room - length, []), pack)
+        some |= 1 << (room - length)
     return packs
 
 
@@ -78,34 +128,17 @@ def first_fit(lengths: ArrayLike, capacity: int, *, open_packs: int | None = Non
     """Put each sample, in order, into the first pack that still has room for it.
 
     Args:
-        lengths: tokens of each sample, in [1, capacity].
-        capacity: slots of a pack.
+        lengths: tokens of each sample, in [1, capacity]; int32 is taken as it is, other integers are converted.
+        capacity: slots of a pack, in [1, 2^24].
         open_packs: only so many packs, the youngest, may still be added to; None: all.
 
     Raises:
-        ValueError: a length is out of range.
+        TypeError: lengths are no integers. ValueError: one of them, or the capacity, is out of range.
 
     >>> first_fit([3, 4, 1], 4).packs()
     [[0, 2], [1]]
     """
-    array = _checked(lengths, capacity)
-    if open_packs is not None:
-        streamed = stream("first_fit", array, capacity, held=len(array) + 1, open_packs=open_packs, flush=True)
-        return Plan(streamed.order, streamed.offsets)
-    pack_of = _first_fit(array.tolist(), capacity)
-    return _plan(np.arange(array.size), pack_of, max(pack_of, default=-1) + 1)
-
-
-def first_fit_decreasing(lengths: ArrayLike, capacity: int) -> Plan:
-    """First-fit of the samples from long to short, equal ones in order. Arguments and errors as for ``first_fit``.
-
-    >>> first_fit_decreasing([1, 3, 4], 4).packs()
-    [[2], [1, 0]]
-    """
-    array = _checked(lengths, capacity)
-    order = np.argsort(-array, kind="stable")
-    pack_of = _first_fit(array[order].tolist(), capacity)
-    return _plan(order, pack_of, max(pack_of, default=-1) + 1)
+    return _plan(lengths, capacity, best=False, open_packs=open_packs)
 
 
 def best_fit_decreasing(lengths: ArrayLike, capacity: int) -> Plan:
@@ -116,23 +149,7 @@ def best_fit_decreasing(lengths: ArrayLike, capacity: int) -> Plan:
     >>> best_fit_decreasing([5, 3, 2, 4], 8).packs()
     [[0, 1], [3, 2]]
     """
-    array = _checked(lengths, capacity)
-    order = np.argsort(-array, kind="stable")
-    free: list[list[int]] = [[] for _ in range(capacity + 1)]  # heaps of packs by free slots
-    some = 0  # bit r: a pack with r free slots exists
-    pack_of, n_packs = [], 0
-    for length in array[order].tolist():
-        fits = some >> length
-        if fits:
-            room = length + (fits & -fits).bit_length() - 1
-            pack = heapq.heappop(free[room])
-            some ^= 0 if free[room] else 1 << room
-        else:
-            pack, room, n_packs = n_packs, capacity, n_packs + 1
-        pack_of.append(pack)
-        heapq.heappush(free[room - length], pack)
-        some |= 1 << (room - length)
-    return _plan(order, pack_of, n_packs)
+    return _plan(lengths, capacity, best=True)
 
 
 class Streamed(NamedTuple):
@@ -189,31 +206,49 @@ def stream(
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(f"no packing algorithm {algorithm!r}; known: {', '.join(ALGORITHMS)}")
-    if capacity < 1 or held < 1 or open_packs < 1:
-        raise ValueError("capacity, held and open_packs must be at least 1")
+    if held < 1 or open_packs < 1:
+        raise ValueError("held and open_packs must be at least 1")
     array = _checked(lengths, capacity)
-    last = np.ones(len(array), np.bool_) if ends is None else np.asarray(ends, np.bool_)
-    sizes, may_close = array.tolist(), last.tolist()
+    last = np.ones(len(array), np.uint8) if ends is None else np.ascontiguousarray(ends, np.uint8)
+    if len(last) != len(array):
+        raise ValueError(f"ends has {len(last):,} values for {len(array):,} lengths")
     if algorithm == "best_fit_decreasing":
-        plan = best_fit_decreasing(array, capacity).packs() if flush else []
-        closed = [(sorted(pack), len(sizes)) for pack in sorted(plan, key=min)]
-    elif algorithm == "first_fit":
-        closed = _stream_first_fit(sizes, may_close, capacity, held, n_held, flush, open_packs)
+        order, offsets, seen = _in_order_of_arrival(best_fit_decreasing(array[: len(array) * flush], capacity))
+    elif kernel.compiled is not None:
+        order, offsets = np.empty(len(array), np.int32), np.empty(len(array) + 1, np.int64)
+        seen = np.empty(len(array), np.int64)
+        decreasing = algorithm == "first_fit_decreasing"
+        n = kernel.compiled.stream(
+            array, last, order, offsets, seen, capacity, decreasing, held, n_held, flush, open_packs
+        )
+        order, offsets, seen = order[: offsets[n]], offsets[: n + 1], seen[:n]
     else:
-        closed = _stream_decreasing(sizes, may_close, capacity, held, n_held, flush)
-    order = np.array([i for pack, _ in closed for i in pack], np.int32)
-    offsets = np.cumsum([0, *(len(pack) for pack, _ in closed)], dtype=np.int64)
+        function = _stream_first_fit if algorithm == "first_fit" else _stream_decreasing
+        closed = function(array.tolist(), last.tolist(), capacity, held, n_held, flush, open_packs)
+        order = np.array([i for pack, _ in closed for i in pack], np.int32)
+        offsets = np.cumsum([0, *(len(pack) for pack, _ in closed)], dtype=np.int64)
+        seen = np.array([seen for _, seen in closed], np.int64)
     waits = np.ones(len(array), np.bool_)
     waits[order] = False
-    seen = np.array([seen for _, seen in closed], np.int64)
     return Streamed(order, offsets, seen, np.flatnonzero(waits).astype(np.int32))
+
+
+def _in_order_of_arrival(plan: Plan) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    """Sort packs by their first sample and the samples of each, all seen at the end."""
+    if not len(plan):
+        return plan.order, plan.offsets, np.empty(0, np.int64)
+    sizes = np.diff(plan.offsets)
+    firsts = np.minimum.reduceat(plan.order, plan.offsets[:-1])
+    order = plan.order[np.lexsort((plan.order, np.repeat(firsts, sizes)))]
+    offsets = np.concatenate([[0], np.cumsum(sizes[np.argsort(firsts)])])
+    return order, offsets, np.full(len(sizes), len(order), np.int64)
 
 
 _Closed = list[tuple[list[int], int]]
 
 
 def _stream_first_fit(
-    sizes: list[int], may_close: list[bool], capacity: int, held: int, n_held: int, flush: bool, open_packs: int
+    sizes: list[int], may_close: list[int], capacity: int, held: int, n_held: int, flush: bool, open_packs: int
 ) -> _Closed:
     closed: _Closed = []
     packs: list[list[int]] = []
@@ -238,7 +273,7 @@ def _stream_first_fit(
 
 
 def _stream_decreasing(
-    sizes: list[int], may_close: list[bool], capacity: int, held: int, n_held: int, flush: bool
+    sizes: list[int], may_close: list[int], capacity: int, held: int, n_held: int, flush: bool, _: int
 ) -> _Closed:
     closed: _Closed = []
     keys: list[tuple[int, int]] = []  # (length, -index) of what waits, ascending: the last one that fits is taken

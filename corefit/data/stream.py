@@ -39,7 +39,7 @@ from corefit.data.block import (
     select,
 )
 from corefit.data.ledger import Ledger
-from corefit.data.pack import best_fit_decreasing, first_fit_decreasing, stream
+from corefit.data.pack import best_fit_decreasing, stream
 from corefit.data.rows import Rows, Window, gather, padded, stack
 from corefit.data.source import (
     ESTIMATE_RECORDS,
@@ -538,7 +538,7 @@ class Stream:
         for one, head in zip(self._inputs, heads, strict=True):
             mine = block.records[block.samples[:, RECORD], SOURCE] == one.number
             lengths = block.samples[mine, LENGTH].astype(np.int32)
-            packs = max(len(first_fit_decreasing(lengths, self.max_length)) - 0.5, 0.0)  # the last is half full
+            packs = max(len(best_fit_decreasing(lengths, self.max_length)) - 0.5, 0.0)  # the last is half full
             scale = one.total / max(1, sum(map(one.weight, head))) if one.n is None else one.n / max(1, len(head))
             sums += np.array([len(head), len(lengths), packs]) * max(1.0, scale) * one.source.repeat
         n_records, n_samples, n = (max(1, round(value)) for value in sums)

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTHON_LINES, C_LINES = 6_650, 900
+PYTHON_LINES, C_LINES = 6_700, 940
 """The budget of the engine in lines of code: without blank lines, comments and docstrings.
 
-The design asks for 6,000 lines in all. The first version had 6,259 lines of code; the tables that samples travel in
-and packing as a pure function brought it to 6,631. A change that needs more than this raises the number here, openly;
-one that needs less lowers it.
+The design asks for 6,000 lines of Python and 900 of C in all. The first version had 6,259 lines of Python; the tables
+that samples travel in and packing as a pure function brought it to 6,631. A change that needs more than this raises the
+number here, openly; one that needs less lowers it.
 """
 
 
@@ -61,7 +61,8 @@ def test_the_engine_stays_within_its_budget() -> None:
     shipped = [path for path in (ROOT / "corefit").rglob("*.py") if path.name != "make.py"]
     assert len(shipped) > 20
     assert sum(code_lines(path.read_text("utf-8")) for path in shipped) <= PYTHON_LINES
-    assert sum(len(path.read_text("utf-8").splitlines()) for path in (ROOT / "corefit").rglob("*.c")) <= C_LINES
+    texts = [re.sub(r"/\*.*?\*/", "", path.read_text("utf-8"), flags=re.S) for path in (ROOT / "corefit").rglob("*.c")]
+    assert sum(bool(line.strip()) for text in texts for line in text.splitlines()) <= C_LINES
 
 
 def test_public_names_are_sorted_complete_and_importable() -> None:

@@ -16,5 +16,9 @@
    give -1. Release it with PyBuffer_Release, also where nothing was got. */
 int get_buffer(PyObject *object, Py_buffer *view, const char *kinds, int writable, const char *name);
 
+/* The same for n of them; those from `writable` on are written to. Gives 0, and holds none, after an error. */
+int get_buffers(int n, PyObject **objects, Py_buffer *views, const char **kinds, const char **names, int writable);
+void release_buffers(int n, Py_buffer *views);
+
 extern PyMethodDef pack_methods[], rows_methods[], json_methods[];
 #endif

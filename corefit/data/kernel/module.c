@@ -22,6 +22,19 @@ int get_buffer(PyObject *object, Py_buffer *view, const char *kinds, int writabl
     return -1;
 }
 
+void release_buffers(int n, Py_buffer *views) {
+    while (n--) PyBuffer_Release(&views[n]);
+}
+
+int get_buffers(int n, PyObject **objects, Py_buffer *views, const char **kinds, const char **names, int writable) {
+    for (int i = 0; i < n; i++) {
+        if (get_buffer(objects[i], &views[i], kinds[i], i >= writable, names[i]) == 0) continue;
+        release_buffers(i, views);
+        return 0;
+    }
+    return 1;
+}
+
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernel", "corefit's C kernel; see kernel.h", 0, NULL,
                                         NULL, NULL, NULL, NULL};
 

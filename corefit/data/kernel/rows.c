@@ -146,23 +146,21 @@ static PyObject *gather(PyObject *self, PyObject *args) {
 
 /* Lists of ids, and single ids, one after another into an int32 buffer; sizes tells how many each part gave. */
 static PyObject *join_ids(PyObject *self, PyObject *args) {
-    PyObject *parts, *out, *sizes;
-    Py_buffer ids, counts;
+    PyObject *parts, *out[2];
+    Py_buffer view[2];
     (void)self;
-    if (!PyArg_ParseTuple(args, "O!OO", &PyList_Type, &parts, &out, &sizes)) return NULL;
-    if (get_buffer(out, &ids, "i", 1, "ids") < 0) return NULL;
-    if (get_buffer(sizes, &counts, "q", 1, "sizes") < 0) {
-        PyBuffer_Release(&ids);
+    if (!PyArg_ParseTuple(args, "O!OO", &PyList_Type, &parts, &out[0], &out[1]) ||
+        !get_buffers(2, out, view, (const char *[]){"i", "q"}, (const char *[]){"ids", "sizes"}, 0)) {
         return NULL;
     }
-    int32_t *to = ids.buf, *end = to + ids.len / 4;
+    int32_t *to = view[0].buf, *end = to + view[0].len / 4;
     Py_ssize_t n = PyList_Size(parts);
-    const char *wrong = counts.len / 8 < n ? "sizes is too short" : NULL;
+    const char *wrong = view[1].len / 8 < n ? "sizes is too short" : NULL;
     for (Py_ssize_t i = 0; i < n && !wrong && !PyErr_Occurred(); i++) {
         PyObject *part = PyList_GetItem(parts, i);
         int is_list = PyList_Check(part);
         Py_ssize_t m = is_list ? PyList_Size(part) : 1;
-        ((int64_t *)counts.buf)[i] = m;
+        ((int64_t *)view[1].buf)[i] = m;
         if (m > end - to) wrong = "ids is too short";
         for (Py_ssize_t j = 0; j < m && !wrong; j++) {
             long id = PyLong_AsLong(is_list ? PyList_GetItem(part, j) : part);
@@ -173,9 +171,8 @@ static PyObject *join_ids(PyObject *self, PyObject *args) {
             *to++ = (int32_t)id;
         }
     }
-    Py_ssize_t written = to - (int32_t *)ids.buf;
-    PyBuffer_Release(&ids);
-    PyBuffer_Release(&counts);
+    Py_ssize_t written = to - (int32_t *)view[0].buf;
+    release_buffers(2, view);
     if (wrong) PyErr_SetString(PyExc_ValueError, wrong);
     return PyErr_Occurred() ? NULL : PyLong_FromSsize_t(written);
 }
