@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from corefit.data.jsonl import index_jsonl, read_jsonl
+    from corefit.data.jsonl import fetch_jsonl, index_jsonl, read_jsonl
     from corefit.errors import CorefitError, DataError, UserError
     from corefit.hookspecs import hookimpl
     from corefit.run import Run, inspect, train
@@ -59,6 +59,7 @@ _HOME = {
     "Tokenizer": "corefit.types",
     "Unrenderable": "corefit.types",
     "UserError": "corefit.errors",
+    "fetch_jsonl": "corefit.data.jsonl",
     "hookimpl": "corefit.hookspecs",
     "index_jsonl": "corefit.data.jsonl",
     "inspect": "corefit.run",
@@ -89,6 +90,7 @@ __all__ = [
     "Tokenizer",
     "Unrenderable",
     "UserError",
+    "fetch_jsonl",
     "hookimpl",
     "index_jsonl",
     "inspect",

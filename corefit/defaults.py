@@ -6,7 +6,7 @@ torch, transformers and numpy are imported by the functions that need them, when
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from corefit.types import BadRecord, DatasetReader, Position, Quantizer, Record, Scheduler, Sources
@@ -28,10 +28,21 @@ def _index(sources: Sources, options: object = None) -> NDArray[np.int64]:
     return index_jsonl(sources, options)
 
 
+def _fetch(sources: Sources, options: object, positions: Sequence[Position]) -> list[Record | BadRecord]:
+    from corefit.data.jsonl import fetch_jsonl
+
+    return fetch_jsonl(sources, options, positions)
+
+
 def corefit_dataset_readers() -> Iterable[DatasetReader]:
     """JSON lines, or one JSON list."""
     yield DatasetReader(
-        name="jsonl", summary="JSON lines or one JSON list, also .gz", read=_read, seekable=True, index=_index
+        name="jsonl",
+        summary="JSON lines or one JSON list, also .gz",
+        read=_read,
+        seekable=True,
+        index=_index,
+        fetch=_fetch,
     )
 
 

@@ -34,7 +34,8 @@ def corefit_dataset_readers() -> Iterable[DatasetReader]:
     (1-based), offset and size (bytes), or a ``BadRecord``, in an order that depends on its arguments alone. What can't
     be read is yielded, never raised. Memory stays bounded whatever the file's size, unless ``streams=False`` says that
     the whole file is looked at first. With ``seekable=True``, ``read`` also takes ``start: Position | None`` and begins
-    with exactly that record.
+    with exactly that record; ``fetch(sources, options, positions)`` may give many such records faster. Where
+    ``sources.fields`` isn't None, only these keys are needed.
 
     A whole plugin, one question and answer a line::
 

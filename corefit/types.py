@@ -35,10 +35,12 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What a reader is asked to read: files, in order, and the limit on one record."""
+    """What a reader is asked to read: files, in order, the limit on one record, and what is wanted of it."""
 
     paths: tuple[Path, ...]
     max_record_bytes: int = 64 * 2**20
+    fields: tuple[str, ...] | None = None
+    """The only keys the records need; a reader may leave out all others. None: all."""
 
 
 class Record(Mapping[str, Any]):
@@ -95,8 +97,7 @@ class BadRecord:
         return f"{self.path}:{self.line}:{column} {self.reason}"
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One utterance."""
 
     role: str
@@ -110,8 +111,7 @@ class Message:
     """None: the template's rule. True or False: this message, whatever the rule says."""
 
 
-@dataclass(frozen=True, slots=True)
-class Conversation:
+class Conversation(NamedTuple):
     """Messages in order, at most one system message, first."""
 
     messages: tuple[Message, ...]
@@ -291,6 +291,9 @@ class DatasetReader:
     index: Callable[..., NDArray[np.int64]] | None = None
     """``index(sources, options) -> int64 [N, 3]``: the Position of every record, in order, without parsing more than it
     must. None: made by one pass of ``read``."""
+    fetch: Callable[..., list[Record | BadRecord]] | None = None
+    """``fetch(sources, options, positions: Sequence[Position])``: the records at these positions, in this order, each
+    as ``read`` from there would give it first. None: one ``read(start=...)`` each."""
     needs_path: bool = True
     """False: the reader makes its records itself, and ``data.path`` is not asked for."""
     options: type | None = None

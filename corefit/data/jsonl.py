@@ -15,21 +15,26 @@ import glob
 import gzip
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
 import stat
 import sys
+import tempfile
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BufferedReader
+from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
+from corefit.data import kernel
 from corefit.errors import DataError, unknown
 from corefit.types import BadRecord, Position, Record, Sources
 
@@ -45,6 +50,9 @@ STDIN_NAME = "stdin.jsonl"
 """The name under which ``spool`` keeps standard input."""
 
 _BLOCK = 2**16
+_CHUNK = 2**20  # bytes of whole lines that the kernel is given at once
+_ROWS = 2**12  # records in one Columns, at most
+_SMALL_BLOCK = 2**13  # where single records are read
 _HOLD = 2**20  # what is held of a record before its end is known, where the file can be read again
 # The second branch alone is right; the first, which ends at a quote that no backslash precedes, is five times as fast.
 _STRING = r'"(?:[^"]*+(?<!\\)"|[^"\\]*+(?:\\.[^"\\]*+)*+")'
@@ -165,11 +173,11 @@ def _parse(raw: bytes, decode: Any) -> dict[str, Any]:  # noqa: ANN401, the boun
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[tuple[Bytes, bool]]:
+def _open(path: Path, buffering: int | None = None) -> Iterator[tuple[Bytes, bool]]:
     """Open for reading, unpacked, ``-`` too; whether the file can be read again anywhere; errors become DataError."""
     stdin = str(path) == "-"
     try:
-        opened = open(sys.stdin.fileno() if stdin else path, "rb", buffering=_BLOCK, closefd=not stdin)
+        opened = open(sys.stdin.fileno() if stdin else path, "rb", buffering or _BLOCK, closefd=not stdin)
         with cast("Bytes", opened) as file:
             if file.peek(2)[:2] != _GZIP:
                 yield file, file.seekable() and not stdin
@@ -192,32 +200,48 @@ def _why(error: Exception) -> str:
 
 def _begin(file: Bytes) -> tuple[bool, int, int]:
     """Go past the BOM and blank lines. Gives whether a list follows (then also past its bracket), offset and line."""
-    offset, line = 0, 1
-    if file.peek(3).startswith(b"\xef\xbb\xbf"):
-        offset = len(file.read(3))
+    begin = at = len(file.read(3)) if file.peek(3).startswith(b"\xef\xbb\xbf") else 0
+    line = 1
     while head := file.peek(1):
         text = head.lstrip()
         blank = head[: len(head) - len(text)]
+        if breaks := blank.count(b"\n"):
+            begin, line = at + blank.rfind(b"\n") + 1, line + breaks
         is_list = text.startswith(b"[")
-        skip = len(blank) + 1 if is_list else blank.rfind(b"\n") + 1 if text else len(blank)
-        file.read(skip)
-        offset, line = offset + skip, line + blank.count(b"\n")
+        at += len(file.read(len(blank) + is_list))
+        if is_list:
+            return True, at, line
         if text:
-            return is_list, offset, line
-    return False, offset, line
+            break
+    if not file.seekable():  # a pipe: the first line begins behind its blanks
+        return False, at, line
+    file.seek(begin)
+    return False, begin, line
+
+
+def _line(file: Bytes, begun: bytes, hold: int) -> tuple[int, bool, bytes | None]:
+    """Read the rest of a line; give its size (0 at the end of the file), whether it is blank, itself if not too long.
+
+    What isn't held is still read, so that the next line begins here.
+    """
+    raw = begun + file.readline(max(hold + 1 - len(begun), 0))
+    size, blank = len(raw), raw.isspace()
+    if size <= hold or raw[-1] == 10:
+        return size, blank, raw
+    while part := file.readline(_BLOCK):
+        size, blank = size + len(part), blank and part.isspace()
+        if part[-1] == 10:
+            break
+    return size, blank, None
 
 
 def _lines(file: Bytes, offset: int, line: int, hold: int) -> Iterator[_Extent]:
-    while raw := file.readline(hold + 1):
-        size, held, blank = len(raw), True, raw.isspace()
-        if size > hold and raw[-1] != 10:
-            held = False
-            while part := file.readline(_BLOCK):
-                size, blank = size + len(part), blank and part.isspace()
-                if part[-1] == 10:
-                    break
+    while True:
+        size, blank, raw = _line(file, b"", hold)
+        if not size:
+            return
         if not blank:
-            yield offset, line, size, raw if held else None, None
+            yield offset, line, size, raw, None
         offset, line = offset + size, line + 1
 
 
@@ -310,65 +334,102 @@ class _List:
             first = False
 
 
-def _nothing(path: Path) -> DataError:
-    return DataError(f"{path}: no records in it, expected JSON lines or one JSON list")
+# ----------------------------------------------------------------------------------------------------- reading in order
 
 
-def read_jsonl(sources: Sources, options: object = None, start: Position | None = None) -> Iterator[Record | BadRecord]:
-    """Give the records of all files in order, or from ``start`` on, in memory that doesn't grow with the files.
+class _File(NamedTuple):
+    """A file of the sources, open before its first record or before the one asked for."""
 
-    Whether a file holds lines or one list is decided by its first byte that isn't blank. After a bad record reading
-    goes on, but broken JSON inside a list ends that file. ``size`` counts the line ending, or the comma after a list's
-    element. A record over 1 MiB in a plain file is read only once its size is known to be allowed; in ``.gz`` up to
-    ``max_record_bytes`` are held, and ``start`` unpacks everything before it.
+    number: int
+    path: Path
+    file: Bytes
+    again: bool  # can be read again anywhere
+    is_list: bool
+    offset: int
+    line: int
+    first: bool  # before its first record
+    limit: int
 
-    Raises:
-        DataError: a file that can't be opened or unpacked, or has no record at all.
-    """
-    decode = _decoder(sys.get_int_max_str_digits()).raw_decode
-    limit = sources.max_record_bytes
-    for number, path in enumerate(sources.paths):
-        if start is not None and number < start.file:
-            continue
-        name, empty = str(path), True
-        with _open(path) as (file, again):
-            is_list, offset, line = _begin(file)
-            first = start is None or number > start.file
-            if start is not None and not first:
-                file.seek(start.offset)
-                offset, line = start.offset, start.line
-            hold = min(_HOLD, limit) if again else limit
-            if is_list:
-                extents = _List(file, offset, line, hold).extents(first)
+    @property
+    def hold(self) -> int:
+        return min(_HOLD, self.limit) if self.again else self.limit
+
+    def extents(self) -> Iterator[_Extent]:
+        if self.is_list:
+            return _List(self.file, self.offset, self.line, self.hold).extents(self.first)
+        return _lines(self.file, self.offset, self.line, self.hold)
+
+    def at(self, position: Position) -> _File:
+        """Go from before the first record to the one at ``position``, if what is there still looks like one."""
+        found = self._replace(offset=position.offset, line=position.line, first=False)
+        if position.offset > self.offset:
+            self.file.seek(position.offset - 1)
+            before, here = self.file.read(1), self.file.peek(1)[:1]
+            ends = b"\n" if not self.is_list else b"[, \t\r\n" if here != b"]" else before
+            if not before or before not in ends:
+                raise found.nothing()
+        elif position.offset < self.offset:
+            raise found.nothing()
+        else:
+            self.file.seek(position.offset)
+        return found
+
+    def nothing(self) -> DataError:
+        if self.first:
+            return DataError(f"{self.path}: no records in it, expected JSON lines or one JSON list")
+        return DataError(f"{self.path}: changed while it was read: no record begins at byte {self.offset:,} any more")
+
+    def use(self, extents: Iterable[_Extent], use: Callable[[bytes, int, int, int], _T]) -> Iterator[_T | BadRecord]:
+        """Give ``use(raw, offset, line, size)`` for every extent, or why it can't be used."""
+        for offset, line, size, raw, problem in extents:
+            try:
+                if problem is not None:
+                    raise _Refused(problem)
+                if size > self.limit:
+                    words = f"a record of {size:,} bytes, over the limit of {self.limit:,} (data.max_record_mb)"
+                    raise _Refused(words)
+                if raw is None:
+                    with open(self.path, "rb") as again:
+                        again.seek(offset)
+                        raw = again.read(size - self.is_list)
+                    if len(raw) < size - self.is_list or raw.isspace():
+                        raise self._replace(offset=offset, first=False).nothing()
+                used = use(raw, offset, line, size)
+            except _Refused as refused:
+                reason, column = refused.reason, None if refused.at is None else refused.at + 1
+                if self.is_list:
+                    reason, column = _place_in_list(refused, raw, line), None
+                yield BadRecord(str(self.path), line, offset, reason, column, size, self.number)
+                if self.is_list and refused.broken:
+                    return
             else:
-                extents = _lines(file, offset, line, hold)
-            for offset, line, size, raw, problem in extents:
+                yield used
+
+
+_T = TypeVar("_T")
+
+
+@contextmanager
+def _file(sources: Sources, number: int, buffering: int | None = None) -> Iterator[_File]:
+    if number >= len(sources.paths):
+        raise DataError(f"record of file {number + 1} is asked for, but the data is {len(sources.paths)} files now")
+    path = sources.paths[number]
+    with _open(path, buffering) as (file, again):
+        yield _File(number, path, file, again, *_begin(file), True, sources.max_record_bytes)
+
+
+def _each_file(sources: Sources, parts: Callable[[_File], Iterator[_T]], start: Position | None = None) -> Iterator[_T]:
+    first = start.file if start else 0
+    for number in range(first, max(len(sources.paths), first + bool(start))):
+        with _file(sources, number) as f:
+            if start and number == first:
+                f = f.at(start)
+            empty = True
+            for part in parts(f):
                 empty = False
-                try:
-                    if problem is not None:
-                        raise _Refused(problem)
-                    if size > limit:
-                        raise _Refused(f"a record of {size:,} bytes, over the limit of {limit:,} (data.max_record_mb)")
-                    if raw is None:
-                        raw = _read_again(path, offset, size - is_list)
-                    fields = _parse(raw, decode)
-                except _Refused as refused:
-                    reason, column = refused.reason, None if refused.at is None else refused.at + 1
-                    if is_list:
-                        reason, column = _place_in_list(refused, raw, line), None
-                    yield BadRecord(name, line, offset, reason, column, size, number)
-                    if is_list and refused.broken:
-                        break
-                else:
-                    yield Record(fields, path=name, line=line, offset=offset, size=size, file=number)
-        if empty and first:
-            raise _nothing(path)
-
-
-def _read_again(path: Path, offset: int, size: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
+                yield part
+        if empty:
+            raise f.nothing()
 
 
 def _place_in_list(refused: _Refused, raw: bytes | None, line: int) -> str:
@@ -382,56 +443,328 @@ def _place_in_list(refused: _Refused, raw: bytes | None, line: int) -> str:
     return f"{refused.reason}{place}{'; the rest of the list is not read' if refused.broken else ''}"
 
 
-def index_jsonl(sources: Sources, options: object = None) -> NDArray[np.int64]:
-    """Give the Position of every record that ``read_jsonl`` would give, int64 [N, 3], without parsing any.
+def _reading(f: _File, fields: tuple[str, ...] | None) -> Callable[[bytes, int, int, int], Record | BadRecord]:
+    """Give what makes a record of its bytes."""
+    decode, name, number = _decoder(sys.get_int_max_str_digits()).raw_decode, str(f.path), f.number
 
-    Lines are found at the speed of numpy, elements of a list at about that of ``json.loads``. Bad records are included;
-    in a list with broken JSON inside an element, so are the elements after it.
+    def record(raw: bytes, offset: int, line: int, size: int) -> Record:
+        found = _parse(raw, decode)
+        if fields is not None:
+            found = {key: found[key] for key in fields if key in found}
+        return Record(found, path=name, line=line, offset=offset, size=size, file=number)
+
+    if fields is None or f.is_list or kernel.compiled is None:
+        return record
+    table = _Table(f, fields, 1)
+
+    def record_by_kernel(raw: bytes, offset: int, line: int, size: int) -> Record | BadRecord:
+        table.clear()
+        table.take_lines(raw, offset, line, size)
+        return next(table.records())
+
+    return record_by_kernel
+
+
+def read_jsonl(sources: Sources, options: object = None, start: Position | None = None) -> Iterator[Record | BadRecord]:
+    """Give the records of all files in order, or from ``start`` on, in memory that doesn't grow with the files.
+
+    Whether a file holds lines or one list is decided by its first byte that isn't blank. After a bad record reading
+    goes on, but broken JSON inside a list ends that file. ``size`` counts the line ending, or the comma after a list's
+    element. A record over 1 MiB in a plain file is read only once its size is known to be allowed; in ``.gz`` up to
+    ``max_record_bytes`` are held, and ``start`` unpacks everything before it. With ``sources.fields`` a record holds
+    these keys alone, those that are there, in that order; whatever else is in it must be JSON all the same.
+
+    Raises:
+        DataError: a file that can't be opened or unpacked, or has no record at all, or none at ``start`` any more.
+    """
+
+    def records(f: _File) -> Iterator[Record | BadRecord]:
+        if sources.fields is None or f.is_list or kernel.compiled is None:
+            return f.use(f.extents(), _reading(f, sources.fields))
+        table = _Table(f, sources.fields)
+        return (record for _ in table.fill() for record in table.records())
+
+    return _each_file(sources, records, start)
+
+
+# ---------------------------------------------------------------------------------------------------- fields, by kernel
+
+MISSING, STRING, OTHER = range(3)
+"""Kinds of a value: none there, a string, any other JSON value."""
+
+_PUNCTUATION = re.compile(r"[ \t\r\n:,]*+")
+
+
+def _members(text: str, decode: Any) -> Iterator[tuple[str, int, str]]:  # noqa: ANN401
+    """Give key, kind and value of all in an object that is known to be right: strings decoded, others as written."""
+    at = text.index("{") + 1
+    while text[at := _PUNCTUATION.match(text, at).end()] != "}":  # type: ignore[union-attr]  # matches anything
+        key, at = decode(text, at)
+        begin = _PUNCTUATION.match(text, at).end()  # type: ignore[union-attr]
+        value, at = decode(text, begin)
+        yield (key, STRING, value) if type(value) is str else (key, OTHER, text[begin:at])
+
+
+class Columns(NamedTuple):
+    """Fields of some records as bytes. The arrays are written over when the next ``Columns`` is asked for."""
+
+    path: str
+    file: int
+    """Index into ``Sources.paths``."""
+    places: NDArray[np.int64]
+    """int64 [N, 3]: line (1-based), offset and size (bytes) of every record."""
+    values: NDArray[np.int64]
+    """int64 [N, F, 3]: kind (``MISSING``, ``STRING`` or ``OTHER``) of every field, and where it begins and ends in
+    ``text`` (bytes)."""
+    text: NDArray[np.uint8]
+    """UTF-8: strings without quotes and escapes, other values as the file writes them."""
+    bad: list[tuple[int, BadRecord]]
+    """What can't be read, each with the number of records here that precede it."""
+
+
+class _Table:
+    """What ``extract`` of the kernel and its twin (``add``) fill: a row of int64 a record, and the bytes of its values.
+
+    A row: line, offset, size; then for each field its kind and where its bytes begin and end in the arena.
+    """
+
+    def __init__(self, f: _File, fields: Sequence[str], room: int = _ROWS) -> None:
+        self.f, self.fields, self.room = f, tuple(dict.fromkeys(fields)), room
+        self.names = tuple(field.encode("utf-8", "surrogatepass") for field in self.fields)
+        self.width = 3 + 3 * len(self.fields)
+        self.cells = memoryview(bytearray(8 * self.width * room)).cast("q")
+        self.decode = _decoder(sys.get_int_max_str_digits()).raw_decode
+        self.arena = bytearray()
+        self.clear()
+
+    def clear(self) -> None:
+        self.rows = self.used = 0
+        self.bad: list[tuple[int, BadRecord]] = []
+        if len(self.arena) > 2 * _CHUNK:  # a long record went through
+            self.arena = bytearray()
+
+    def full(self) -> bool:
+        return self.rows + len(self.bad) >= self.room
+
+    def make_room(self, size: int) -> None:
+        if len(self.arena) < self.used + size:
+            self.arena = self.arena[: self.used].ljust(self.used + max(size, len(self.arena)), b"\0")
+
+    def add(self, raw: bytes, offset: int, line: int, size: int) -> None:
+        _parse(raw, self.decode)
+        row = [line, offset, size] + [MISSING, self.used, self.used] * len(self.fields)
+        self.make_room(size)
+        for key, kind, value in _members(raw.decode(), self.decode):
+            if key in self.fields:
+                begin, column = self.used, 3 + 3 * self.fields.index(key)
+                for i in range(0, len(value), _CHUNK):  # a long one never lies here once more
+                    part = value[i : i + _CHUNK].encode()
+                    self.arena[self.used : self.used + len(part)] = part
+                    self.used += len(part)
+                row[column : column + 3] = kind, begin, self.used
+        self.cells[self.rows * self.width : (self.rows + 1) * self.width] = memoryview(array("q", row))
+        self.rows += 1
+
+    def take(self, extents: Iterable[_Extent], use: Callable[..., object]) -> Iterator[None]:
+        for bad in self.f.use(extents, use):
+            if isinstance(bad, BadRecord):
+                self.bad.append((self.rows, bad))
+            yield
+
+    def take_lines(self, buffer: bytes | bytearray, offset: int, line: int, end: int, at: int = 0) -> tuple[int, int]:
+        """Take lines of a buffer that lies at ``offset``, from ``at`` until ``end`` or until the table is full.
+
+        Gives how far it came, and the number of the next line.
+        """
+        self.make_room(end - at)
+        while at < end and not self.full():
+            if kernel.compiled is not None:
+                cells = self.cells[: (self.room - len(self.bad)) * self.width]
+                at, self.rows, self.used, line = kernel.compiled.extract(
+                    buffer, at, end, self.names, self.f.limit, offset, line, cells, self.rows, self.arena, self.used
+                )
+                if at == end or self.full():
+                    break
+            stop = buffer.find(b"\n", at, end) + 1 or end
+            raw = bytes(buffer[at:stop])
+            if not raw.isspace():
+                list(self.take([(offset + at, line, stop - at, raw, None)], self.add))
+            at, line = stop, line + 1
+        return at, line
+
+    def fill(self) -> Iterator[None]:
+        """Fill the table with what the file holds, again and again; clears it when asked for more."""
+        for _ in self.elements() if self.f.is_list else self.lines():
+            if self.rows or self.bad:
+                yield
+            self.clear()
+
+    def elements(self) -> Iterator[None]:
+        for _ in self.take(self.f.extents(), self.add):
+            if self.full() or self.used >= _CHUNK:
+                yield
+        yield
+
+    def lines(self) -> Iterator[None]:
+        f, offset, line = self.f, self.f.offset, self.f.line
+        buffer = bytearray(_CHUNK)
+        view = memoryview(buffer)
+        while got := f.file.readinto(view if f.again else view[: len(f.file.peek(1))]):  # from a pipe what there is
+            at, end = 0, buffer.rfind(b"\n", 0, got) + 1
+            while at < end:
+                at, line = self.take_lines(buffer, offset, line, end, at)
+                yield
+            offset += end
+            if end < got:
+                size, blank, raw = _line(f.file, bytes(buffer[end:got]), f.hold)
+                if not blank:
+                    list(self.take([(offset, line, size, raw, None)], self.take_lines))
+                offset, line = offset + size, line + 1
+                yield
+
+    def records(self) -> Iterator[Record | BadRecord]:
+        cells, text = self.cells[: self.rows * self.width].tolist(), memoryview(self.arena)
+        columns = [(name, 3 * i) for i, name in enumerate(self.fields, 1)]
+        path, file, decode, done = str(self.f.path), self.f.number, self.decode, 0
+        for rows, bad in [*self.bad, (self.rows, None)]:
+            for row in range(done * self.width, rows * self.width, self.width):
+                found = {}
+                for name, column in columns:
+                    kind, begin, end = cells[row + column : row + column + 3]
+                    if kind:
+                        value = str(text[begin:end], "utf-8")
+                        found[name] = value if kind == STRING else decode(value)[0]
+                line, offset, size = cells[row : row + 3]
+                yield Record(found, path=path, line=line, offset=offset, size=size, file=file)
+            done = rows
+            if bad is not None:
+                yield bad
+
+    def columns(self) -> Columns:
+        import numpy as np
+
+        cells = np.frombuffer(self.cells, np.int64, self.rows * self.width).reshape(self.rows, self.width)
+        values = cells[:, 3:].reshape(self.rows, len(self.fields), 3)
+        text = np.frombuffer(self.arena, np.uint8, self.used)
+        return Columns(str(self.f.path), self.f.number, cells[:, :3], values, text, self.bad)
+
+
+def extract(sources: Sources, fields: Sequence[str]) -> Iterator[Columns]:
+    """Give the values of some fields of all records, in order, without making Python strings of them.
+
+    Args:
+        sources: as for ``read_jsonl``, whose rules decide what is a bad record.
+        fields: keys of a record, F of them once doubles are left out.
 
     Raises:
         DataError: as for ``read_jsonl``.
     """
+
+    def columns(f: _File) -> Iterator[Columns]:
+        table = _Table(f, fields)
+        return (table.columns() for _ in table.fill())
+
+    return _each_file(sources, columns)
+
+
+def fetch_jsonl(sources: Sources, options: object, positions: Sequence[Position]) -> list[Record | BadRecord]:
+    """Give the records at positions that ``read_jsonl`` or ``index_jsonl`` gave; a ``.gz`` is unpacked once.
+
+    Raises:
+        DataError: as for ``read_jsonl``; a file that changed, where that is seen: no record begins at a position.
+    """
+    found: dict[Position, Record | BadRecord] = {}
+    for number, some in groupby(sorted(set(positions)), attrgetter("file")):
+        with _file(sources, number, _SMALL_BLOCK) as f:
+            wanted, make = list(some), _reading(f, sources.fields)
+            if f.again and not f.is_list and hasattr(os, "pread"):
+                found |= _fetch_lines(f, wanted, sources.fields, make)
+            for position in wanted:
+                if position not in found:
+                    at = f.at(position)
+                    record = next(at.use(at.extents(), make), None)
+                    if record is None or record.offset != position.offset:
+                        raise at.nothing()
+                    found[position] = record
+    return [found[position] for position in positions]
+
+
+def _fetch_lines(
+    f: _File, wanted: Sequence[Position], fields: tuple[str, ...] | None, make: Callable[..., Record | BadRecord]
+) -> dict[Position, Record | BadRecord]:
+    """Find the lines that one short read each gives whole; the kernel takes them as one buffer."""
+    file, lines = f.file.fileno(), dict[Position, bytes]()
+    for position in wanted:
+        before = int(position.offset > f.offset)
+        raw = b"" if position.offset < f.offset else os.pread(file, _SMALL_BLOCK, position.offset - before)
+        end = raw.find(b"\n", before) + 1
+        if end and (not before or raw[0] == 10) and not raw[before:end].isspace():
+            lines[position] = raw[before:end]
+    if fields is None or kernel.compiled is None:
+        extents = ((at.offset, at.line, len(raw), raw, None) for at, raw in lines.items())
+        return dict(zip(lines, f.use(extents, make), strict=True))
+    table, data = _Table(f, fields, len(lines)), b"".join(lines.values())
+    table.take_lines(data, 0, 0, len(data))
+    made: list[Record | BadRecord] = []
+    for (at, raw), record in zip(lines.items(), table.records(), strict=True):
+        if isinstance(record, BadRecord):
+            made.append(replace(record, line=at.line, offset=at.offset))
+        else:
+            made.append(
+                Record(record._fields, path=record.path, line=at.line, offset=at.offset, size=len(raw), file=at.file)
+            )
+    return dict(zip(lines, made, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------- index
+
+
+def index_jsonl(sources: Sources, options: object = None) -> NDArray[np.int64]:
+    """Give the Position of every record that ``read_jsonl`` would give, int64 [N, 3], without parsing any.
+
+    Elements of a list are found at about the speed of ``json.loads``. Bad records are included; in a list with broken
+    JSON inside an element, so are the elements after it. The table is a mapped file in the temporary folder
+    (``TMPDIR``), unlinked from the start and read-only: memory doesn't grow with it.
+
+    Raises:
+        DataError: as for ``read_jsonl``; no room for the table.
+    """
     import numpy as np
 
-    parts: list[NDArray[np.int64]] = []
-    for number, path in enumerate(sources.paths):
-        before = len(parts)
-        with _open(path) as (file, _):
-            is_list, offset, line = _begin(file)
-            if is_list:
-                flat = array("q")
-                for begin, at_line, *_rest in _List(file, offset, line, 0).extents(True):
-                    flat.extend((number, at_line, begin))
-                parts.append(np.frombuffer(flat, np.int64).reshape(-1, 3) if flat else np.empty((0, 3), np.int64))
-            else:
-                parts.extend(_index_lines(file, offset, line, number))
-        if not sum(map(len, parts[before:])):
-            raise _nothing(path)
-    return np.concatenate(parts) if parts else np.empty((0, 3), np.int64)
+    try:
+        with tempfile.TemporaryFile() as table:
+            for rows in _each_file(sources, _positions):
+                table.write(rows)
+            table.flush()
+            if not table.tell():
+                return np.empty((0, 3), np.int64)
+            return np.frombuffer(mmap.mmap(table.fileno(), 0, access=mmap.ACCESS_READ), np.int64).reshape(-1, 3)
+    except OSError as error:
+        folder = tempfile.tempdir or "no temporary folder"
+        raise DataError(
+            f"{folder}: no index of the records there: {_why(error)}; TMPDIR names another folder"
+        ) from error
 
 
-def _index_lines(file: Bytes, offset: int, line: int, number: int) -> Iterator[NDArray[np.int64]]:
-    import numpy as np
-
-    begin, blank = offset, True  # of the line that the last block ended in
-    while block := file.read(2**20):
-        ends = np.flatnonzero(np.frombuffer(block, np.uint8) == 10)
-        cut = int(ends[0]) if len(ends) else len(block)
-        blank = blank and not block[:cut].strip()
-        if len(ends):
-            begins = np.concatenate([[begin - offset], ends[:-1] + 1])
-            keep = np.ones(len(ends), np.bool_)
-            keep[0] = not blank
-            # only a line that begins with a blank byte can be blank
-            for i in np.flatnonzero(np.frombuffer(block, np.uint8)[begins[1:]] <= 32) + 1:
-                keep[i] = bool(block[begins[i] : ends[i]].strip())
-            lines = np.flatnonzero(keep)
-            yield np.stack([np.full(len(lines), number), line + lines, offset + begins[lines]], axis=1)
-            begin, line = offset + int(ends[-1]) + 1, line + len(ends)
-            blank = not block[ends[-1] + 1 :].strip()
-        offset += len(block)
+def _positions(f: _File) -> Iterator[memoryview]:
+    """Give rows of int64: number of the file, line, offset."""
+    if f.is_list or kernel.compiled is None:
+        cells = (cell for offset, line, *_ in f.extents() for cell in (f.number, line, offset))
+        while flat := array("q", islice(cells, 3 * _ROWS)):
+            yield memoryview(flat)
+        return
+    table, buffer = memoryview(bytearray(24 * 4 * _BLOCK)).cast("q"), bytearray(4 * _BLOCK)
+    offset = begin = f.offset
+    line, blank = f.line, True  # the line that the last block ended in: its number, whether it is blank so far
+    while size := f.file.readinto1(buffer):
+        rows, line, begin, blank = kernel.compiled.index_lines(
+            buffer, size, f.number, line, offset, begin, blank, table
+        )
+        offset += size
+        if rows:
+            yield table[: 3 * rows]
     if not blank:
-        yield np.array([[number, line, begin]])
+        yield memoryview(array("q", (f.number, line, begin)))
 
 
 # ---------------------------------------------------------------------------------------------------------- which files
@@ -595,6 +928,7 @@ def _copy(source: str, target: Path) -> Path:
 
 
 def content_hash(record: Mapping[str, Any]) -> int:
-    """Give 64 bits that depend on the record's content alone, not on the order of its keys or its place in a file."""
+    """Give a signed 64-bit hash of the record's content alone, not of the order of its keys or its place in a file."""
     text = json.dumps(dict(record), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)

@@ -82,7 +82,9 @@ def test_jsonl_reads_seeks_and_indexes(tmp_path):
     sources = Sources((file,))
     records = [record for record in reader.read(sources, None) if isinstance(record, Record)]
     assert [record["n"] for record in records] == [0, 1, 2, 3]
-    assert reader.seekable and reader.index is not None
+    assert reader.seekable and reader.index is not None and reader.fetch is not None
+    fetched = reader.fetch(sources, None, [records[2].position, records[0].position])
+    assert [record["n"] for record in fetched] == [2, 0]
     again = next(reader.read(sources, None, start=records[2].position))
     assert again["n"] == 2 and again.line == 3
     assert [tuple(row) for row in reader.index(sources, None).tolist()] == [record.position for record in records]
