@@ -16,6 +16,7 @@ USAGE = """corefit <verb> [options]
 fine-tune a chat model:
   train [RECIPE]       train; without a recipe, --model and --data it runs the embedded demonstration
   inspect [RECIPE]     show samples as the model will see them, supervised tokens marked; needs only a tokenizer
+  pack [RECIPE]        encode the data once, ahead of time, into --out DIR; train --set pack.arena=DIR reads it
   chat RUN             talk to a run, an adapter or a model
   merge RUN --out DIR  write base model and adapter as one plain Hugging Face folder
 
@@ -130,6 +131,12 @@ def _parser() -> _Parser:
         "--resume", action="store_true", help="continue the newest unfinished run of this recipe, or start it"
     )
 
+    pack = verb("pack", _pack, "Encode the data once, ahead of time, for runs with pack.arena. No model is loaded.")
+    pack.add_argument("recipe", nargs="?", metavar="RECIPE", help="a .toml file, a recipe's name or a run folder")
+    _recipe_flags(pack)
+    pack.add_argument("--tokenizer", metavar="PATH", help="a tokenizer folder or a bare tokenizer.model")
+    pack.add_argument("--out", required=True, metavar="DIR", help="the folder to write; an older arena is replaced")
+
     inspect = verb("inspect", _inspect, "Show samples as the model will see them. No model is loaded.")
     inspect.add_argument("recipe", nargs="?", metavar="RECIPE", help="a .toml file, a recipe's name or a run folder")
     _recipe_flags(inspect)
@@ -174,6 +181,9 @@ def _recipe_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", metavar="NAME", help="the prompt template (default: the tokenizer's own)")
     parser.add_argument("--model", metavar="PATH", help="the base model: a local folder or a hub name")
     parser.add_argument("--data", metavar="PATH", help="a file, a folder, a glob, or - for standard input")
+    parser.add_argument(
+        "--on-bad-record", metavar="WHAT", help="error (default): it ends the run; skip: it is counted and left out"
+    )
     parser.add_argument("--seed", metavar="N")
     parser.add_argument(
         "--set", dest="sets", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="any recipe key"
@@ -181,21 +191,30 @@ def _recipe_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _flags(args: argparse.Namespace, *names: str) -> dict[str, str]:
-    return {name: value for name in names if (value := getattr(args, name)) is not None}
+    names = ("plugin", "template", "model", "data", "on-bad-record", "seed", *names)
+    return {name: value for name in names if (value := getattr(args, name.replace("-", "_"))) is not None}
 
 
 def _train(args: argparse.Namespace) -> int:
     from corefit.run import train_from
 
-    flags = _flags(args, "plugin", "template", "model", "data", "quantizer", "scheduler", "out", "seed")
+    flags = _flags(args, "quantizer", "scheduler", "out")
     return train_from(args.recipe, flags, args.sets, resume=args.resume).exit_code
 
 
 def _inspect(args: argparse.Namespace) -> int:
     from corefit.run import inspect_from
 
-    flags = _flags(args, "plugin", "template", "model", "data", "seed")
-    inspect_from(args.recipe, flags, args.sets, tokenizer=args.tokenizer, samples=args.samples, as_json=args.json)
+    inspect_from(
+        args.recipe, _flags(args), args.sets, tokenizer=args.tokenizer, samples=args.samples, as_json=args.json
+    )
+    return 0
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from corefit.run import pack_from
+
+    pack_from(args.recipe, _flags(args), args.sets, out=args.out, tokenizer=args.tokenizer)
     return 0
 
 
@@ -237,8 +256,10 @@ def _copy(args: argparse.Namespace) -> int:
 
 
 def _plugins(args: argparse.Namespace) -> int:
+    from corefit.data import kernel
     from corefit.registry import Registry
 
+    print(f"kernel: {kernel.NAME}")
     registry = Registry.load()
     for plugin in registry.plugins:
         print(f"{plugin.name}  ({plugin.source}; {plugin.module})")

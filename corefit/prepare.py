@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.util
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from corefit.data.arena import Arena, write_arena
 from corefit.data.block import RECORD, RECORD_COLUMNS, Block, fit
 from corefit.data.encode import Encoder, make_encoder
 from corefit.data.jsonl import find_files, spool
@@ -25,6 +29,8 @@ from corefit.types import BadRecord, DatasetReader, Drop, Item, MapFunction, Pro
 EMBEDDED = Path(__file__).parent / "embedded"
 SNIFFED = 32
 """Records looked at when no map function is named."""
+MAX_THREADS = 8
+"""That encode records, where the recipe doesn't say how many."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,7 @@ def _sources(
             reader_options=reader_options,
             map_function=mapper,
             map_options=map_options,
-            sources=Sources(paths, limit),
+            sources=Sources(paths, limit, mapper.fields),
             shuffle=shuffle,
             ratio=entry.ratio,
             repeat=entry.repeat or 1,
@@ -182,7 +188,7 @@ def _sources(
 
 def _plain(spec: str, recipe: Recipe, entry: Data, spool_to: Path | None) -> str:  # noqa: ANN401
     """Give a path that can be read twice: standard input, and .gz where it is shuffled, are unpacked first."""
-    packed = spec.endswith(".gz") and (entry.shuffle or recipe.train.epochs != 1)
+    packed = spec.endswith(".gz") and (entry.shuffle or recipe.train.epochs != 1) and not recipe.pack.arena
     if spec != "-" and not packed:
         return spec
     if spool_to is None:
@@ -264,10 +270,20 @@ def walk(plan: Prepared) -> Iterator[tuple[Item, Sample]]:
                 yield items[number][0], block.sample(i, items[number][1])
 
 
+def encoding_threads(recipe: Recipe) -> int:
+    """Give how many threads encode records; the tokenizer's own threads, which would compete with them, are off."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return recipe.run.threads or min(os.cpu_count() or 1, MAX_THREADS)
+
+
 def make_stream(
     plan: Prepared, *, epochs: int, val_hashes: frozenset[int] = frozenset(), shuffle: bool = True, threads: int = 0
 ) -> Stream:
-    """Join the stations of a plan."""
+    """Join the stations of a plan; with ``pack.arena`` the samples come from there.
+
+    Raises:
+        RecipeError: the arena was made from something else, or isn't there. DataError: it is torn.
+    """
     pack = plan.recipe.pack
     sources = plan.sources if shuffle else tuple(dataclasses.replace(s, shuffle=False) for s in plan.sources)
     return Stream(
@@ -282,6 +298,60 @@ def make_stream(
         val_hashes=val_hashes,
         pad_id=plan.tokenizer.pad_id,
         threads=threads,
+        arena=Arena(Path(pack.arena), arena_key(plan)) if pack.arena else None,
+    )
+
+
+def arena_key(plan: Prepared) -> dict[str, Any]:
+    """Give everything that the samples of a plan depend on; JSON-able."""
+    recipe, registry = plan.recipe, plan.registry
+    key: dict[str, Any] = {
+        "tokenizer": plan.tokenizer.fingerprint,
+        "template": plan.template.name,
+        "template.options": dict(recipe.template.options),
+        "template.supervise": recipe.template.supervise,
+        "code of corefit": _code(Path(__file__).parent, ("data/*.py", "types.py", "templates.py")),
+    }
+    used = {("template", plan.template.name)}
+    for number, (entry, source) in enumerate(zip(recipe.data, plan.sources, strict=True)):
+        where = f"data.{number}"
+        stats = [(str(path.resolve()), path.stat()) for path in source.sources.paths]
+        key[f"{where}.path"] = [path for path, _ in stats]
+        key |= {f"size and time of {path}": [stat.st_size, stat.st_mtime_ns] for path, stat in stats}
+        key |= {f"{where}.map": source.map_function.name, f"{where}.reader": source.reader.name}
+        for name in ("first", "on_bad", "max_record_mb"):
+            key[f"{where}.{name}"] = getattr(entry, name)
+        key[f"{where}.options"] = dict(entry.options)
+        used |= {("reader", source.reader.name), ("map function", source.map_function.name)}
+    for kind, name in sorted(used):
+        module = importlib.util.find_spec(registry.provider(kind, name).module.partition(":")[0])
+        if module is not None and module.origin:
+            file = Path(module.origin)
+            what = ("**/*.py",) if file.name == "__init__.py" else (file.name,)
+            key[f"code of {kind} {name}"] = _code(file.parent, what)
+    return key
+
+
+def _code(folder: Path, patterns: Sequence[str]) -> str:
+    """Give a hash of source files, by name and content."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+        data = path.read_bytes()
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{len(data)}\0".encode() + data)
+    return digest.hexdigest()[:16]
+
+
+def make_arena(plan: Prepared, folder: Path, *, watch: Callable[[Iterator[Block]], Iterator[Block]]) -> Block:
+    """Encode all records of a plan into an arena; ``watch`` may look at the blocks as they pass.
+
+    Raises:
+        DataError: a bad record, or a map function that failed. RunError: the disk refuses.
+    """
+    sources = tuple(dataclasses.replace(source, shuffle=False) for source in plan.sources)
+    threads = encoding_threads(plan.recipe)
+    stream = Stream(sources, plan.encoder, max_length=plan.recipe.pack.max_length, threads=threads)
+    return write_arena(
+        folder, arena_key(plan), lambda: stream.sizes, watch(stream.encoded()), vocab_size=plan.tokenizer.vocab_size
     )
 
 

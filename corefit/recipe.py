@@ -124,6 +124,9 @@ class Pack:
     """Samples held at a time to choose from."""
     overlong: Literal["error", "drop", "truncate", "split"] = "truncate"
     """What happens to a sample of more than max_length tokens."""
+    arena: Text | None = None
+    """Folder that ``corefit pack`` wrote for this data, template and tokenizer; None: records are encoded as they are
+    read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +210,7 @@ class RunSettings:
     out: Text | None = None
     """Run folder; None: the next free runs/NAME-N."""
     threads: Count | None = None
-    """CPU threads; None: torch's choice."""
+    """CPU threads of torch, and threads that encode records; None: torch's choice, and one for each CPU up to 8."""
     device: Text = "auto"
     """``auto``, ``cpu``, ``cuda``, ``cuda:1``."""
 
@@ -255,12 +258,13 @@ _FLAGS = {
     "template": "template.name",
     "model": "model.base",
     "data": "data.path",
+    "on-bad-record": "data.on_bad",
     "quantizer": "model.quantizer",
     "scheduler": "train.scheduler",
     "out": "run.out",
     "seed": "train.seed",
 }
-_PATHS = ("model.base", "data.path", "val.data", "run.out")
+_PATHS = ("model.base", "data.path", "pack.arena", "val.data", "run.out")
 
 
 # ---------------------------------------------------------------------------------------------- values and their types

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from corefit import __version__, show
-from corefit.errors import RecipeError
-from corefit.prepare import Prepared, prepare, resolve, tally, walk, without_out
+from corefit.data.arena import Arena
+from corefit.data.block import Block, gains
+from corefit.errors import RecipeError, UserError
+from corefit.prepare import Prepared, arena_key, make_arena, prepare, resolve, tally, walk, without_out
 from corefit.recipe import Recipe, load_recipe, to_toml
 from corefit.registry import Registry
 from corefit.report import read_lines
@@ -257,6 +260,48 @@ def inspect_from(
     print(f"\nfill: {fill:.1f} % of {plan.recipe.pack.max_length} slots a pack")
     print("ledger:")
     print("\n".join(show.ledger_lines(ledger)))
+
+
+def pack_from(
+    recipe_name: str | None,
+    flags: Mapping[str, str],
+    sets: Sequence[str],
+    *,
+    out: str,
+    tokenizer: str | None = None,
+    say: Say = print,
+) -> None:
+    """Encode the data of a recipe into the arena ``out``, unless that is there and still good."""
+    plan = _plan(recipe_name, flags, sets, tokenizer)
+    folder = Path(out)
+    for line in plan.choices:
+        say(line)
+    try:
+        Arena(folder, arena_key(plan))
+    except UserError:
+        pass
+    else:
+        say(f"{folder} is there and was made from just this: nothing to do")
+        return
+    began = time.monotonic()
+    block = make_arena(plan, folder, watch=_counted)
+    seconds = time.monotonic() - began
+    dropped = gains(block, len(block.records)).records.dropped
+    reasons = "".join(f", {n:,} dropped ({reason})" for reason, n in sorted(dropped.items()))
+    size, n = sum(path.stat().st_size for path in folder.iterdir()), len(block.tokens)
+    say(f"{len(block.records):,} records -> {len(block.samples):,} samples{reasons}")
+    say(f"{n:,} tokens in {seconds:.1f} s ({n / max(seconds, 1e-9):,.0f} a second)")
+    say(f"arena: {folder}, {size / 2**20:,.1f} MiB; train from it: --set pack.arena={folder}")
+
+
+def _counted(blocks: Iterator[Block]) -> Iterator[Block]:
+    """Show on standard error how far the encoding is."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    with tqdm(unit=" records", disable=None, leave=False) as bar:
+        for block in blocks:
+            yield block
+            bar.update(len(block.records))
 
 
 def chat_with(

@@ -26,7 +26,7 @@ from corefit.engine.loop import Every, LoopState, autocast, train
 from corefit.engine.loss import CausalLoss
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_notice
 from corefit.errors import CheckpointError, DataError, LedgerError, ModelError, RecipeError
-from corefit.prepare import Prepared, make_stream, without_out
+from corefit.prepare import Prepared, encoding_threads, make_stream, without_out
 from corefit.recipe import Train, to_toml
 from corefit.report import JsonLines, Progress, answers_table, finite, perplexity, read_lines, summary
 from corefit.types import BadRecord, Batch, Conversation, Message, Quantizer, Record, Scheduler, StepReport
@@ -129,7 +129,10 @@ class Session:
         else:
             hashes, chosen, off = split_validation(plan.sources, share=recipe.val.share, records=recipe.val.records)
             held_out += chosen
-        stream = make_stream(plan, epochs=recipe.train.epochs, val_hashes=hashes)
+        threads = encoding_threads(recipe)
+        stream = make_stream(plan, epochs=recipe.train.epochs, val_hashes=hashes, threads=threads)
+        if recipe.pack.arena:
+            self.say(f"arena: samples come from {recipe.pack.arena}, nothing is encoded anew")
         for line in stream.notices:
             self.say(line)
         batches, self.val_ledger = encode_validation(

@@ -45,42 +45,46 @@ def template_from_strings(
         [part for part in holes.split(text) if part]
         for text in (user.removesuffix(opening), system, opening, suffix, separator)
     )
+    user_runs, system_runs, opening_runs, suffix_runs, separator_runs = (
+        [(part, part in control) for part in parts]
+        for parts in (user_parts, system_parts, opening_parts, suffix_parts, separator_parts)
+    )
 
-    def fill(parts: list[str], content: str = "", round: int = 0) -> list[Run]:
+    def fill(runs: list[Run], content: str, round: int = 0) -> list[Run]:
         values = {"{content}": content, "{round}": str(round)}
-        return [(values.get(part, part), part in control) for part in parts]
+        return [(values[run[0]], False) if run[0] in values else run for run in runs]
 
     def render(item: Conversation, tokenizer: Tokenizer, options: object = None) -> Iterator[Segment]:
         if item.tools:
             raise Unrenderable("tools")
+        segments: list[Segment] = []
         runs: list[Run] = []
         before, new_turn, round = "", True, 0
-        for i, message in enumerate(item.messages):
-            role, content = message.role, message.content
-            if reason := _refusal(role, before, has_opening=bool(opening), has_system=bool(system)):
+        for i, (role, content, _, tool_calls, reasoning, supervised) in enumerate(item.messages):
+            if reason := _refusal(role, before, bool(opening), bool(system)):
                 raise Unrenderable(reason)
-            if message.tool_calls or message.reasoning:
-                raise Unrenderable("tool_call" if message.tool_calls else "reasoning")
+            if tool_calls or reasoning:
+                raise Unrenderable("tool_call" if tool_calls else "reasoning")
             if i == 0 or (before == "assistant" and role != "assistant"):
                 new_turn = True
                 if bos == "turn" or (bos == "first" and i == 0):
                     runs.append((_named(tokenizer.bos_token, "no_bos_token"), True))
             if i == 0 and role != "system" and default_system:
-                runs += fill(system_parts, default_system)
+                runs += fill(system_runs, default_system)
             if role == "system":
-                runs += fill(system_parts, content) if content else []
+                runs += fill(system_runs, content) if content else []
             elif role == "user":
                 round += 1
-                runs += fill(user_parts, content, round)
+                runs += fill(user_runs, content, round)
             else:
-                yield from join_runs([*runs, *fill(opening_parts)], turn=new_turn)
-                answer = [(content, False), *fill(suffix_parts)]
+                segments += join_runs(runs + opening_runs, turn=new_turn)
+                answer = [(content, False), *suffix_runs]
                 answer += [(_named(tokenizer.eos_token, "no_eos_token"), True)] if eos else []
-                yield from join_runs(answer, supervised=message.supervised is not False)
-                yield from join_runs(fill(separator_parts))
+                segments += join_runs(answer, supervised=supervised is not False)
+                segments += join_runs(separator_runs)
                 runs, new_turn = [], False
             before = role
-        yield from join_runs(runs, turn=new_turn)
+        return iter(segments + join_runs(runs, turn=new_turn))
 
     def write(parts: list[str]) -> str:
         values = {"{content}": "message['content']", "{round}": "count.round"}
@@ -140,18 +144,23 @@ def template_from_strings(
     )
 
 
-def join_runs(runs: Iterable[Run], *, supervised: bool = False, turn: bool = False) -> Iterator[Segment]:
+def join_runs(runs: Iterable[Run], *, supervised: bool = False, turn: bool = False) -> list[Segment]:
     """Join neighbouring text into one segment each, control tokens apart; ``turn`` marks the first."""
+    segments: list[Segment] = []
     text = ""
-    for run, control in (*runs, ("", True)):
+    for run, control in runs:
         if not control:
             text += run
             continue
-        for piece, is_control in ((text, False), (run, True)):
-            if piece:
-                yield Segment(piece, supervised=supervised, control=is_control, turn=turn)
-                turn = False
-        text = ""
+        if text:
+            segments.append(Segment(text, supervised, False, turn))
+            text, turn = "", False
+        if run:
+            segments.append(Segment(run, supervised, True, turn))
+            turn = False
+    if text:
+        segments.append(Segment(text, supervised, False, turn))
+    return segments
 
 
 def markers(texts: Iterable[str]) -> tuple[str, ...]:
@@ -161,7 +170,7 @@ def markers(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(line for line in mixed if len(line.split()) <= 3))
 
 
-def _refusal(role: str, before: str, *, has_opening: bool, has_system: bool) -> str | None:
+def _refusal(role: str, before: str, has_opening: bool, has_system: bool) -> str | None:
     """Say why a message can't follow one of role ``before`` (empty: it is the first), None where it can."""
     if role == "system":
         return "system_not_first" if before else None if has_system else "system_message"

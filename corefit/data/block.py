@@ -8,9 +8,9 @@ range of them, so that cutting one moves no token.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -115,13 +115,53 @@ def gains(block: Block, end: int) -> Ledger:
 
 def select(block: Block, rows: NDArray[np.int64]) -> Block:
     """Give the block of these records, in this order; no token moves."""
-    records = block.records[rows]
+    records: Table = block.records[rows]
     counts = records[:, SAMPLES]
     ends = np.cumsum(counts)
     picked = np.repeat(records[:, FIRST] - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
     samples = block.samples[picked]
     samples[:, RECORD] = np.repeat(np.arange(len(records)), counts)
     records[:, FIRST] = ends - counts
+    return replace(block, records=records, samples=samples)
+
+
+def moved(block: Block, before: Mapping[str, int], words: list[Words]) -> tuple[Table, Table]:
+    """Give records and samples with indices for where so many rows of each array precede the block.
+
+    ``words``: those of what precedes it, to which its own are added.
+    """
+    records, samples = block.records.copy(), block.samples.copy()
+    records[:, FIRST] += before["samples"]
+    records[:, WORDS] = np.array([intern(words, one) for one in block.words], np.int64)[records[:, WORDS]]
+    samples[:, START] += before["tokens"]
+    samples[:, SPAN] += before["spans"]
+    samples[:, RECORD] += before["records"]
+    return records, samples
+
+
+def join(blocks: Sequence[Block]) -> Block:
+    """Give the blocks as one, in order; where they have their tokens in common, these stay in place."""
+    together = all(block.tokens is blocks[0].tokens for block in blocks)
+    arrays: dict[str, list[NDArray[Any]]] = {name: [] for name in ("records", "samples", "tokens", "spans", "cuts")}
+    words, before = list[Words](), dict.fromkeys(arrays, 0)
+    for block in blocks:
+        tables = moved(block, before, words)
+        shifted = () if together else (block.tokens, block.spans + before["tokens"], block.cuts + before["tokens"])
+        for name, array in zip(arrays, (*tables, *shifted), strict=False):
+            arrays[name].append(array)
+            before[name] += len(array)
+    merged: dict[str, Any] = {name: np.concatenate(parts) for name, parts in arrays.items() if parts}
+    return replace(blocks[0], words=words, names=blocks[-1].names, error=blocks[-1].error, **merged)
+
+
+def hold_out(block: Block, hashes: Table) -> Block:
+    """Take the samples away from records with these content hashes: they belong to the validation split."""
+    chosen = np.isin(block.records[:, HASH], hashes)
+    if not chosen.any():
+        return block
+    records, samples = block.records.copy(), block.samples[~chosen[block.samples[:, RECORD]]]
+    records[chosen, ENCODED:NAME], records[chosen, VALIDATION], records[chosen, SAMPLES] = 0, 1, 0
+    records[:, FIRST] = np.cumsum(records[:, SAMPLES]) - records[:, SAMPLES]
     return replace(block, records=records, samples=samples)
 
 
@@ -136,16 +176,19 @@ def fit(block: Block, max_length: int, overlong: str) -> Block:
     counted in the records' TRUNCATED and DROPPED. With ``error`` the block ends before the first long one, with the
     DataError that stops the run.
     """
-    records, samples, words, error = block.records.copy(), block.samples, list(block.words), block.error
+    samples = block.samples
     long = np.flatnonzero(samples[:, LENGTH] > max_length)
-    if len(long) and overlong == "error":
+    if not len(long):
+        return block
+    records, words, error = block.records.copy(), list(block.words), block.error
+    if overlong == "error":
         first, length = samples[long[0], RECORD], samples[long[0], LENGTH]
         error = DataError(
             f"{block.origin(first)}: {length} tokens, pack.max_length is {max_length}; raise it, or set pack.overlong "
             "to truncate, split or drop"
         )
         records, samples = records[:first], samples[samples[:, RECORD] < first]
-    elif len(long):
+    else:
         made: list[list[list[int]]] = []
         for row in samples[long].tolist():
             kept, truncated, dropped = _fitted(block, row, max_length, overlong)

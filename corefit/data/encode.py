@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from corefit.data.tokenizer import Tokenizer
 
 
+AT_ONCE = 64
+"""Segments whose ids are Python lists at the same time."""
+
+
 class Encoded(NamedTuple):
     """What became of some items: samples as in ``Block``, and for each item why it has none, and what was noticed."""
 
@@ -71,13 +75,26 @@ class Encoder:
                 drops[-1] = refusal.reason
             ends.append(len(segments))
         notes = [self._look_alikes(item) if self.forgeable else () for item, _ in items]
-        encoded = iter(self.tokenizer.encode([s.text for s in segments if not s.control and s.text]))
-        tokens, sizes = join_ids(
-            [self._control_id(s.text) if s.control else next(encoded) if s.text else [] for s in segments]
-        )
-        return _samples(tokens, sizes, segments, np.array(ends, np.int64), drops, notes, self.forbidden)
+        texts, supervised, control, turn = zip(*segments, strict=True) if segments else ((), (), (), ())
+        flags = _Flags(*(np.array(values, np.bool_) for values in (supervised, control, turn)))
+        tokens, sizes = self._ids(texts, control)
+        return _samples(tokens, sizes, flags, np.array(ends, np.int64), drops, notes, self.forbidden)
 
-    def segments(self, item: Item, origin: str = "") -> tuple[Segment, ...]:
+    def _ids(self, texts: Sequence[str], control: Sequence[bool]) -> tuple[NDArray[np.int32], Table]:
+        """Give the ids of all segments one after another, and how many each has.
+
+        Some segments at a time: so few lists of ids at once stay in the processor's cache until they are freed.
+        """
+        encodings = self.tokenizer.encodings([t for t, c in zip(texts, control, strict=True) if t and not c])
+        ids = np.empty(sum(map(len, encodings)) + sum(control), np.int32)
+        sizes, encoded, at = np.empty(len(texts), np.int64), iter(encodings), 0
+        for k in range(0, len(texts), AT_ONCE):
+            some = zip(texts[k : k + AT_ONCE], control[k : k + AT_ONCE], strict=True)
+            parts = [self._control_id(t) if c else next(encoded).ids if t else [] for t, c in some]
+            at += join_ids(parts, ids[at:], sizes[k:])
+        return ids, sizes
+
+    def segments(self, item: Item, origin: str = "") -> Sequence[Segment]:
         """Render an item: what is encoded, piece by piece.
 
         Raises:
@@ -85,12 +102,11 @@ class Encoder:
             PluginError: the template failed.
         """
         if isinstance(item, Document):
-            segments = self._document(item)
+            segments: Sequence[Segment] = self._document(item)
         else:
-            messages = self._supervision(item.messages)
+            conversation = Conversation(self._supervision(item.messages), *item[1:])
             try:
-                rendered = self.template.render(replace(item, messages=messages), self.tokenizer, self.options)
-                segments = tuple(rendered)
+                segments = list(self.template.render(conversation, self.tokenizer, self.options))
             except (Unrenderable, ModelError):
                 raise
             except Exception as error:
@@ -98,7 +114,9 @@ class Encoder:
                     f"{origin}: template {self.template.name!r} failed with {type(error).__name__}: {error}"
                 ) from error
         try:
-            "".join(segment.text for segment in segments).encode()
+            for segment in segments:
+                if not segment.text.isascii():
+                    segment.text.encode()
         except UnicodeEncodeError:
             raise Unrenderable("lone_surrogate") from None
         return segments
@@ -109,14 +127,13 @@ class Encoder:
         Raises:
             Unrenderable: the messages can't be written in this format.
         """
-        asked = [replace(m, supervised=False if m.role == "assistant" else None) for m in messages]
+        asked = [m._replace(supervised=False if m.role == "assistant" else None) for m in messages]
         segments = self.segments(Conversation((*asked, Message("assistant", "x", supervised=True))))
         answer = next((i for i, segment in enumerate(segments) if segment.supervised), None)
         if answer is None:
             raise Unrenderable("nothing_supervised")
         asking = segments[:answer]
-        encoded = iter(self.tokenizer.encode([s.text for s in asking if not s.control and s.text]))
-        return join_ids([self._control_id(s.text) if s.control else next(encoded) if s.text else [] for s in asking])[0]
+        return self._ids([segment.text for segment in asking], [segment.control for segment in asking])[0]
 
     def _document(self, item: Document) -> tuple[Segment, ...]:
         if not item.text:
@@ -132,18 +149,20 @@ class Encoder:
         """Say of every answer whether it is supervised, so that a template need not know the rule."""
         if not messages:
             raise Unrenderable("empty_conversation")
-        if any(message.supervised and message.role != "assistant" for message in messages):
-            raise Unrenderable("supervised_not_assistant")
         answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-        ruled = set(answers[-1:] if self.supervise == "last" else answers)
-        return tuple(
-            replace(m, supervised=i in ruled if m.supervised is None else m.supervised) if m.role == "assistant" else m
-            for i, m in enumerate(messages)
-        )
+        if [1 for message in messages if message.supervised and message.role != "assistant"]:
+            raise Unrenderable("supervised_not_assistant")
+        ruled, made = answers if self.supervise == "all" else answers[-1:], list(messages)
+        for i in answers:
+            if messages[i].supervised is None:
+                made[i] = Message(*messages[i][:-1], i in ruled)  # its last field
+        return tuple(made)
 
     def _look_alikes(self, item: Item) -> tuple[str, ...]:
-        contents = [m.content for m in item.messages] if isinstance(item, Conversation) else []
-        return tuple("look_alike" for marker in self.forgeable for content in contents if marker in content)
+        if not isinstance(item, Conversation):
+            return ()
+        contents = [message.content for message in item.messages]
+        return ("look_alike",) * sum(marker in content for marker in self.forgeable for content in contents)
 
     def _control_id(self, text: str) -> int:
         id = self._control_ids.get(text)
@@ -216,22 +235,29 @@ def _not_one_token(token: str, template: PromptTemplate, tokenizer: Tokenizer) -
     )
 
 
-def join_ids(parts: list[list[int] | int]) -> tuple[NDArray[np.int32], Table]:
-    """Write lists of ids, and single ids, one after another: int32 [L], and the size of each part."""
-    total = sum(len(part) if type(part) is list else 1 for part in parts)
-    ids, sizes = np.empty(total, np.int32), np.empty(len(parts), np.int64)
+def join_ids(parts: list[list[int] | int], ids: NDArray[np.int32], sizes: Table) -> int:
+    """Write lists of ids, and single ids, one after another, and the size of each part; give how many ids they are."""
     if kernel.compiled is not None:
-        kernel.compiled.join_ids(parts, ids, sizes)
-    else:
-        sizes[:] = [len(part) if isinstance(part, list) else 1 for part in parts]
-        ids[:] = [id for part in parts for id in (part if isinstance(part, list) else (part,))]
-    return ids, sizes
+        n: int = kernel.compiled.join_ids(parts, ids, sizes)
+        return n
+    sizes[: len(parts)] = [len(part) if isinstance(part, list) else 1 for part in parts]
+    flat = [id for part in parts for id in (part if isinstance(part, list) else (part,))]
+    ids[: len(flat)] = flat
+    return len(flat)
+
+
+class _Flags(NamedTuple):
+    """Of all segments, bool [S] each: as in ``Segment``."""
+
+    supervised: NDArray[np.bool_]
+    control: NDArray[np.bool_]
+    turn: NDArray[np.bool_]
 
 
 def _samples(
     tokens: NDArray[np.int32],
     sizes: Table,
-    segments: Sequence[Segment],
+    flags: _Flags,
     item_ends: Table,
     drops: list[str | None],
     notes: list[tuple[str, ...]],
@@ -239,9 +265,7 @@ def _samples(
 ) -> Encoded:
     """Cut the tokens of all segments into samples, one an item; drop what holds a forbidden id, or nothing to learn."""
     n_items = len(item_ends)
-    supervised, control, turn = (
-        np.array([flags[i] for flags in segments], np.bool_) for i in (1, 2, 3)
-    )  # Segment's fields
+    supervised, control, turn = flags
     segment_ends = np.cumsum(sizes)
     segment_starts = segment_ends - sizes
     bounds = np.concatenate([[0], segment_ends])[np.concatenate([[0], item_ends])]  # of items, in tokens
@@ -266,5 +290,5 @@ def _samples(
     for i in np.flatnonzero((samples[:, SUPERVISED] == 0) | np.isin(samples[:, RECORD], list(forged))).tolist():
         drops[i] = drops[i] or ("control_in_content" if i in forged else "nothing_supervised")
     kept = np.array([drop is None for drop in drops], np.bool_)
-    turn &= segment_starts < bounds[1:][owner]  # not an empty one at the end
+    turn = turn & (segment_starts < bounds[1:][owner])  # not an empty one at the end
     return Encoded(tokens, spans, segment_starts[turn], samples[kept], drops, notes)

@@ -106,14 +106,6 @@ class Ledger:
         _add(self.slots, other.slots)
         _add(self.messages, other.messages)
 
-    def release(self, *, tokens: int, supervised: int, last: bool) -> None:
-        """Move a sample from pending to its place; ``last``: no other sample of its record is pending."""
-        self.tokens.pending -= tokens
-        self.tokens.supervised += supervised
-        self.tokens.masked += tokens - supervised
-        self.records.pending -= last
-        self.records.used += last
-
     def differences(self) -> list[str]:
         """Give a sentence for every equation that does not hold, with its numbers."""
         equations = {

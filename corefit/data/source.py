@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from corefit.data.block import (
     ENCODED,
+    FIRST,
+    HASH,
     LENGTH,
     MESSAGES,
-    NAME,
+    ORDINAL,
     RECORD,
     RECORD_COLUMNS,
+    SAMPLES,
     SOURCE,
     VALIDATION,
-    WEIGHT,
     WORDS,
     Block,
     Words,
-    fit,
     intern,
 )
 from corefit.data.jsonl import content_hash
@@ -46,8 +48,10 @@ if TYPE_CHECKING:
 
     from corefit.data.encode import Encoder
 
-GROUP_RECORDS = 32
+GROUP_RECORDS = 128
 """Records that are encoded by one call, at most."""
+FETCHED = 64
+"""Records of a shuffled source that are read at a time."""
 MIN_RECORDS_TO_SPLIT = 20
 """With fewer records nothing is set aside for validation."""
 ESTIMATE_RECORDS = 200
@@ -77,82 +81,83 @@ class Source:
 
 
 def record_row(source: int, index: int, record: Record | BadRecord, weight: int, name: int) -> list[int]:
-    """Give the columns of a record that are known when it is read."""
-    row = [0] * RECORD_COLUMNS
-    row[: WEIGHT + 1] = source, index, record.file, record.line, record.offset, weight
-    row[NAME] = name
-    return row
+    """Give the columns of a record, those that are known when it is read."""
+    return [source, index, record.file, record.line, record.offset, weight, 0, 0, 0, 0, 0, 0, 0, 0, name, 0]
 
 
 def encode_records(
     sources: Sequence[Source],
     found: Sequence[Record | BadRecord],
-    rows: Sequence[Sequence[int]],
+    rows: list[list[int]],
     encoder: Encoder,
     *,
-    max_length: int,
-    overlong: str,
     names: Sequence[str],
+    hashed: bool = False,
     val_hashes: frozenset[int] = frozenset(),
 ) -> Block:
-    """Map, encode and fit records, with one call of the encoder.
+    """Map and encode records, with one call of the encoder.
 
     Args:
         sources: what ``SOURCE`` in ``rows`` refers to.
         found: the records.
-        rows: ``record_row`` of each.
+        rows: ``record_row`` of each; filled in here.
         encoder: the run's.
-        max_length: tokens of a sample, at most.
-        overlong: policy for longer ones.
         names: what ``NAME`` refers to.
-        val_hashes: content hashes of records that belong to the validation split.
+        hashed: fill ``HASH`` in.
+        val_hashes: content hashes of records that belong to the validation split, which aren't mapped.
 
     The block ends before a record that stops the run, with the error.
     """
-    table = np.array(rows, np.int64).reshape(-1, RECORD_COLUMNS)
     words = [Words()]
-    drops, messages, notes = ([list[str]() for _ in found] for _ in range(3))
     items: list[tuple[Item, str]] = []
     owners: list[int] = []
+    said: list[tuple[list[str], list[str], list[str]]] = []  # of each record: drops, messages, notes
     error: CorefitError | None = None
-    for i, record in enumerate(found):
-        source = sources[rows[i][SOURCE]]
+    for i, (row, record) in enumerate(zip(rows, found, strict=True)):
+        source = sources[row[SOURCE]]
+        drops: list[str] = []
+        messages: list[str] = []
+        notes: list[str] = []
         if isinstance(record, BadRecord):
-            drops[i].append("bad_record")
+            drops.append("bad_record")
             if source.on_bad == "error":
                 error = DataError(f'{record}; data.on_bad="skip" counts such records and goes on')
-        elif val_hashes and content_hash(record) in val_hashes:
-            table[i, VALIDATION] = 1
-        else:
+                break
+        elif hashed:
+            row[HASH] = content_hash(record)
+            row[VALIDATION] = row[HASH] in val_hashes
+        if isinstance(record, Record) and not row[VALIDATION]:
             mapped: list[Item | Drop] = []
-            error = _map(source, record, mapped)
+            if (error := _map(source, record, mapped)) is not None:
+                break
             for item in mapped:
                 if isinstance(item, Drop):
-                    drops[i].append(item.reason)
+                    drops.append(item.reason)
                     continue
                 items.append((item, record.origin))
                 owners.append(i)
                 if isinstance(item, Conversation):
-                    table[i, MESSAGES] += len(item.messages) + len(item.dropped)
-                    messages[i] += item.dropped
-                    notes[i] += item.notes
-        if error is not None:
-            table = table[:i]
-            break
+                    row[MESSAGES] += len(item.messages) + len(item.dropped)
+                    messages += item.dropped
+                    notes += item.notes
+        said.append((drops, messages, notes))
+    n = len(said)
+    items, owners = items[: bisect_left(owners, n)], owners[: bisect_left(owners, n)]
     encoded = encoder.encode(items)
-    owner = np.array(owners, np.int64)
     for i, drop, noticed in zip(owners, encoded.drops, encoded.notes, strict=True):
-        drops[i] += [drop] if drop else []
-        notes[i] += noticed
-    for i in range(len(table)):
-        if drops[i] or messages[i] or notes[i]:
-            table[i, WORDS] = intern(words, Words(tuple(drops[i]), tuple(messages[i]), tuple(notes[i])))
+        said[i][0].extend([drop] if drop else [])
+        said[i][2].extend(noticed)
+    for row, about in zip(rows, said, strict=False):
+        if any(about):
+            row[WORDS] = intern(words, Words(*map(tuple, about)))
+    table = np.array(rows[:n], np.int64).reshape(-1, RECORD_COLUMNS)
     samples = encoded.samples
-    samples[:, RECORD] = owner[samples[:, RECORD]]
-    samples = samples[samples[:, RECORD] < len(table)]
-    np.add.at(table[:, ENCODED], samples[:, RECORD], samples[:, LENGTH])
-    block = Block(table, samples, encoded.tokens, encoded.spans, encoded.cuts, words, names, error)
-    return fit(block, max_length, overlong)
+    samples[:, RECORD] = np.array(owners, np.int64)[samples[:, RECORD]]
+    table[:, SAMPLES] = np.bincount(samples[:, RECORD], minlength=n)
+    table[:, FIRST] = np.cumsum(table[:, SAMPLES]) - table[:, SAMPLES]
+    table[:, ENCODED] = np.bincount(samples[:, RECORD], samples[:, LENGTH], minlength=n)
+    samples[:, ORDINAL] = np.arange(len(samples)) - table[samples[:, RECORD], FIRST]
+    return Block(table, samples, encoded.tokens, encoded.spans, encoded.cuts, words, names, error)
 
 
 def _map(source: Source, record: Record, items: list[Item | Drop]) -> DataError | None:
@@ -173,10 +178,18 @@ def _map(source: Source, record: Record, items: list[Item | Drop]) -> DataError 
     return None
 
 
-def permutation(n: int, *keys: int) -> NDArray[np.int64]:
-    """Give 0 .. n-1 in an order that depends on the keys alone.
+ROUNDS = 4
+"""Of the permutation. Source: Luby and Rackoff 1988, "How to construct pseudorandom permutations"."""
+ORDERED = 2**14
+"""Places of a shuffle that are computed at a time: few at a time cost far more each."""
 
-    Source: splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"), counter-based.
+
+def permutation(n: int, *keys: int, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+    """Give places ``start`` to ``stop`` (None: n) of 0 .. n-1 in an order that depends on n and the keys alone.
+
+    Needs no memory for the rest: a Feistel network permutes the numbers of an even number of bits, and is walked on
+    from those that are not below n. Source: Black and Rogaway 2002, "Ciphers with arbitrary finite domains"; the round
+    function is splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
     """
 
     def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -188,7 +201,20 @@ def permutation(n: int, *keys: int) -> NDArray[np.int64]:
     state = np.zeros(1, dtype=np.uint64)
     for key in keys:
         state = mix((state ^ np.uint64(key % 2**64)) + golden)
-    return np.argsort(mix(state + np.arange(1, n + 1, dtype=np.uint64) * golden), kind="stable")
+    rounds = mix(state + np.arange(1, ROUNDS + 1, dtype=np.uint64) * golden)
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
+
+    def walk(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = x >> shift, x & mask
+        for key in rounds:
+            left, right = right, left ^ (mix((right + golden) ^ key) & mask)
+        return (left << shift) | right
+
+    places = walk(np.arange(start, n if stop is None else stop, dtype=np.uint64))
+    while (outside := np.flatnonzero(places >= np.uint64(n))).size:
+        places[outside] = walk(places[outside])
+    return places.astype(np.int64)
 
 
 class At(NamedTuple):
@@ -206,74 +232,105 @@ class At(NamedTuple):
     """Of the last record taken, where the source is read in file order."""
 
 
+class Size(NamedTuple):
+    """What is known of a source before it is read."""
+
+    total: int
+    """About how many bytes one pass reads; records where the reader says no sizes."""
+    weighed: bool
+    """The reader says sizes."""
+    known: bool
+    """``total`` is good enough to say how long a run will be."""
+    records: int | None
+    """How many there are; None: not counted yet."""
+
+
 class Input:
     """A source with what the run needs to know to read it in any order and to say how far it is."""
 
-    def __init__(self, number: int, source: Source, seed: int, notices: list[str]) -> None:
+    def __init__(self, number: int, source: Source, seed: int, notices: list[str], size: Size | None = None) -> None:
+        """``size``: of a source whose records are encoded already; None: look at the files."""
         self.number, self.source, self.seed = number, source, seed
-        self.table: NDArray[np.int64] | None = None  # [N, 3]: positions, for a shuffle
+        self.table: NDArray[np.int64] | None = None  # [N, 3 or 4]: positions, for a shuffle
         self.kept: list[Record | BadRecord] | None = None
-        began, reader, paths = time.monotonic(), source.reader, source.sources.paths
+        self._ordered: tuple[int, int, NDArray[np.int64]] | None = None  # pass, first place, what comes there
+        self.size = size or self._measure(notices)
+
+    def _measure(self, notices: list[str]) -> Size:
+        source, reader, paths = self.source, self.source.reader, self.source.sources.paths
+        began = time.monotonic()
         head = list(islice(source.read(), ESTIMATE_RECORDS if source.first else 1))
-        self.weighed = bool(head) and all(record.size for record in head)
-        size = sum(path.stat().st_size for path in paths)
-        self.known = not any(path.suffix == ".gz" for path in paths)
+        weighed = bool(head) and all(record.size for record in head)
+        total = sum(path.stat().st_size for path in paths)
+        if source.first and head:
+            total = min(total, source.first * sum(record.size for record in head) // len(head))
+        known = not any(path.suffix == ".gz" for path in paths)
         if source.shuffle and reader.seekable and reader.index is not None:
-            whole = reader.index(source.sources, source.reader_options)
-            self.table = whole[: source.first]
-            size = size * len(self.table) // max(1, len(whole))
-        elif source.shuffle or not self.weighed:
+            self.table = reader.index(source.sources, source.reader_options)[: source.first]
+        elif source.shuffle or not weighed:
             if source.shuffle and not reader.seekable:
                 self.kept = list(source.read())
             rows = [(r.file, r.line, r.offset, r.size) for r in self.kept or source.read()]
             self.table = np.array(rows, dtype=np.int64).reshape(-1, 4)
-            size, self.known = int(self.table[:, 3].sum()), True
-        elif source.first and head:
-            size = min(size, source.first * sum(record.size for record in head) // len(head))
-        self.n = None if self.table is None else len(self.table)
-        self.total = size if self.weighed else self.n or 0
+            total, known = total if known and weighed else int(self.table[:, 3].sum()), True
+        n = None if self.table is None else len(self.table)
         if self.kept is not None:
-            notices.append(f"reader {reader.name} can't seek: {self.n:,} records held in memory")
+            notices.append(f"reader {reader.name} can't seek: {n:,} records held in memory")
         elif source.shuffle:
-            notices.append(f"shuffle: indexed {self.n:,} records in {time.monotonic() - began:.2f} s")
+            notices.append(f"shuffle: indexed {n:,} records in {time.monotonic() - began:.2f} s")
+        return Size(total if weighed else n or 0, weighed, known, n)
 
     def weight(self, record: Record | BadRecord) -> int:
         """Bytes of the record; 1 where the reader says no sizes."""
-        return max(1, record.size) if self.weighed else 1
+        return max(1, record.size) if self.size.weighed else 1
 
-    def share(self, at: At, by_ratio: bool) -> float:
-        """How far it is, relative to how far the others should be."""
+    def share(self, records: Any, weight: Any, by_ratio: bool) -> Any:  # noqa: ANN401, numbers or arrays of them
+        """How far it is after so many records and bytes, relative to how far the others should be."""
         if by_ratio:
-            return at.records / (self.source.ratio or 1.0)
-        return at.weight / max(1, self.total * self.source.repeat)
+            return records / (self.source.ratio or 1.0)
+        return weight / max(1, self.size.total * self.source.repeat)
+
+    def order(self, number: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Give which records, by index in file order, come at places ``start`` to ``stop`` of a pass."""
+        if not self.source.shuffle or self.size.records is None:
+            return np.arange(start, stop)
+        base, n = start - start % ORDERED, self.size.records
+        if self._ordered is None or self._ordered[:2] != (number, base):
+            keys = (self.seed, self.number, number)
+            self._ordered = number, base, permutation(n, *keys, start=base, stop=min(base + ORDERED, n))
+        here = self._ordered[2][start - base : stop - base]
+        return here if stop <= base + ORDERED else np.concatenate([here, self.order(number, base + ORDERED, stop)])
 
     def read(self, number: int, at: At) -> Iterator[tuple[int, Record | BadRecord]]:
         """Give what is left of a pass: records with their index in file order."""
         if self.source.shuffle and self.table is not None:
-            for index in permutation(len(self.table), self.seed, self.number, number)[at.taken :].tolist():
-                yield index, self.one(index, Position(*self.table[index, :3].tolist()))
+            for start in range(at.taken, len(self.table), FETCHED):
+                indices = self.order(number, start, min(start + FETCHED, len(self.table)))
+                positions = [Position(*row) for row in self.table[indices, :3].tolist()]
+                yield from zip(indices.tolist(), self.fetch(indices.tolist(), positions), strict=True)
         elif at.position is not None and self.source.reader.seekable:
             left = None if self.source.first is None else self.source.first - at.taken + 1
             yield from enumerate(islice(self.source.read(at.position), 1, left), at.taken)
         else:
             yield from enumerate(islice(self.source.read(), at.taken, None), at.taken)
 
-    def one(self, index: int, position: Position) -> Record | BadRecord:
-        """Give one record of a source that is held or can seek."""
+    def fetch(self, indices: Sequence[int], positions: Sequence[Position]) -> list[Record | BadRecord]:
+        """Give records by index in file order and position."""
+        source, reader = self.source, self.source.reader
         if self.kept is not None:
-            return self.kept[index]
+            return [self.kept[index] for index in indices]
+        if reader.fetch is not None:
+            return reader.fetch(source.sources, source.reader_options, positions)
+        if reader.seekable:
+            return [self._one(position) for position in positions]
+        wanted = set(indices)
+        found = {i: r for i, r in enumerate(islice(source.read(), max(indices, default=-1) + 1)) if i in wanted}
+        return [found[index] for index in indices if index in found]
+
+    def _one(self, position: Position) -> Record | BadRecord:
         for record in self.source.read(position):
             return record
         raise DataError(f"{self.source.sources.paths[position.file]}: became shorter while it was read")
-
-    def fetch(self, wanted: list[tuple[int, Position]]) -> list[Record | BadRecord]:
-        """Give records again, by index in file order and position."""
-        if self.source.reader.seekable:
-            return [self.one(index, position) for index, position in wanted]
-        indices = {index for index, _ in wanted}
-        records = self.source.read() if self.kept is None else self.kept
-        found = {i: r for i, r in enumerate(islice(records, max(indices, default=-1) + 1)) if i in indices}
-        return [found[index] for index, _ in wanted if index in found]
 
 
 class Split(NamedTuple):
@@ -301,7 +358,7 @@ def split_validation(sources: Sequence[Source], *, share: float, records: int) -
             continue
         hashed = content_hash(record)
         n_read += 1
-        if hashed < share * 2**64 and len(chosen) < records:
+        if hashed + 2**63 < share * 2**64 and len(chosen) < records:
             chosen.setdefault(hashed, (source, record))
         n_train += hashed not in chosen
         if len(chosen) >= records and n_train and n_read >= MIN_RECORDS_TO_SPLIT:

@@ -1,7 +1,7 @@
 """The stations joined: sources -> records -> blocks of samples -> packs -> batches, lazily, resumable at every batch.
 
 Nothing is tokenised beyond the samples held and the few groups that the tokenising threads work on: records are read,
-mapped and encoded at most 32 at a time. Batches are a pure function of the sources and the settings: neither the
+mapped and encoded at most 128 at a time. Batches are a pure function of the sources and the settings: neither the
 number of threads nor that of ranks changes what is in a pack.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +35,10 @@ from corefit.data.block import (
     SUPERVISED,
     WEIGHT,
     Block,
+    fit,
     gains,
+    hold_out,
+    join,
     select,
 )
 from corefit.data.ledger import Ledger
@@ -46,18 +49,20 @@ from corefit.data.source import (
     GROUP_RECORDS,
     At,
     Input,
+    Size,
     Source,
     Split,
     encode_records,
     record_row,
     split_validation,
 )
-from corefit.errors import CheckpointError, DataError, RecipeError
+from corefit.errors import CheckpointError, CorefitError, DataError, RecipeError
 from corefit.types import BadRecord, Batch, Position, Record
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from corefit.data.arena import Arena
     from corefit.data.block import Table
     from corefit.data.encode import Encoder
 
@@ -65,8 +70,10 @@ __all__ = ["Estimate", "Source", "Split", "Stream", "encode_validation", "split_
 
 GROUP_BYTES = 2**20
 """A group of records is encoded as soon as it has so many bytes, however few records these are."""
-GROUPS_AHEAD = 4
-"""Groups that each tokenising thread may be ahead of the training step."""
+GROUPS_AHEAD = 2
+"""Groups that each tokenising thread may be ahead of the training step, beside those that a step takes."""
+KNOWN_RECORDS = 8192
+"""Records of each source that are taken at a time where they are encoded already; fewer at the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +124,18 @@ class _Taken:
     """Samples held from before, then the block's; ``RECORD`` refers to ``records``."""
     window: tuple[NDArray[Any], Table]
     """Tokens and spans that ``rows`` refer to."""
-    order: NDArray[np.int64]
+    order: NDArray[np.int32]
+    """As ``Streamed`` says; it refers to ``rows``."""
+    packed: Table
+    """``rows`` in that order."""
     offsets: NDArray[np.int64]
     seen: NDArray[np.int64]
     sums: NDArray[np.int64]
     """int64 [packs, 3]: tokens, supervised tokens, records used up; of this pack and those before it."""
+    counts: NDArray[np.int64]
+    """Samples of each pack."""
+    sizes: list[list[int]]
+    """Tokens and supervised tokens of each pack."""
     n_read: NDArray[np.int64]
     """Records of the block read when each pack closed."""
     read: NDArray[np.int64]
@@ -132,8 +146,7 @@ class _Taken:
 
     def pack(self, k: int) -> Table:
         """Give the rows of the samples of one pack."""
-        rows: Table = self.rows[self.order[self.offsets[k] : self.offsets[k + 1]]]
-        return rows
+        return self.packed[self.offsets[k] : self.offsets[k + 1]]
 
     def origins(self, k: int) -> list[str]:
         """Give ``path:line`` of its samples."""
@@ -185,7 +198,8 @@ class Stream:
     """Batches for one rank.
 
     ``epochs``: 0 is no limit. ``held``: samples that the packer may hold. ``val_hashes``: content hashes of records
-    that belong to the validation split. ``threads``: of tokenising; 0: in the caller's. ``notices`` are lines for the
+    that belong to the validation split. ``threads``: of tokenising; 0: in the caller's. ``arena``: the samples of
+    these sources, encoded ahead of time: nothing is read, and the batches are the same. ``notices`` are lines for the
     user.
     """
 
@@ -205,22 +219,26 @@ class Stream:
         world: int = 1,
         rank: int = 0,
         threads: int = 0,
+        arena: Arena | None = None,
     ) -> None:
         """Index or hold the records of shuffled sources; read nothing else yet."""
-        self.max_length, self.algorithm, self.held, self.epochs = max_length, algorithm, held, epochs
+        self.encoder, self.max_length, self.overlong = encoder, max_length, overlong
+        self.algorithm, self.held, self.epochs = algorithm, held, epochs
         self.val_hashes, self.pad_id = val_hashes, pad_id
         self.world, self.rank, self.threads = world, rank, threads
         self.notices: list[str] = []
-        self._inputs = [Input(i, source, seed, self.notices) for i, source in enumerate(sources)]
+        sizes = [None] * len(sources) if arena is None else arena.sizes
+        pairs = enumerate(zip(sources, sizes, strict=True))
+        self._inputs = [Input(i, source, seed, self.notices, size) for i, (source, size) in pairs]
         self._shuffled = [source.shuffle for source in sources]
         self._by_ratio = any(source.ratio is not None for source in sources)
         self._names: dict[str, int] = {}
         self._listed: list[str] = []
-        self._settings: dict[str, Any] = dict(
-            encoder=encoder, max_length=max_length, overlong=overlong, names=self._listed, val_hashes=val_hashes
-        )
-        self._known: Block | None = None  # all records of all sources, where they are encoded already
-        self._firsts: list[int] = []  # the row of each source's first record in it
+        # where all records of all sources are encoded: them, what gives some of them, and the first row of each source
+        self._known: Block | None = None if arena is None else arena.block
+        self._pick: Callable[[Table], Block] | None = None if arena is None else arena.take
+        self._firsts: list[int] = [] if arena is None else arena.firsts
+        self._groups_a_step = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -233,11 +251,16 @@ class Stream:
         self._epoch = 0.0
 
     @property
+    def sizes(self) -> list[Size]:
+        """What is known of each source."""
+        return [one.size for one in self._inputs]
+
+    @property
     def total_bytes(self) -> int | None:
         """About how many bytes one epoch reads; records where the reader doesn't say bytes; None: not known."""
-        if not all(one.known for one in self._inputs):
+        if not all(one.size.known for one in self._inputs):
             return None
-        return sum(one.total * one.source.repeat for one in self._inputs)
+        return sum(one.size.total * one.source.repeat for one in self._inputs)
 
     # -------------------------------------------------------------------------------------------- records -> blocks
 
@@ -245,43 +268,51 @@ class Stream:
         """Read on from the cursor; groups end where a pass over a source does."""
         epoch, epoch_weight, sources = self._cursor.epoch, self._cursor.epoch_weight, list(self._cursor.sources)
         open_passes: dict[int, Iterator[tuple[int, Record | BadRecord]]] = {}
-        if len(self._rows):  # resumed: packs that were about to close, or all of an epoch's
-            closing = self.algorithm == "best_fit_decreasing" and not any(at.records for at in sources)
-            yield _Group(self._cursor, [], [], flush=closing)
         begin, rows, records, size = self._cursor, list[list[int]](), list[Record | BadRecord](), 0
-        while True:
+        while not self.epochs or epoch < self.epochs:
             live = [one for one in self._inputs if sources[one.number].passes < one.source.repeat]
-            found = None
-            if live and (not self.epochs or epoch < self.epochs):
-                one = min(live, key=lambda one: one.share(sources[one.number], self._by_ratio))
-                at = sources[one.number]
-                if one.number not in open_passes:
-                    open_passes[one.number] = one.read(epoch * one.source.repeat + at.passes, at)
-                found = next(open_passes[one.number], None)
-            if rows and (found is None or len(rows) >= GROUP_RECORDS or size >= GROUP_BYTES):
-                yield _Group(begin, rows, records)
-                rows, records, size = [], [], 0
-            if not rows:
+            if not live:
+                epoch, epoch_weight = epoch + 1, sum(at.weight for at in sources)
+                sources = [At()] * len(sources)
                 begin = _Cursor(epoch, epoch_weight, tuple(sources))
-            if found is not None:
-                index, record = found
+                yield self._epoch_end(begin)
+                continue
+            places = [(self._share(one, sources[one.number]), one.number) for one in live]
+            one = live[places.index(min(places))]
+            others = min((place for place in places if place[1] != one.number), default=None)
+            at = sources[one.number]
+            if one.number not in open_passes:
+                open_passes[one.number] = one.read(epoch * one.source.repeat + at.passes, at)
+            ended = True
+            for index, record in open_passes[one.number]:
                 weight = one.weight(record)
-                position = None if one.source.shuffle else Position(record.file, record.line, record.offset)
-                sources[one.number] = At(at.passes, at.taken + 1, at.records + 1, at.weight + weight, position)
                 rows.append(record_row(one.number, index, record, weight, self._name(record.path)))
                 records.append(record)
                 size += weight
-            elif self.epochs and epoch >= self.epochs:
-                yield _Group(begin, [], [], flush=True)
-                return
-            elif live:
+                at = At(at.passes, at.taken + 1, at.records + 1, at.weight + weight)
+                full = len(rows) >= GROUP_RECORDS or size >= GROUP_BYTES
+                if full or (others is not None and (self._share(one, at), one.number) > others):
+                    ended = False
+                    break
+            if not one.source.shuffle and at.taken > sources[one.number].taken:
+                at = at._replace(position=Position(*rows[-1][FILE : OFFSET + 1]))
+            sources[one.number] = at
+            if rows and (ended or full):
+                yield _Group(begin, rows, records)
+                rows, records, size = [], [], 0
+            if ended:
                 del open_passes[one.number]
                 sources[one.number] = At(at.passes + 1, 0, at.records, at.weight)
-            else:
-                epoch, epoch_weight = epoch + 1, sum(at.weight for at in sources)
-                sources = [At()] * len(sources)
-                ended = _Cursor(epoch, epoch_weight, tuple(sources))
-                yield _Group(ended, [], [], flush=self.algorithm == "best_fit_decreasing")
+            if not rows:
+                begin = _Cursor(epoch, epoch_weight, tuple(sources))
+        yield _Group(begin, [], [], flush=True)
+
+    def _share(self, one: Input, at: At) -> float:
+        share: float = one.share(at.records, at.weight, self._by_ratio)
+        return share
+
+    def _epoch_end(self, cursor: _Cursor) -> _Group:
+        return _Group(cursor, [], [], flush=self.algorithm == "best_fit_decreasing")
 
     def _name(self, path: str) -> int:
         if path not in self._names:
@@ -289,31 +320,124 @@ class Stream:
             self._listed.append(path)
         return self._names[path]
 
-    def _encode(self, group: _Group) -> Block:
-        if self._known is not None:
-            rows = [self._firsts[row[SOURCE]] + row[INDEX] for row in group.rows]
-            return select(self._known, np.array(rows, np.int64))
+    def _encode(self, group: _Group, *, hashed: bool = False) -> Block:
         sources = [one.source for one in self._inputs]
-        return encode_records(sources, group.records, group.rows, **self._settings)
+        hashed = hashed or bool(self.val_hashes)
+        more: dict[str, Any] = dict(names=self._listed, hashed=hashed, val_hashes=self.val_hashes)
+        try:
+            return encode_records(sources, group.records, group.rows, self.encoder, **more)
+        except (CorefitError, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # the tokenizer's panics are no Exceptions
+            first, last = group.records[0], group.records[-1]
+            where = f"{first.path}:{first.line} to {last.path}:{last.line}"
+            raise DataError(f"{where}: tokenising failed: {type(error).__name__}: {error}") from error
 
-    def _blocks(self) -> Iterator[tuple[_Group, Block]]:
-        """Encode groups in order; with threads, some groups ahead of what is asked for."""
+    def _ahead(self, groups: Iterator[_Group], encode: Callable[[_Group], Block]) -> Iterator[tuple[_Group, Block]]:
+        """Encode groups in order; with threads, so many of them ahead that a step need not wait."""
         if not self.threads:
-            for group in self._groups():
-                yield group, self._encode(group)
+            for group in groups:
+                yield group, encode(group)
             return
         with ThreadPoolExecutor(self.threads, thread_name_prefix="tokenise") as pool:
             ahead: deque[tuple[_Group, Future[Block]]] = deque()
             try:
-                for group in self._groups():
-                    ahead.append((group, pool.submit(self._encode, group)))
-                    while ahead and (ahead[0][1].done() or len(ahead) > GROUPS_AHEAD * self.threads):
-                        group, future = ahead.popleft()
-                        yield group, future.result()
-                for group, future in ahead:
+                while True:
+                    missing = GROUPS_AHEAD * self.threads + self._groups_a_step - len(ahead)
+                    ahead.extend((group, pool.submit(encode, group)) for group in islice(groups, max(missing, 0)))
+                    if not ahead:
+                        return
+                    group, future = ahead.popleft()
                     yield group, future.result()
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
+
+    def encoded(self) -> Iterator[Block]:
+        """Encode all records of all sources once, source by source in file order, for an arena: hashed, not fitted.
+
+        Raises:
+            DataError: as ``steps``.
+        """
+
+        def groups() -> Iterator[_Group]:
+            for one in self._inputs:
+                found = enumerate(one.source.read())
+                while some := list(islice(found, GROUP_RECORDS)):
+                    rows = [record_row(one.number, i, r, one.weight(r), self._name(r.path)) for i, r in some]
+                    yield _Group(self._cursor, rows, [record for _, record in some])
+
+        sums = np.zeros((len(self._inputs), 2), np.int64)
+        for _, block in self._ahead(groups(), partial(self._encode, hashed=True)):
+            if block.error is not None:
+                raise block.error
+            sums[block.records[0, SOURCE]] += len(block.records), block.records[:, WEIGHT].sum()
+            yield block
+        for one, (n, weight) in zip(self._inputs, sums.tolist(), strict=True):
+            one.size = one.size._replace(records=n)
+            if not one.size.known:
+                one.size = one.size._replace(total=weight, known=True)
+
+    def _known_blocks(self, pick: Callable[[Table], Block]) -> Iterator[tuple[_Group, Block]]:
+        """Give what ``_groups`` would read and ``_encode`` make of it, from what is encoded already, many at a time."""
+        cursor, at_once = self._cursor, 128
+        while not self.epochs or cursor.epoch < self.epochs:
+            at_once = min(2 * at_once, KNOWN_RECORDS)
+            found: list[Table] = []
+            sources = list(cursor.sources)
+            for one in self._inputs:
+                at, n = sources[one.number], one.size.records or 0
+                if at.taken >= n:
+                    at = sources[one.number] = At(min(at.passes + 1, one.source.repeat), 0, at.records, at.weight)
+                if at.passes < one.source.repeat and n:
+                    number, stop = cursor.epoch * one.source.repeat + at.passes, min(at.taken + at_once, n)
+                    found.append(self._firsts[one.number] + one.order(number, at.taken, stop))
+            cursor = cursor._replace(sources=tuple(sources))
+            if found:
+                block = pick(found[0] if len(found) == 1 else self._mixed(cursor, found, pick))
+                yield _Group(cursor, [], []), block
+                cursor = _advance(cursor, block.records, self._shuffled)
+            elif all(at.passes >= one.source.repeat for one, at in zip(self._inputs, sources, strict=True)):
+                weight = sum(at.weight for at in sources)
+                cursor = _Cursor(cursor.epoch + 1, weight, (At(),) * len(sources))
+                yield self._epoch_end(cursor), pick(np.empty(0, np.int64))
+        yield _Group(cursor, [], [], flush=True), pick(np.empty(0, np.int64))
+
+    def _mixed(self, cursor: _Cursor, found: list[Table], pick: Callable[[Table], Block]) -> Table:
+        """Merge the next records of several sources by their shares, as far as all of them are known."""
+        shares, numbers = [], []
+        for rows in found:
+            records = pick(rows).records
+            number = int(records[0, SOURCE])
+            at = cursor.sources[number]
+            weights = at.weight + np.cumsum(records[:, WEIGHT]) - records[:, WEIGHT]
+            shares.append(self._inputs[number].share(at.records + np.arange(len(rows)), weights, self._by_ratio))
+            numbers.append(np.full(len(rows), number))
+        order = np.lexsort((np.concatenate(numbers), np.concatenate(shares)))
+        place = np.empty(len(order), np.int64)
+        place[order] = np.arange(len(order))
+        known = int(place[np.cumsum(list(map(len, found))) - 1].min()) + 1
+        return np.concatenate(found)[order[:known]]
+
+    def _blocks(self) -> Iterator[tuple[_Group, Block]]:
+        """Give all blocks from the cursor on, their samples fitted to the packs."""
+        empty = np.empty(0, np.int64)
+        hashes = np.array(sorted(self.val_hashes), np.int64)
+        pick = self._pick
+        blocks = self._ahead(self._groups(), self._encode) if pick is None else self._known_blocks(pick)
+        if len(self._rows):  # resumed: packs that were about to close, or all of an epoch's
+            closing = self.algorithm == "best_fit_decreasing" and not any(at.records for at in self._cursor.sources)
+            group = _Group(self._cursor, [], [], flush=closing)
+            yield group, self._encode(group) if pick is None else pick(empty)
+        waiting: list[tuple[_Group, Block]] = []  # where no pack closes before the end of the epoch
+        for group, block in blocks:
+            block = fit(block if pick is None else hold_out(block, hashes), self.max_length, self.overlong)
+            if self.algorithm == "best_fit_decreasing" and not group.flush:
+                waiting.append((group, block))
+            if waiting and (group.flush or block.error is not None):
+                yield waiting[0][0], join([block for _, block in waiting])
+                waiting = []
+            if self.algorithm != "best_fit_decreasing" or group.flush:
+                yield group, block
 
     # ---------------------------------------------------------------------------------------------- blocks -> packs
 
@@ -330,7 +454,7 @@ class Stream:
                 if ready is not None:
                     yield ready
                 raise block.error
-            if not group.rows and not self.ledger.records.used and not len(self._rows):
+            if not len(block.records) and not self.ledger.records.used and not len(self._rows):
                 raise self._nothing()
             if ready is not None and group.flush and not len(self._rows):
                 ready[0].end = self.ledger, group.begin, self._read
@@ -347,15 +471,14 @@ class Stream:
         ends = np.append(rows[1:, RECORD] != rows[:-1, RECORD], True)[: len(rows)]
         packed = stream(
             self.algorithm,
-            rows[:, LENGTH].astype(np.int32),
+            rows[:, LENGTH],
             self.max_length,
             held=self.held,
             n_held=before,
-            ends=ends.astype(np.uint8),
+            ends=ends,
             flush=group.flush,
         )
-        order, offsets = packed.order.astype(np.int64), packed.offsets
-        out = rows[order]
+        offsets, out = packed.offsets, rows[packed.order]
         of = out[:, RECORD]
         last = np.zeros(len(records), np.int64)
         last[of] = np.arange(len(of))
@@ -373,15 +496,17 @@ class Stream:
         done = read[n_read] * ((self.ledger.records.used + sums[:, 2]) / np.maximum(known[n_read], 1))
         taken = _Taken(
             begin=group.begin, base=self.ledger, block=block, records=records, rows=rows,
-            window=(self._window.tokens, self._window.spans), order=order, offsets=offsets, seen=packed.seen,
-            sums=sums, n_read=n_read, read=read, epochs=self._progress(group.begin, done),
+            window=(self._window.tokens, self._window.spans), order=packed.order, packed=out, offsets=offsets,
+            seen=packed.seen, sums=sums, counts=np.diff(offsets),
+            sizes=np.diff(sums[:, :2], axis=0, prepend=0).tolist(), n_read=n_read, read=read,
+            epochs=self._progress(group.begin, done),
         )  # fmt: skip
         self._keep(taken, packed.rest)
         return taken
 
     def _progress(self, cursor: _Cursor, done: NDArray[np.float64]) -> NDArray[np.float64]:
         """Turn bytes into epochs: never falling, and never past the end of the epoch that is being read."""
-        whole = cursor.epoch_weight or self.total_bytes or sum(one.total for one in self._inputs)
+        whole = cursor.epoch_weight or self.total_bytes or sum(one.size.total for one in self._inputs)
         most = min(cursor.epoch + 1, self.epochs or cursor.epoch + 1)
         values = np.maximum.accumulate(np.append(self._epoch, np.minimum(done / max(1, whole), most)))
         self._epoch = float(values[-1])
@@ -435,6 +560,7 @@ class Stream:
         slots = self.ledger.slots
         self._slots = [slots.total, slots.supervised, slots.masked, slots.padding]
         while step := list(islice(packs, packs_per_step)):
+            self._groups_a_step = len({id(taken) for taken, _ in step})
             yield tuple(self._step([step[i : i + at_once] for i in range(0, len(step), at_once)]))
 
     def _step(self, rounds: list[list[tuple[_Taken, int]]]) -> Iterator[Batch]:
@@ -442,29 +568,47 @@ class Stream:
         mine = [round_[self.rank :: self.world] for round_ in rounds]
         n_mine = sum(map(bool, mine))  # only the last round can lack a pack for this rank
         for number, packs in enumerate(mine[: max(1, n_mine)]):
-            made = _gathered(packs, self.pad_id) if packs else None
+            made = self._gathered(packs) if packs else None
             last = number + 1 >= n_mine
             for covered in rounds[number:] if last else rounds[number : number + 1]:
-                self._count_slots(covered, made.n_supervised if made and covered is rounds[number] else None)
+                self._count_slots(covered, made[0].n_supervised if made and covered is rounds[number] else None)
             if made is not None:
+                rows, n_samples = made
                 taken, k = rounds[-1 if last else number][-1]
-                lengths = [taken.pack(k)[:, LENGTH] for taken, k in packs]
                 yield Batch(
-                    **made._asdict(),
-                    n_tokens=int(sum(map(np.sum, lengths))),
-                    n_samples=sum(map(len, lengths)),
+                    **rows._asdict(),
+                    n_tokens=sum(taken.sizes[k][0] for taken, k in packs),
+                    n_samples=n_samples,
                     epoch=float(taken.epochs[k]),
                     origins=partial(_origins, packs),
                     state=partial(taken.state, k, tuple(self._slots), self._shuffled),
                 )
 
+    def _gathered(self, packs: Sequence[tuple[_Taken, int]]) -> tuple[Rows, int]:
+        """Write packs as rows, those that lie in one window by one call; also give how many samples they are."""
+        width = padded(max(taken.sizes[k][0] for taken, k in packs))
+        parts, n = [], 0
+        for _, run in groupby(packs, key=lambda pack: id(pack[0])):
+            some = list(run)
+            taken, numbers = some[0][0], [k for _, k in some]
+            first, last = numbers[0], numbers[-1] + 1
+            if len(numbers) == last - first:  # of all packs in between
+                samples = taken.packed[taken.offsets[first] : taken.offsets[last]]
+                sizes = taken.counts[first:last]
+            else:
+                samples = np.concatenate([taken.pack(k) for k in numbers])
+                sizes = taken.counts[numbers]
+            parts.append(gather(*taken.window, samples, sizes, width=width, pad_id=self.pad_id))
+            n += len(samples)
+        return parts[0] if len(parts) == 1 else stack(parts), n
+
     def _count_slots(self, packs: list[tuple[_Taken, int]], own: int | None) -> None:
-        sizes = np.array([[*taken.pack(k)[:, [LENGTH, SUPERVISED]].sum(axis=0)] for taken, k in packs])
         for rank in range(min(self.world, len(packs))):
-            used, targets = sizes[rank :: self.world, 0], int(sizes[rank :: self.world, 1].sum())
-            total = padded(int(used.max())) * len(used)
+            sizes = [taken.sizes[k] for taken, k in packs[rank :: self.world]]
+            used, targets = sum(tokens for tokens, _ in sizes), sum(supervised for _, supervised in sizes)
+            total = padded(max(tokens for tokens, _ in sizes)) * len(sizes)
             supervised = own if own is not None and rank == self.rank else targets
-            gained = (total, supervised, int(used.sum()) - targets, total - int(used.sum()))
+            gained = (total, supervised, used - targets, total - used)
             self._slots = [a + b for a, b in zip(self._slots, gained, strict=True)]
 
     # ---------------------------------------------------------------------------------------------------- the state
@@ -486,24 +630,27 @@ class Stream:
         self.ledger, self._read, self._epoch = Ledger.from_dict(state["ledger"]), state["read"], state["epoch"]
         pending = self.ledger.tokens.pending
         self.ledger.records.pending = self.ledger.tokens.pending = 0
-        found: list[Record | BadRecord | None] = [None] * len(state["held"])
-        for one in self._inputs:
-            mine = [i for i, row in enumerate(state["held"]) if row[0] == one.number]
-            wanted = [(state["held"][i][1], Position(*state["held"][i][2:5])) for i in mine]
-            for i, record in zip(mine, one.fetch(wanted), strict=False):
-                found[i] = record
-        records = [record for record in found if record is not None]
-        rows = [
-            record_row(row[0], row[1], record, row[5], self._name(record.path))
-            for row, record in zip(state["held"], records, strict=False)
-        ]
-        block = self._encode(_Group(self._cursor, rows, records))
+        block = fit(self._again(state["held"]), self.max_length, self.overlong)
         held = {(i, ordinal) for i, row in enumerate(state["held"]) for ordinal in row[6]}
         waits = [tuple(pair) in held for pair in block.samples[:, [RECORD, ORDINAL]].tolist()]
         block.samples = block.samples[waits]
         if len(block.samples) != len(held) or block.samples[:, LENGTH].sum() != pending:
             raise CheckpointError("the data, the template or the tokenizer changed since the checkpoint was written")
         self._rows, self._records = self._window.add(self._rows, block), block.records
+
+    def _again(self, held: Sequence[Sequence[Any]]) -> Block:
+        """Read and encode again the records of a state, or pick them."""
+        if self._pick is not None:
+            return self._pick(np.array([self._firsts[row[0]] + row[1] for row in held], np.int64))
+        found: list[Record | BadRecord | None] = [None] * len(held)
+        for one in self._inputs:
+            mine = [i for i, row in enumerate(held) if row[0] == one.number]
+            records = one.fetch([held[i][1] for i in mine], [Position(*held[i][2:5]) for i in mine])
+            for i, record in zip(mine, records, strict=False):
+                found[i] = record
+        again = [(row, record) for row, record in zip(held, found, strict=True) if record is not None]
+        rows = [record_row(row[0], row[1], record, row[5], self._name(record.path)) for row, record in again]
+        return self._encode(_Group(self._cursor, rows, [record for _, record in again]))
 
     # ---------------------------------------------------------------------------------------------------- estimate
 
@@ -518,11 +665,15 @@ class Stream:
             for i, record in enumerate(head)
         ]
         block = self._encode(_Group(self._cursor, rows, [record for head in heads for record in head]))
+        block = fit(block, self.max_length, self.overlong)
         repeats = np.array([one.source.repeat for one in self._inputs])
         if small:
             twin = copy.copy(self)
-            twin.epochs, twin.threads, twin._known = min(self.epochs or 1, 50), 0, block
+            twin.epochs, twin._known, twin._pick = min(self.epochs or 1, 50), block, partial(select, block)
             twin._firsts = [0, *np.cumsum(list(map(len, heads))).tolist()]
+            twin._inputs = [copy.copy(one) for one in self._inputs]
+            for one, head in zip(twin._inputs, heads, strict=True):
+                one.size = one.size._replace(records=len(head))
             twin._reset()
             n = sum(1 for _ in twin._packs())
             if block.error is not None:
@@ -537,24 +688,14 @@ class Stream:
         sums = np.zeros(3)
         for one, head in zip(self._inputs, heads, strict=True):
             mine = block.records[block.samples[:, RECORD], SOURCE] == one.number
-            lengths = block.samples[mine, LENGTH].astype(np.int32)
-            packs = max(len(best_fit_decreasing(lengths, self.max_length)) - 0.5, 0.0)  # the last is half full
-            scale = one.total / max(1, sum(map(one.weight, head))) if one.n is None else one.n / max(1, len(head))
-            sums += np.array([len(head), len(lengths), packs]) * max(1.0, scale) * one.source.repeat
+            plan = best_fit_decreasing(block.samples[mine, LENGTH], self.max_length)
+            packs = max(len(plan) - 0.5, 0.0)  # the last is half full
+            size = one.size
+            scale = size.total / max(1, sum(map(one.weight, head)))
+            scale = scale if size.records is None else size.records / max(1, len(head))
+            sums += np.array([len(head), int(mine.sum()), packs]) * max(1.0, scale) * one.source.repeat
         n_records, n_samples, n = (max(1, round(value)) for value in sums)
         return Estimate(n_records, n_samples, n, n * self.epochs or None, exact=False)
-
-
-def _gathered(packs: Sequence[tuple[_Taken, int]], pad_id: int) -> Rows:
-    """Write packs as rows; those that lie in one window by one call."""
-    width = padded(max(int(taken.pack(k)[:, LENGTH].sum()) for taken, k in packs))
-    parts = []
-    for _, run in groupby(packs, key=lambda pack: id(pack[0].window[0])):
-        some = list(run)
-        samples = [taken.pack(k) for taken, k in some]
-        sizes = np.array([len(rows) for rows in samples], np.int64)
-        parts.append(gather(*some[0][0].window, np.concatenate(samples), sizes, width=width, pad_id=pad_id))
-    return parts[0] if len(parts) == 1 else stack(parts)
 
 
 def _origins(packs: Sequence[tuple[_Taken, int]]) -> tuple[str, ...]:
@@ -579,13 +720,12 @@ def encode_validation(
     sources = list(dict.fromkeys(source for source, _ in records))
     rows = [record_row(sources.index(source), i, record, 1, i) for i, (source, record) in enumerate(records)]
     names = [record.path for _, record in records]
-    block = encode_records(
-        sources, [record for _, record in records], rows, encoder, max_length=max_length, overlong=overlong, names=names
-    )
+    block = encode_records(sources, [record for _, record in records], rows, encoder, names=names)
+    block = fit(block, max_length, overlong)
     if block.error is not None:
         raise block.error
     ledger.tokens.encoded = ledger.tokens.validation = int(block.records[:, ENCODED].sum())
-    plan = best_fit_decreasing(block.samples[:, LENGTH].astype(np.int32), max_length)
+    plan = best_fit_decreasing(block.samples[:, LENGTH], max_length)
     for k in range(0, len(plan), micro_batch):
         bounds = plan.offsets[k : k + micro_batch + 1]
         samples = block.samples[plan.order[bounds[0] : bounds[-1]]]

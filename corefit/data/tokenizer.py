@@ -178,10 +178,14 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode each text by itself, no BOS or EOS."""
+        return [encoding.ids for encoding in self.encodings(texts)]
+
+    def encodings(self, texts: Sequence[str]) -> Sequence[Any]:
+        """Do the same, and give what the backend gives: ``len`` is the number of tokens, ``ids`` makes a list."""
         if self._prefix:
             texts = [self._prefix + text if text else text for text in texts]
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        encodings: Sequence[Any] = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return encodings
 
     def decode(self, ids: Sequence[int] | NDArray[np.int32], *, skip_special: bool = False) -> str:
         """Give the text of ids; ``skip_special`` leaves out special and protected tokens."""

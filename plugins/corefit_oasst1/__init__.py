@@ -56,6 +56,7 @@ from corefit import (
     Record,
     Sources,
     UserError,
+    fetch_jsonl,
     index_jsonl,
     read_jsonl,
 )
@@ -99,10 +100,11 @@ class _Part(NamedTuple):
 def _conversation(
     parts: Iterable[_Part], dropped: Sequence[str] = (), notes: Sequence[str] = ()
 ) -> Conversation | Drop:
-    kept, dropped, notes = [], list(dropped), list(notes)
-    for part in parts:
-        if text := part.text.strip():
-            kept.append(part._replace(text=text))
+    kept: list[_Part] = []
+    dropped, notes = list(dropped), list(notes)
+    for role, text, supervised in parts:
+        if text := text.strip():
+            kept.append(_Part(role, text, supervised))
         else:
             dropped.append("empty_message")
     if not kept:
@@ -124,13 +126,14 @@ def _conversation(
     if joined[0].role == "assistant":
         joined[0] = joined[0]._replace(supervised=False)
         notes.append("leading_assistant")
-    messages = tuple(Message(part.role, part.text, supervised=part.supervised) for part in joined)
-    return Conversation(messages, dropped=tuple(dropped), notes=tuple(notes))
+    messages = [Message(role, text, supervised=supervised) for role, text, supervised in joined]
+    return Conversation(tuple(messages), (), tuple(dropped), tuple(notes))
 
 
 # ------------------------------------------------------------------------------------------------------- guanaco text
 
-_EVENT = re.compile(r"(?P<fence>`{3,})|(?P<line>^[ \t]*)?### (?P<role>Human|Assistant):", re.MULTILINE)
+_MARKER = re.compile(r"### (?P<role>Human|Assistant):")
+_EVENT = re.compile(r"```+|### (?P<role>Human|Assistant):")  # a fence or a marker; both begin with one known letter
 _STARTS = re.compile(r"\s*### (?:Human|Assistant):")
 
 
@@ -145,16 +148,17 @@ class _Marker(NamedTuple):
 
 def _marker(text: str, event: re.Match[str]) -> _Marker | None:
     """Give the marker, or None where it only looks like one."""
-    end, line = event.end(), event["line"]
-    start = end - len(f"### {event['role']}:")
-    if event["role"] == "Assistant" and not (end == len(text) or text[end].isspace()):
+    start, end = event.span()
+    role = event["role"]
+    if role == "Assistant" and not (end == len(text) or text[end].isspace()):
         return None
     before = start - 1
     while before >= 0 and text[before] == "#":
         before -= 1
     first = before < 0 or text[before].isspace()
     heading = first and before < start - 1
-    return _Marker(_ROLES[event["role"]], start, end, not first or start == 0, line is not None, heading)
+    begins_line = first and not text[text.rfind("\n", 0, start) + 1 : start].strip(" \t")
+    return _Marker(_ROLES[role], start, end, not first or start == 0, begins_line, heading)
 
 
 def _closing(text: str, events: Sequence[re.Match[str]], opening: int, n_fences: int) -> tuple[int | None, bool]:
@@ -162,32 +166,32 @@ def _closing(text: str, events: Sequence[re.Match[str]], opening: int, n_fences:
 
     A fence that was never closed pairs with the opening of the next one, and what a human typed lies between them.
     """
-    width = len(events[opening]["fence"])
-    close = next((k for k in range(opening + 1, len(events)) if len(events[k]["fence"] or "") >= width), None)
-    if close is None or all(event["fence"] for event in events[opening + 1 : close]):
+    fence, later = events[opening].group(), range(opening + 1, len(events))
+    close = next((k for k in later if not events[k]["role"] and events[k].group().startswith(fence)), None)
+    if close is None or not any(event["role"] for event in events[opening + 1 : close]):
         return close, True
     here, previous = events[close], events[close - 1]
-    begins_message = not previous["fence"] and not text[previous.end() : here.start()].strip(" \t")
+    begins_message = previous["role"] and not text[previous.end() : here.start()].strip(" \t")
     has_language = text[here.end() : here.end() + 1].isalnum()
     return close, not (begins_message or has_language or n_fences % 2)
 
 
 def _markers(text: str) -> tuple[list[_Marker], list[_Marker], int]:
     """Give the markers outside fences; those inside and headings; how many look-alikes there are beside them."""
-    events = list(_EVENT.finditer(text))
+    events = list((_EVENT if "```" in text else _MARKER).finditer(text))
     outside: list[_Marker] = []
     inside: list[_Marker] = []
-    fences_left = sum(1 for event in events if event["fence"])
+    fences_left = sum(1 for event in events if not event["role"])
     lookalikes, at, distrust_until = 0, 0, 0
     while at < len(events):
-        if events[at]["fence"]:
+        if not events[at]["role"]:
             close, trusted = _closing(text, events, at, fences_left)
             fences_left -= 1
             if close is not None and trusted:
                 found = [_marker(text, event) for event in events[at + 1 : close] if event["role"]]
                 inside += [marker for marker in found if marker]
                 lookalikes += found.count(None)
-                fences_left -= sum(1 for event in events[at + 1 : close + 1] if event["fence"])
+                fences_left -= sum(1 for event in events[at + 1 : close + 1] if not event["role"])
                 at = close
             elif close is not None and not (outside and outside[-1].role == "assistant" and outside[-1].glued):
                 distrust_until = close
@@ -195,7 +199,7 @@ def _markers(text: str) -> tuple[list[_Marker], list[_Marker], int]:
             if marker.doubt:
                 inside.append(marker)
             else:
-                outside.append(marker._replace(doubt=at < distrust_until))
+                outside.append(marker._replace(doubt=True) if at < distrust_until else marker)
         else:
             lookalikes += 1
         at += 1
@@ -555,6 +559,12 @@ def index(sources: Sources, options: Oasst1Options | None = None) -> NDArray[np.
     return np.array([entry.position for entry in forest.entries], dtype=np.int64).reshape(-1, 3)
 
 
+def fetch(sources: Sources, options: Oasst1Options | None, positions: Sequence[Position]) -> list[Record | BadRecord]:
+    """Give the records at these positions, as ``read`` gives them."""
+    forest = _forest(sources)
+    return fetch_jsonl(sources, None, positions) if forest is None else [next(forest.read(at)) for at in positions]
+
+
 # ---------------------------------------------------------------------------------------------------------------- hooks
 
 
@@ -568,6 +578,7 @@ def corefit_dataset_readers() -> Iterator[DatasetReader]:
         summary="Open Assistant files; flat messages are assembled into trees",
         read=read,
         index=index,
+        fetch=fetch,
         seekable=True,
     )
 

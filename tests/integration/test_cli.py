@@ -35,9 +35,11 @@ def test_light_verbs_leave_torch_unimported(arguments: list[str], tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_help_shows_the_four_verbs_first(tmp_path: Path) -> None:
+def test_help_shows_the_verbs_in_the_order_of_their_use(tmp_path: Path) -> None:
     text = corefit("--help", cwd=tmp_path).stdout
-    places = [text.index(f"  {verb}") for verb in ("train", "inspect", "chat", "merge", "recipes", "copy", "plugins")]
+    places = [
+        text.index(f"  {verb}") for verb in ("train", "inspect", "pack", "chat", "merge", "recipes", "copy", "plugins")
+    ]
     assert places == sorted(places)
 
 
@@ -60,6 +62,8 @@ def test_help_shows_the_four_verbs_first(tmp_path: Path) -> None:
         (["copy", "internlm_chat_7b"], ["internlm_chat_7b_qlora_oasst1_e3"]),
         (["chat", "nowhere"], ["nowhere"]),
         (["merge", "nowhere", "--out", "x"], ["nowhere"]),
+        (["pack", "--data", "rows.jsonl", "--tokenizer", "nowhere"], ["--out"]),
+        (["train", "--on-bad-record", "ignore"], ["--on-bad-record ignore", "'error', 'skip'"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value and value[0] in ("train", "copy") else None,
 )
@@ -140,7 +144,7 @@ def test_broken_json_names_the_line_and_can_be_skipped(tmp_path: Path, tiny_toke
     done = corefit(*base, cwd=tmp_path)
     assert done.returncode == 2
     assert f"{path}:3:" in done.stderr
-    done = corefit(*base, "--set", "data.on_bad=skip", cwd=tmp_path)
+    done = corefit(*base, "--on-bad-record", "skip", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "9 used + 1 dropped" in done.stdout
     assert "bad_record" in done.stdout

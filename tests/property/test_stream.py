@@ -3,13 +3,16 @@
 import json
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 from fakes import FORWARD, JSONL, NO_INDEX, FakeEncoder, source, write_records
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from corefit.data.arena import Arena, write_arena
 from corefit.data.pack import ALGORITHMS
 from corefit.data.source import permutation
 from corefit.data.stream import Stream, split_validation
@@ -56,7 +59,12 @@ def build(folder, case):
         for i, (rows, change) in enumerate(zip(files, changes, strict=True))
     ]
     hashes = split_validation(sources, share=0.3, records=4).hashes if split else frozenset()
-    return lambda **more: Stream(sources, FakeEncoder(), val_hashes=hashes, **{**run, **more})
+
+    def make(*, forward=False, **more):
+        used = [replace(one, shuffle=False) for one in sources] if forward else sources
+        return Stream(used, FakeEncoder(), val_hashes=frozenset() if forward else hashes, **{**run, **more})
+
+    return make
 
 
 def run_through(stream, how):
@@ -187,6 +195,25 @@ def test_the_order_of_data_does_not_depend_on_the_number_of_ranks(case, world):
             states = [steps[number][-1].state() for steps in ranks if steps[number]]
             assert all(json.dumps(state) == json.dumps(states[0]) for state in states)
             assert all(states[0][key] == step[-1].state()[key] for key in ("cursor", "held", "read", "epoch"))
+
+
+@QUIET
+@given(cases(), st.sampled_from([0, 1, 2, 4]), st.integers(1, 9))
+def test_an_arena_and_any_number_of_threads_give_the_same_batches(case, threads, at_once):
+    with tempfile.TemporaryDirectory() as folder, patch("corefit.data.stream.KNOWN_RECORDS", at_once):
+        make = build(folder, case)
+        wanted = sum(run_through(make(), case[3]), [])
+        again = sum(run_through(make(threads=threads), case[3]), [])
+        packing = make(threads=threads, forward=True)
+        write_arena(Path(folder) / "arena", {}, lambda: packing.sizes, packing.encoded(), vocab_size=9**6)
+        found = sum(run_through(make(arena=Arena(Path(folder) / "arena", {})), case[3]), [])
+        assert len(again) == len(found) == len(wanted)
+        for one, other, third in zip(wanted, again, found, strict=True):
+            assert_same(one, other)
+            for name in ("input_ids", "labels", "position_ids", "cu_seqlens"):
+                assert np.array_equal(getattr(one, name), getattr(third, name)), name
+            assert one.origins() == third.origins() and one.epoch == third.epoch
+            assert one.state()["ledger"] == third.state()["ledger"] and one.state()["held"] == third.state()["held"]
 
 
 @given(st.integers(0, 300), st.lists(st.integers(-(2**65), 2**65), max_size=3))

@@ -85,13 +85,3 @@ def test_parts_add_up():
     ledger.add(balanced())
     assert ledger.records.dropped == {"bad_record": 4, "overlong": 2} and ledger.tokens.encoded == 200
     ledger.check()
-
-
-def test_release_moves_a_sample_from_pending_to_its_place():
-    ledger = Ledger(Records(read=1, pending=1), Tokens(encoded=10, pending=10))
-    ledger.release(tokens=4, supervised=3, last=False)
-    assert (ledger.records.used, ledger.records.pending, ledger.tokens.pending) == (0, 1, 6)
-    ledger.release(tokens=6, supervised=1, last=True)
-    assert ledger.as_dict()["records"]["used"] == 1
-    assert (ledger.tokens.supervised, ledger.tokens.masked, ledger.tokens.pending) == (4, 6, 0)
-    ledger.check()

@@ -77,7 +77,7 @@ def test_sections_and_keys_are_those_of_the_recipe_page():
         "adapter": "kind r alpha dropout targets modules_to_save",
         "data": "path map reader shuffle ratio repeat first on_bad max_record_mb options",
         "template": "name supervise options",
-        "pack": "max_length algorithm held overlong",
+        "pack": "max_length algorithm held overlong arena",
         "train": "epochs max_steps packs_per_step micro_batch precision lr scheduler warmup optimizer weight_decay "
         "betas clip gradient_checkpointing seed",
         "val": "data share records every_steps patience",

@@ -1,0 +1,247 @@
+"""The samples of a data set on disk, encoded once: what ``corefit pack`` writes and a stream reads instead of the data.
+
+A folder: raw little-endian arrays, one a file, as ``Block`` describes them (tokens in uint16 where the vocabulary
+allows it), and ``arena.json``, written last: what they were made from (the key), their shapes, and a CRC-32 of every
+MiB. The arrays are mapped, and each MiB is checked when something in it is first used. Samples are kept whole, in file
+order: packs, their size, the order of records and the validation split are a run's own.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from corefit.data.block import (
+    FIRST,
+    LENGTH,
+    RECORD_COLUMNS,
+    SAMPLE_COLUMNS,
+    SAMPLES,
+    SPAN,
+    SPANS,
+    START,
+    Block,
+    Words,
+    moved,
+    select,
+)
+from corefit.data.source import Size
+from corefit.errors import DataError, RecipeError, RunError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from corefit.data.block import Table
+
+FORMAT = 1
+HEADER = "arena.json"
+CHECKED = 2**20
+"""Bytes that have one checksum."""
+
+_SHAPES = {"records": (RECORD_COLUMNS,), "samples": (SAMPLE_COLUMNS,), "tokens": (), "spans": (2,), "cuts": ()}
+
+
+class _Column:
+    """One array on its way to disk."""
+
+    def __init__(self, file: IO[bytes], dtype: str) -> None:
+        self.file, self.dtype = file, np.dtype(dtype)
+        self.rows = self.size = self.crc = 0
+        self.crcs: list[int] = []
+
+    def write(self, array: NDArray[Any]) -> None:
+        data = memoryview(np.ascontiguousarray(array, self.dtype).tobytes())
+        self.file.write(data)
+        self.rows += len(array)
+        while len(data):
+            part = data[: CHECKED - self.size % CHECKED]
+            self.crc, self.size, data = zlib.crc32(part, self.crc), self.size + len(part), data[len(part) :]
+            if self.size % CHECKED == 0:
+                self.crcs.append(self.crc)
+                self.crc = 0
+
+    def facts(self) -> dict[str, Any]:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        crcs = [*self.crcs, self.crc] if self.size % CHECKED else self.crcs
+        return {"dtype": self.dtype.str, "rows": self.rows, "crc32": crcs}
+
+
+def write_arena(
+    folder: Path,
+    key: Mapping[str, Any],
+    sizes: Callable[[], Sequence[Size]],
+    blocks: Iterable[Block],
+    *,
+    vocab_size: int,
+) -> Block:
+    """Write an arena aside and move it to ``folder``, whole or not at all; an older arena there is replaced.
+
+    Args:
+        folder: new, empty, or an arena.
+        key: what the samples depend on; JSON-able.
+        sizes: gives that of each source, once all blocks are there.
+        blocks: all records, source by source in file order, hashed and not fitted.
+        vocab_size: of the tokenizer.
+
+    Raises:
+        RecipeError: something else lies at ``folder``. RunError: the disk refuses.
+    """
+    if folder.exists() and not (folder / HEADER).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise RecipeError(f"--out {str(folder)!r} is there and no arena; name a new folder")
+    aside, words, names = folder.with_name(folder.name + ".part"), list[Words](), list[str]()
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        with ExitStack() as stack:
+            columns = {
+                name: _Column(
+                    stack.enter_context((aside / f"{name}.bin").open("wb")),
+                    "<i8" if name != "tokens" else "<u2" if vocab_size <= 2**16 else "<i4",
+                )
+                for name in _SHAPES
+            }
+            for block in blocks:
+                before = {name: column.rows for name, column in columns.items()}
+                tables = moved(block, before, words)
+                at = before["tokens"]
+                arrays = (*tables, block.tokens, block.spans + at, block.cuts + at)
+                for column, array in zip(columns.values(), arrays, strict=True):
+                    column.write(array)
+                names = list(block.names)
+            header = {
+                "format": FORMAT,
+                "key": key,
+                "sizes": [list(size) for size in sizes()],
+                "words": words,
+                "names": names,
+                "arrays": {name: column.facts() for name, column in columns.items()},
+            }
+            file = stack.enter_context((aside / HEADER).open("w", encoding="utf-8"))
+            json.dump(header, file, ensure_ascii=False, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        old = folder.with_name(folder.name + ".old")
+        if folder.exists():
+            folder.replace(old)
+        aside.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise RunError(f"{folder}: the arena can't be written: {(error.strerror or str(error)).lower()}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return Arena(folder, key).block
+
+
+class Arena:
+    """An arena, open: ``block`` holds all records of all sources, mapped; ``take`` gives some, checked."""
+
+    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+        """Open an arena and check that it is whole and was made from what ``key`` says.
+
+        Raises:
+            RecipeError: there is none, or it was made from something else: says what differs.
+            DataError: it is torn.
+        """
+        self.folder = folder
+        header = _header(folder)
+        if changed := differences(header["key"], json.loads(json.dumps(key))):
+            raise RecipeError(
+                f"pack.arena: {folder} was made from something else ({'; '.join(changed)}); `corefit pack` with the "
+                "same flags makes it anew"
+            )
+        self.sizes = [Size(*size) for size in header["sizes"]]
+        self._bytes: dict[str, memoryview] = {}
+        self._crcs = {name: np.array(header["arrays"][name]["crc32"], np.int64) for name in _SHAPES}
+        self._checked = {name: np.zeros(len(crcs), np.bool_) for name, crcs in self._crcs.items()}
+        arrays: dict[str, Any] = {name: self._open(name, header["arrays"][name]) for name in _SHAPES}
+        self._check("cuts", np.zeros(1, np.int64), np.array([len(self._bytes["cuts"])]))
+        words = [Words(*map(tuple, one)) for one in header["words"]] or [Words()]
+        self.block = Block(**arrays, words=words, names=header["names"])
+        counts = [size.records or 0 for size in self.sizes]
+        self.firsts: list[int] = [sum(counts[:i]) for i in range(len(counts))]
+
+    def _open(self, name: str, facts: Mapping[str, Any]) -> NDArray[Any]:
+        path, dtype = self.folder / f"{name}.bin", np.dtype(facts["dtype"])
+        size = dtype.itemsize * facts["rows"] * int(np.prod(_SHAPES[name], dtype=np.int64))
+        try:
+            with path.open("rb") as file:
+                there = file.seek(0, os.SEEK_END)
+                if there != size:
+                    raise DataError(f"{path}: torn: {there:,} bytes, expected {size:,}; `corefit pack` makes it anew")
+                self._bytes[name] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b"")
+        except OSError as error:
+            raise DataError(
+                f"{path}: {(error.strerror or str(error)).lower()}; `corefit pack` makes it anew"
+            ) from error
+        return np.frombuffer(self._bytes[name], dtype).reshape(-1, *_SHAPES[name])
+
+    def _check(self, name: str, starts: Table, ends: Table) -> None:
+        """Check every MiB that a range of bytes touches, once."""
+        checked = self._checked[name]
+        some = ends > starts
+        if checked.all() or not some.any():
+            return
+        touched = np.zeros(len(checked) + 1, np.int64)
+        np.add.at(touched, starts[some] // CHECKED, 1)
+        np.add.at(touched, (ends[some] - 1) // CHECKED + 1, -1)
+        for i in np.flatnonzero((np.cumsum(touched[:-1]) > 0) & ~checked).tolist():
+            if zlib.crc32(self._bytes[name][i * CHECKED : (i + 1) * CHECKED]) != self._crcs[name][i]:
+                path = self.folder / f"{name}.bin"
+                raise DataError(f"{path}: torn: byte {i * CHECKED:,} and what follows; `corefit pack` makes it anew")
+            checked[i] = True
+
+    def take(self, rows: Table) -> Block:
+        """Give the block of these records, in this order.
+
+        Raises:
+            DataError: what is on disk isn't what was written.
+        """
+        self._check("records", rows * (8 * RECORD_COLUMNS), (rows + 1) * (8 * RECORD_COLUMNS))
+        first, n = self.block.records[rows][:, [FIRST, SAMPLES]].T
+        self._check("samples", first * (8 * SAMPLE_COLUMNS), (first + n) * (8 * SAMPLE_COLUMNS))
+        block = select(self.block, rows)
+        start, length, span, spans = block.samples[:, [START, LENGTH, SPAN, SPANS]].T
+        width = block.tokens.itemsize
+        self._check("tokens", start * width, (start + length) * width)
+        self._check("spans", span * 16, (span + spans) * 16)
+        return block
+
+
+def _header(folder: Path) -> dict[str, Any]:
+    path, keys = folder / HEADER, {"format", "key", "sizes", "words", "names", "arrays"}
+    try:
+        header: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        why = "no arena there" if isinstance(error, FileNotFoundError | NotADirectoryError) else str(error.strerror)
+        raise RecipeError(f"pack.arena: {folder}: {why.lower()}; `corefit pack --out {folder}` makes one") from error
+    except ValueError as error:
+        raise DataError(f"{path}: torn: {error}; `corefit pack` makes it anew") from error
+    if not isinstance(header, dict) or not keys <= set(header) or not set(_SHAPES) <= set(header["arrays"]):
+        raise DataError(f"{path}: torn; `corefit pack` makes it anew")
+    if header["format"] != FORMAT:
+        raise RecipeError(f"pack.arena: {folder}: of format {header['format']}, this corefit reads {FORMAT}")
+    return header
+
+
+def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Say what differs between two keys, as far as a line has room."""
+
+    def short(value: Any) -> str:  # noqa: ANN401
+        text = json.dumps(value, ensure_ascii=False)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+
+    found = []
+    for name in sorted({*made, *wanted}):
+        if made.get(name) != wanted.get(name):
+            found.append(f"{name}: {short(made.get(name))}, now {short(wanted.get(name))}")
+    return found
