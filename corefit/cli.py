@@ -112,7 +112,7 @@ _ALIASES = ("list-cfg", "copy-cfg")
 
 def _parser() -> _Parser:
     parser = _Parser(prog="corefit", usage=USAGE, add_help=False, allow_abbrev=False)
-    verbs = parser.add_subparsers(dest="verb", parser_class=_Parser, required=True)
+    verbs = parser.add_subparsers(dest="verb", prog="corefit", parser_class=_Parser, required=True)
 
     def verb(name: str, run: Any, about: str, **more: Any) -> argparse.ArgumentParser:  # noqa: ANN401
         sub = verbs.add_parser(name, description=about, allow_abbrev=False, **more)

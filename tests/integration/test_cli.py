@@ -62,8 +62,9 @@ def test_help_shows_the_verbs_in_the_order_of_their_use(tmp_path: Path) -> None:
         (["copy", "internlm_chat_7b"], ["internlm_chat_7b_qlora_oasst1_e3"]),
         (["chat", "nowhere"], ["nowhere"]),
         (["merge", "nowhere", "--out", "x"], ["nowhere"]),
-        (["pack", "--data", "rows.jsonl", "--tokenizer", "nowhere"], ["--out"]),
-        (["train", "--on-bad-record", "ignore"], ["--on-bad-record ignore", "'error', 'skip'"]),
+        (["pack", "--data", "rows.jsonl", "--tokenizer", "nowhere"], ["corefit pack: the following arguments are required: --out"]),
+        (["chat"], ["corefit chat: the following arguments are required"]),
+        (["train", "--on-bad-record", "ignore"], ["--on-bad-record ignore", "known: error, skip"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value and value[0] in ("train", "copy") else None,
 )
