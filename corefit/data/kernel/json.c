@@ -35,16 +35,17 @@ typedef struct {
 
 static int is_digit(uint8_t c) { return c >= '0' && c <= '9'; }
 
+/* The value of a hexadecimal digit, and 1; 0: it is none. */
+static const uint8_t HEX[256] = {
+    ['0'] = 1,  ['1'] = 2,  ['2'] = 3,  ['3'] = 4,  ['4'] = 5,  ['5'] = 6,  ['6'] = 7,  ['7'] = 8,
+    ['8'] = 9,  ['9'] = 10, ['a'] = 11, ['b'] = 12, ['c'] = 13, ['d'] = 14, ['e'] = 15, ['f'] = 16,
+    ['A'] = 11, ['B'] = 12, ['C'] = 13, ['D'] = 14, ['E'] = 15, ['F'] = 16};
+
 /* The value of four hexadecimal digits, or -1. */
-static int hex4(Bytes p) {
-    int value = 0;
-    for (int i = 0; i < 4; i++) {
-        uint8_t c = p[i], letter = c | 32;
-        if (is_digit(c)) value = value * 16 + c - '0';
-        else if (letter >= 'a' && letter <= 'f') value = value * 16 + letter - 'a' + 10;
-        else return -1;
-    }
-    return value;
+static int32_t hex4(Bytes p) {
+    uint32_t a = HEX[p[0]] - 1u, b = HEX[p[1]] - 1u, c = HEX[p[2]] - 1u, d = HEX[p[3]] - 1u;
+    uint32_t value = a << 12 | b << 8 | c << 4 | d; /* what is no digit sets all bits */
+    return value > 0xFFFF ? -1 : (int32_t)value;
 }
 
 /* What a letter behind a backslash means; 0: nothing. */
@@ -52,14 +53,18 @@ static const uint8_t MEANING[256] = {['"'] = '"',  ['\\'] = '\\', ['/'] = '/',  
                                      ['f'] = '\f', ['n'] = '\n',  ['r'] = '\r', ['t'] = '\t'};
 
 static uint8_t *put_utf8(uint8_t *to, uint32_t c) {
-    if (c < 0x80) {
-        *to++ = (uint8_t)c;
-        return to;
+    if (c >= 0x800 && c < 0x10000) { /* most that are escaped */
+        to[0] = (uint8_t)(0xE0 | c >> 12);
+        to[1] = (uint8_t)(0x80 | (c >> 6 & 0x3F));
+        to[2] = (uint8_t)(0x80 | (c & 0x3F));
+        return to + 3;
     }
-    int more = c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
-    *to++ = (uint8_t)((0xFF00 >> (more + 1)) | (c >> (6 * more)));
-    while (more--) *to++ = (uint8_t)(0x80 | ((c >> (6 * more)) & 0x3F));
-    return to;
+    uint32_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : 4;
+    static const uint8_t FIRST[] = {0, 0, 0xC0, 0xE0, 0xF0};
+    to[0] = (uint8_t)(FIRST[n] | c >> 6 * (n - 1));
+    if (n > 1) to[n - 1] = (uint8_t)(0x80 | (c & 0x3F));
+    if (n > 2) to[2] = (uint8_t)(0x80 | (c >> 6 & 0x3F)), to[1] = (uint8_t)(0x80 | (c >> 12 & 0x3F));
+    return to + n;
 }
 
 /* Past \uXXXX, or a pair of them that makes one character, which is written; NULL: half of a pair, or not JSON. */
@@ -140,6 +145,15 @@ static Bytes decode_string(Bytes p, Scan *scan, uint8_t **stop) {
         if (*p >= 128) {
             Bytes begin = p;
             for (int n; *p >= 128; p += n) {
+#ifdef BLOCK
+                uint32_t word, rest;
+                for (; scan->end - p >= 4; p += 3) { /* three bytes, as most characters of Asia have */
+                    memcpy(&word, p, 4);
+                    rest = word & 0x200F; /* of 1110aaaa 10b.....: 0 is too long a form, 11011 half of a pair */
+                    if ((word & 0xC0C0F0) != 0x8080E0 || !rest || rest == 0x200D) break;
+                }
+                if (*p < 128) break;
+#endif
                 if (!(n = utf8_size(p))) return NULL;
             }
             memcpy(to, begin, (size_t)(p - begin));
