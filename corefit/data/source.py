@@ -48,9 +48,9 @@ if TYPE_CHECKING:
 
     from corefit.data.encode import Encoder
 
-GROUP_RECORDS = 128
+GROUP_RECORDS = 256
 """Records that are encoded by one call, at most."""
-FETCHED = 64
+FETCHED = 128
 """Records of a shuffled source that are read at a time."""
 MIN_RECORDS_TO_SPLIT = 20
 """With fewer records nothing is set aside for validation."""

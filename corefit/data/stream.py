@@ -1,7 +1,7 @@
 """The stations joined: sources -> records -> blocks of samples -> packs -> batches, lazily, resumable at every batch.
 
 Nothing is tokenised beyond the samples held and the few groups that the tokenising threads work on: records are read,
-mapped and encoded at most 128 at a time. Batches are a pure function of the sources and the settings: neither the
+mapped and encoded at most 256 at a time. Batches are a pure function of the sources and the settings: neither the
 number of threads nor that of ranks changes what is in a pack.
 """
 
@@ -134,8 +134,10 @@ class _Taken:
     """int64 [packs, 3]: tokens, supervised tokens, records used up; of this pack and those before it."""
     counts: NDArray[np.int64]
     """Samples of each pack."""
-    sizes: list[list[int]]
-    """Tokens and supervised tokens of each pack."""
+    tokens: list[int]
+    """Of each pack."""
+    supervised: list[int]
+    """Of each pack."""
     n_read: NDArray[np.int64]
     """Records of the block read when each pack closed."""
     read: NDArray[np.int64]
@@ -430,7 +432,8 @@ class Stream:
             yield group, self._encode(group) if pick is None else pick(empty)
         waiting: list[tuple[_Group, Block]] = []  # where no pack closes before the end of the epoch
         for group, block in blocks:
-            block = fit(block if pick is None else hold_out(block, hashes), self.max_length, self.overlong)
+            block = hold_out(block, hashes) if pick is not None and len(hashes) else block
+            block = fit(block, self.max_length, self.overlong)
             if self.algorithm == "best_fit_decreasing" and not group.flush:
                 waiting.append((group, block))
             if waiting and (group.flush or block.error is not None):
@@ -498,7 +501,8 @@ class Stream:
             begin=group.begin, base=self.ledger, block=block, records=records, rows=rows,
             window=(self._window.tokens, self._window.spans), order=packed.order, packed=out, offsets=offsets,
             seen=packed.seen, sums=sums, counts=np.diff(offsets),
-            sizes=np.diff(sums[:, :2], axis=0, prepend=0).tolist(), n_read=n_read, read=read,
+            tokens=np.diff(sums[:, 0], prepend=0).tolist(), supervised=np.diff(sums[:, 1], prepend=0).tolist(),
+            n_read=n_read, read=read,
             epochs=self._progress(group.begin, done),
         )  # fmt: skip
         self._keep(taken, packed.rest)
@@ -560,7 +564,7 @@ class Stream:
         slots = self.ledger.slots
         self._slots = [slots.total, slots.supervised, slots.masked, slots.padding]
         while step := list(islice(packs, packs_per_step)):
-            self._groups_a_step = len({id(taken) for taken, _ in step})
+            self._groups_a_step = len(_by_block(step))
             yield tuple(self._step([step[i : i + at_once] for i in range(0, len(step), at_once)]))
 
     def _step(self, rounds: list[list[tuple[_Taken, int]]]) -> Iterator[Batch]:
@@ -573,42 +577,39 @@ class Stream:
             for covered in rounds[number:] if last else rounds[number : number + 1]:
                 self._count_slots(covered, made[0].n_supervised if made and covered is rounds[number] else None)
             if made is not None:
-                rows, n_samples = made
+                rows, n_tokens, n_samples = made
                 taken, k = rounds[-1 if last else number][-1]
                 yield Batch(
                     **rows._asdict(),
-                    n_tokens=sum(taken.sizes[k][0] for taken, k in packs),
+                    n_tokens=n_tokens,
                     n_samples=n_samples,
                     epoch=float(taken.epochs[k]),
                     origins=partial(_origins, packs),
                     state=partial(taken.state, k, tuple(self._slots), self._shuffled),
                 )
 
-    def _gathered(self, packs: Sequence[tuple[_Taken, int]]) -> tuple[Rows, int]:
-        """Write packs as rows, those that lie in one window by one call; also give how many samples they are."""
-        width = padded(max(taken.sizes[k][0] for taken, k in packs))
-        parts, n = [], 0
-        for _, run in groupby(packs, key=lambda pack: id(pack[0])):
-            some = list(run)
-            taken, numbers = some[0][0], [k for _, k in some]
+    def _gathered(self, packs: Sequence[tuple[_Taken, int]]) -> tuple[Rows, int, int]:
+        """Write packs as rows, those of one block by one call; also give how many tokens and samples they are."""
+        tokens, _ = _sizes(packs)
+        width, parts, n = padded(max(tokens)), [], 0
+        for taken, numbers in _by_block(packs):
             first, last = numbers[0], numbers[-1] + 1
             if len(numbers) == last - first:  # of all packs in between
                 samples = taken.packed[taken.offsets[first] : taken.offsets[last]]
-                sizes = taken.counts[first:last]
+                counts = taken.counts[first:last]
             else:
                 samples = np.concatenate([taken.pack(k) for k in numbers])
-                sizes = taken.counts[numbers]
-            parts.append(gather(*taken.window, samples, sizes, width=width, pad_id=self.pad_id))
+                counts = taken.counts[numbers]
+            parts.append(gather(*taken.window, samples, counts, width=width, pad_id=self.pad_id))
             n += len(samples)
-        return parts[0] if len(parts) == 1 else stack(parts), n
+        return parts[0] if len(parts) == 1 else stack(parts), sum(tokens), n
 
     def _count_slots(self, packs: list[tuple[_Taken, int]], own: int | None) -> None:
         for rank in range(min(self.world, len(packs))):
-            sizes = [taken.sizes[k] for taken, k in packs[rank :: self.world]]
-            used, targets = sum(tokens for tokens, _ in sizes), sum(supervised for _, supervised in sizes)
-            total = padded(max(tokens for tokens, _ in sizes)) * len(sizes)
-            supervised = own if own is not None and rank == self.rank else targets
-            gained = (total, supervised, used - targets, total - used)
+            tokens, supervised = _sizes(packs[rank :: self.world])
+            used, targets, total = sum(tokens), sum(supervised), padded(max(tokens)) * len(tokens)
+            counted = own if own is not None and rank == self.rank else targets
+            gained = (total, counted, used - targets, total - used)
             self._slots = [a + b for a, b in zip(self._slots, gained, strict=True)]
 
     # ---------------------------------------------------------------------------------------------------- the state
@@ -696,6 +697,24 @@ class Stream:
             sums += np.array([len(head), int(mine.sum()), packs]) * max(1.0, scale) * one.source.repeat
         n_records, n_samples, n = (max(1, round(value)) for value in sums)
         return Estimate(n_records, n_samples, n, n * self.epochs or None, exact=False)
+
+
+def _sizes(packs: Sequence[tuple[_Taken, int]]) -> tuple[list[int], list[int]]:
+    """Give the tokens and the supervised tokens of each pack."""
+    (taken, first), (other, last) = packs[0], packs[-1]
+    if taken is other and last - first + 1 == len(packs):
+        return taken.tokens[first : last + 1], taken.supervised[first : last + 1]
+    return [taken.tokens[k] for taken, k in packs], [taken.supervised[k] for taken, k in packs]
+
+
+def _by_block(packs: Sequence[tuple[_Taken, int]]) -> list[tuple[_Taken, list[int]]]:
+    """Give which packs of which block follow each other."""
+    found: list[tuple[_Taken, list[int]]] = []
+    for taken, k in packs:
+        if not found or found[-1][0] is not taken:
+            found.append((taken, []))
+        found[-1][1].append(k)
+    return found
 
 
 def _origins(packs: Sequence[tuple[_Taken, int]]) -> tuple[str, ...]:

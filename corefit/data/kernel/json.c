@@ -43,9 +43,8 @@ static const uint8_t HEX[256] = {
 
 /* The value of four hexadecimal digits, or -1. */
 static int32_t hex4(Bytes p) {
-    uint32_t a = HEX[p[0]] - 1u, b = HEX[p[1]] - 1u, c = HEX[p[2]] - 1u, d = HEX[p[3]] - 1u;
-    uint32_t value = a << 12 | b << 8 | c << 4 | d; /* what is no digit sets all bits */
-    return value > 0xFFFF ? -1 : (int32_t)value;
+    if (!HEX[p[0]] || !HEX[p[1]] || !HEX[p[2]] || !HEX[p[3]]) return -1; /* in this order: a line may end here */
+    return (HEX[p[0]] - 1) << 12 | (HEX[p[1]] - 1) << 8 | (HEX[p[2]] - 1) << 4 | (HEX[p[3]] - 1);
 }
 
 /* What a letter behind a backslash means; 0: nothing. */
