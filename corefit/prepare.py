@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +31,8 @@ from corefit.types import BadRecord, DatasetReader, Drop, Item, MapFunction, Pro
 EMBEDDED = Path(__file__).parent / "embedded"
 SNIFFED = 32
 """Records looked at when no map function is named."""
+CODE = ("types.py", "templates.py", "defaults.py", "prepare.py", "recipe.py")
+"""Files of corefit that samples depend on, beside those in ``data``."""
 MAX_THREADS = 8
 """That encode records, where the recipe doesn't say how many."""
 
@@ -310,8 +314,11 @@ def arena_key(plan: Prepared) -> dict[str, Any]:
         "template": plan.template.name,
         "template.options": dict(recipe.template.options),
         "template.supervise": recipe.template.supervise,
-        "code of corefit": _code(Path(__file__).parent, ("data/*.py", "types.py", "templates.py")),
+        "code of corefit": _code(Path(__file__).parent, ("data/*.py", *CODE)),
+        "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "jinja2")},
     }
+    if plan.template.chat_template is None and "strftime_now" in (plan.tokenizer.chat_template or ""):
+        key["day"] = datetime.date.today().isoformat()  # the template writes it into every sample
     used = {("template", plan.template.name)}
     for number, (entry, source) in enumerate(zip(recipe.data, plan.sources, strict=True)):
         where = f"data.{number}"
@@ -324,20 +331,26 @@ def arena_key(plan: Prepared) -> dict[str, Any]:
         key[f"{where}.options"] = dict(entry.options)
         used |= {("reader", source.reader.name), ("map function", source.map_function.name)}
     for kind, name in sorted(used):
-        module = importlib.util.find_spec(registry.provider(kind, name).module.partition(":")[0])
-        if module is not None and module.origin:
-            file = Path(module.origin)
-            what = ("**/*.py",) if file.name == "__init__.py" else (file.name,)
-            key[f"code of {kind} {name}"] = _code(file.parent, what)
+        plugin = registry.provider(kind, name)
+        key[f"version of {kind} {name}"] = plugin.source
+        package = plugin.module.partition(":")[0].partition(".")[0]
+        spec = importlib.util.find_spec(package)
+        if package == "corefit" or spec is None:
+            continue
+        folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+        found = [_code(folder, ("**/*",)) for folder in folders]
+        file = Path(spec.origin or "")
+        key[f"code of {kind} {name}"] = found or [_code(file.parent, (file.name,))]
     return key
 
 
 def _code(folder: Path, patterns: Sequence[str]) -> str:
-    """Give a hash of source files, by name and content."""
+    """Give a hash of files, by name and content; compiled ones are left out."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
-        data = path.read_bytes()
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{len(data)}\0".encode() + data)
+        if path.is_file() and path.suffix != ".pyc":
+            data = path.read_bytes()
+            digest.update(f"{path.relative_to(folder).as_posix()}\0{len(data)}\0".encode() + data)
     return digest.hexdigest()[:16]
 
 

@@ -277,7 +277,7 @@ def pack_from(
     for line in plan.choices:
         say(line)
     try:
-        Arena(folder, arena_key(plan))
+        Arena(folder, arena_key(plan)).verify()
     except UserError:
         pass
     else:

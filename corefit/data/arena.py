@@ -1,9 +1,9 @@
 """The samples of a data set on disk, encoded once: what ``corefit pack`` writes and a stream reads instead of the data.
 
 A folder: raw little-endian arrays, one a file, as ``Block`` describes them (tokens in uint16 where the vocabulary
-allows it), and ``arena.json``, written last: what they were made from (the key), their shapes, and a CRC-32 of every
-MiB. The arrays are mapped, and each MiB is checked when something in it is first used. Samples are kept whole, in file
-order: packs, their size, the order of records and the validation split are a run's own.
+allows it), and ``arena.header``, JSON written last: what they were made from (the key), their shapes, and a CRC-32 of
+every MiB. The arrays are mapped, and each MiB is checked when something in it is first used. Samples are kept whole, in
+file order: packs, their size, the order of records and the validation split are a run's own.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import json
 import mmap
 import os
 import shutil
+import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from corefit.data.block import Table
 
 FORMAT = 1
-HEADER = "arena.json"
+HEADER = "arena.header"
 CHECKED = 2**20
 """Bytes that have one checksum."""
 
@@ -94,15 +95,24 @@ def write_arena(
         vocab_size: of the tokenizer.
 
     Raises:
-        RecipeError: something else lies at ``folder``. RunError: the disk refuses.
+        RecipeError: something else lies at ``folder``, or nothing can be made there. RunError: the disk refuses.
     """
-    if folder.exists() and not (folder / HEADER).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise RecipeError(f"--out {str(folder)!r} is there and no arena; name a new folder")
-    aside, words, names = folder.with_name(folder.name + ".part"), list[Words](), list[str]()
+    folder = folder.resolve()
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        with ExitStack() as stack:
+        there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        if there and not (HEADER in there and there <= {HEADER, *(f"{name}.bin" for name in _SHAPES)}):
+            raise RecipeError(f"--out {str(folder)!r} is there and no arena; name a new folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise RecipeError(
+            f"--out {str(folder)!r} can't be written: {(error.strerror or str(error)).lower()}"
+        ) from error
+    old, names = aside.with_name(aside.name + "-old"), list[str]()
+    words: dict[Words, int] = {}
+    try:
+        with _disk(folder), ExitStack() as stack:
+            aside.chmod(0o755)
             columns = {
                 name: _Column(
                     stack.enter_context((aside / f"{name}.bin").open("wb")),
@@ -110,36 +120,57 @@ def write_arena(
                 )
                 for name in _SHAPES
             }
-            for block in blocks:
+            for block in _made(blocks):
                 before = {name: column.rows for name, column in columns.items()}
-                tables = moved(block, before, words)
-                at = before["tokens"]
-                arrays = (*tables, block.tokens, block.spans + at, block.cuts + at)
+                at, names = before["tokens"], list(block.names)
+                arrays = (*moved(block, before, words), block.tokens, block.spans + at, block.cuts + at)
                 for column, array in zip(columns.values(), arrays, strict=True):
                     column.write(array)
-                names = list(block.names)
             header = {
                 "format": FORMAT,
                 "key": key,
                 "sizes": [list(size) for size in sizes()],
-                "words": words,
+                "words": list(words),
                 "names": names,
                 "arrays": {name: column.facts() for name, column in columns.items()},
             }
             file = stack.enter_context((aside / HEADER).open("w", encoding="utf-8"))
-            json.dump(header, file, ensure_ascii=False, indent=1)
+            json.dump({**header, "crc32": _crc(header)}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        old = folder.with_name(folder.name + ".old")
-        if folder.exists():
-            folder.replace(old)
-        aside.replace(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with _disk(folder):
+            if folder.exists():
+                folder.replace(old)
+            try:
+                aside.replace(folder)
+            except OSError:
+                if old.exists():
+                    old.replace(folder)
+                raise
+    finally:
+        for left in (aside, old):
+            shutil.rmtree(left, ignore_errors=True)
+    return Arena(folder, key).block
+
+
+@contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise RunError(f"{folder}: the arena can't be written: {(error.strerror or str(error)).lower()}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return Arena(folder, key).block
+
+
+def _made(blocks: Iterable[Block]) -> Iterator[Block]:
+    """Give the blocks; a reader's own trouble with a disk is not the arena's."""
+    try:
+        yield from blocks
+    except OSError as error:
+        raise DataError(f"a reader failed: {(error.strerror or str(error)).lower()}") from error
+
+
+def _crc(header: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(header, sort_keys=True).encode())
 
 
 class Arena:
@@ -200,6 +231,15 @@ class Arena:
                 raise DataError(f"{path}: torn: byte {i * CHECKED:,} and what follows; `corefit pack` makes it anew")
             checked[i] = True
 
+    def verify(self) -> None:
+        """Check all that isn't checked yet.
+
+        Raises:
+            DataError: what is on disk isn't what was written.
+        """
+        for name, data in self._bytes.items():
+            self._check(name, np.zeros(1, np.int64), np.array([len(data)]))
+
     def take(self, rows: Table) -> Block:
         """Give the block of these records, in this order.
 
@@ -218,18 +258,18 @@ class Arena:
 
 
 def _header(folder: Path) -> dict[str, Any]:
-    path, keys = folder / HEADER, {"format", "key", "sizes", "words", "names", "arrays"}
+    path = folder / HEADER
     try:
         header: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        if header["format"] != FORMAT:
+            raise RecipeError(f"pack.arena: {folder}: of format {header['format']}, this corefit reads {FORMAT}")
+        if header.pop("crc32") != _crc(header):
+            raise ValueError("its checksum is wrong")
     except OSError as error:
         why = "no arena there" if isinstance(error, FileNotFoundError | NotADirectoryError) else str(error.strerror)
         raise RecipeError(f"pack.arena: {folder}: {why.lower()}; `corefit pack --out {folder}` makes one") from error
-    except ValueError as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: torn: {error}; `corefit pack` makes it anew") from error
-    if not isinstance(header, dict) or not keys <= set(header) or not set(_SHAPES) <= set(header["arrays"]):
-        raise DataError(f"{path}: torn; `corefit pack` makes it anew")
-    if header["format"] != FORMAT:
-        raise RecipeError(f"pack.arena: {folder}: of format {header['format']}, this corefit reads {FORMAT}")
     return header
 
 

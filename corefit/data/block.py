@@ -125,7 +125,7 @@ def select(block: Block, rows: NDArray[np.int64]) -> Block:
     return replace(block, records=records, samples=samples)
 
 
-def moved(block: Block, before: Mapping[str, int], words: list[Words]) -> tuple[Table, Table]:
+def moved(block: Block, before: Mapping[str, int], words: dict[Words, int]) -> tuple[Table, Table]:
     """Give records and samples with indices for where so many rows of each array precede the block.
 
     ``words``: those of what precedes it, to which its own are added.
@@ -143,7 +143,8 @@ def join(blocks: Sequence[Block]) -> Block:
     """Give the blocks as one, in order; where they have their tokens in common, these stay in place."""
     together = all(block.tokens is blocks[0].tokens for block in blocks)
     arrays: dict[str, list[NDArray[Any]]] = {name: [] for name in ("records", "samples", "tokens", "spans", "cuts")}
-    words, before = list[Words](), dict.fromkeys(arrays, 0)
+    words: dict[Words, int] = {}
+    before = dict.fromkeys(arrays, 0)
     for block in blocks:
         tables = moved(block, before, words)
         shifted = () if together else (block.tokens, block.spans + before["tokens"], block.cuts + before["tokens"])
@@ -151,7 +152,7 @@ def join(blocks: Sequence[Block]) -> Block:
             arrays[name].append(array)
             before[name] += len(array)
     merged: dict[str, Any] = {name: np.concatenate(parts) for name, parts in arrays.items() if parts}
-    return replace(blocks[0], words=words, names=blocks[-1].names, error=blocks[-1].error, **merged)
+    return replace(blocks[0], words=list(words), names=blocks[-1].names, error=blocks[-1].error, **merged)
 
 
 def hold_out(block: Block, hashes: Table) -> Block:
@@ -180,7 +181,8 @@ def fit(block: Block, max_length: int, overlong: str) -> Block:
     long = np.flatnonzero(samples[:, LENGTH] > max_length)
     if not len(long):
         return block
-    records, words, error = block.records.copy(), list(block.words), block.error
+    records, error = block.records.copy(), block.error
+    listed, words = list(block.words), {one: i for i, one in enumerate(block.words)}
     if overlong == "error":
         first, length = samples[long[0], RECORD], samples[long[0], LENGTH]
         error = DataError(
@@ -196,9 +198,12 @@ def fit(block: Block, max_length: int, overlong: str) -> Block:
             record[TRUNCATED] += truncated
             record[DROPPED] += dropped
             if not kept:
-                before = words[record[WORDS]]
+                before = listed[record[WORDS]]
                 reason = "overlong" if overlong == "drop" else "nothing_supervised"
-                record[WORDS] = intern(words, before._replace(drops=(*before.drops, reason)))
+                now = before._replace(drops=(*before.drops, reason))
+                record[WORDS] = intern(words, now)
+                if len(words) > len(listed):
+                    listed.append(now)
             made.append(kept)
         counts = np.ones(len(samples), np.int64)
         counts[long] = [len(kept) for kept in made]
@@ -210,14 +215,12 @@ def fit(block: Block, max_length: int, overlong: str) -> Block:
     records[:, FIRST] = np.cumsum(records[:, SAMPLES]) - records[:, SAMPLES]
     samples = samples.copy()
     samples[:, ORDINAL] = np.arange(len(samples)) - records[samples[:, RECORD], FIRST]
-    return replace(block, records=records, samples=samples, words=words, error=error)
+    return replace(block, records=records, samples=samples, words=listed, error=error)
 
 
-def intern(words: list[Words], wanted: Words) -> int:
-    """Give the index of ``wanted``, which is added where it is new."""
-    if wanted not in words:
-        words.append(wanted)
-    return words.index(wanted)
+def intern(words: dict[Words, int], wanted: Words) -> int:
+    """Give the number of ``wanted``, which is added where it is new; in order the keys are a block's ``words``."""
+    return words.setdefault(wanted, len(words))
 
 
 def _fitted(block: Block, row: list[int], max_length: int, overlong: str) -> tuple[list[list[int]], int, int]:

@@ -135,15 +135,15 @@ class Encoder:
         asking = segments[:answer]
         return self._ids([segment.text for segment in asking], [segment.control for segment in asking])[0]
 
-    def _document(self, item: Document) -> tuple[Segment, ...]:
+    def _document(self, item: Document) -> list[Segment]:
         if not item.text:
             raise Unrenderable("empty_document")
         if not self.tokenizer.eos_token:
             raise Unrenderable("no_eos_token")
-        bos = (
-            (Segment(self.tokenizer.bos_token, control=True),) if self.template.bos and self.tokenizer.bos_token else ()
-        )
-        return (*bos, Segment(item.text, True), Segment(self.tokenizer.eos_token, True, control=True))
+        segments = [Segment(item.text, True), Segment(self.tokenizer.eos_token, True, True)]
+        if self.template.bos and self.tokenizer.bos_token:
+            segments.insert(0, Segment(self.tokenizer.bos_token, False, True))
+        return segments
 
     def _supervision(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         """Say of every answer whether it is supervised, so that a template need not know the rule."""
@@ -286,9 +286,10 @@ def _samples(
     samples[:, RECORD] = np.arange(n_items)
     found = forbidden[tokens]
     found[segment_starts[control]] = False
-    forged = set(np.searchsorted(bounds[1:], np.flatnonzero(found), side="right").tolist())
-    for i in np.flatnonzero((samples[:, SUPERVISED] == 0) | np.isin(samples[:, RECORD], list(forged))).tolist():
-        drops[i] = drops[i] or ("control_in_content" if i in forged else "nothing_supervised")
+    forged = np.zeros(n_items, np.bool_)
+    forged[np.searchsorted(bounds[1:], np.flatnonzero(found), side="right")] = True
+    for i in np.flatnonzero(forged | (samples[:, SUPERVISED] == 0)).tolist():
+        drops[i] = drops[i] or ("control_in_content" if forged[i] else "nothing_supervised")
     kept = np.array([drop is None for drop in drops], np.bool_)
     turn = turn & (segment_starts < bounds[1:][owner])  # not an empty one at the end
     return Encoded(tokens, spans, segment_starts[turn], samples[kept], drops, notes)

@@ -206,8 +206,8 @@ def stream(
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(f"no packing algorithm {algorithm!r}; known: {', '.join(ALGORITHMS)}")
-    if held < 1 or open_packs < 1:
-        raise ValueError("held and open_packs must be at least 1")
+    if held < 1 or open_packs < 1 or n_held < 0:
+        raise ValueError("held and open_packs must be at least 1, n_held must not be negative")
     array = _checked(lengths, capacity)
     last = np.ones(len(array), np.uint8) if ends is None else np.ascontiguousarray(ends, np.uint8)
     if len(last) != len(array):

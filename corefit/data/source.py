@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 
 GROUP_RECORDS = 256
 """Records that are encoded by one call, at most."""
-FETCHED = 128
-"""Records of a shuffled source that are read at a time."""
+FETCHED, FETCHED_BYTES = 128, 2**21
+"""Records of a shuffled source that are read at a time, at most, and about how many bytes."""
 MIN_RECORDS_TO_SPLIT = 20
 """With fewer records nothing is set aside for validation."""
 ESTIMATE_RECORDS = 200
@@ -108,7 +108,7 @@ def encode_records(
 
     The block ends before a record that stops the run, with the error.
     """
-    words = [Words()]
+    words = {Words(): 0}
     items: list[tuple[Item, str]] = []
     owners: list[int] = []
     said: list[tuple[list[str], list[str], list[str]]] = []  # of each record: drops, messages, notes
@@ -157,7 +157,7 @@ def encode_records(
     table[:, FIRST] = np.cumsum(table[:, SAMPLES]) - table[:, SAMPLES]
     table[:, ENCODED] = np.bincount(samples[:, RECORD], samples[:, LENGTH], minlength=n)
     samples[:, ORDINAL] = np.arange(len(samples)) - table[samples[:, RECORD], FIRST]
-    return Block(table, samples, encoded.tokens, encoded.spans, encoded.cuts, words, names, error)
+    return Block(table, samples, encoded.tokens, encoded.spans, encoded.cuts, list(words), names, error)
 
 
 def _map(source: Source, record: Record, items: list[Item | Drop]) -> DataError | None:
@@ -172,7 +172,8 @@ def _map(source: Source, record: Record, items: list[Item | Drop]) -> DataError 
         keys = ", ".join(map(str, record)) or "none"
         why = " ".join(f"{type(error).__name__}: {error}".split())
         where = f"{record.origin}: map function {function.name!r}"
-        failure = DataError(f"{where} failed: {why}; keys of the record: {keys}")
+        what = "keys of the record" if source.sources.fields is None else "of the fields it declares the record has"
+        failure = DataError(f"{where} failed: {why}; {what}: {keys}")
         failure.__cause__ = error
         return failure
     return None
@@ -230,6 +231,10 @@ class At(NamedTuple):
     """Their bytes."""
     position: Position | None = None
     """Of the last record taken, where the source is read in file order."""
+
+    def plus(self, records: int, weight: int, position: Position | None = None) -> At:
+        """Give where it is after so many more records of this pass."""
+        return At(self.passes, self.taken + records, self.records + records, self.weight + weight, position)
 
 
 class Size(NamedTuple):
@@ -304,8 +309,10 @@ class Input:
     def read(self, number: int, at: At) -> Iterator[tuple[int, Record | BadRecord]]:
         """Give what is left of a pass: records with their index in file order."""
         if self.source.shuffle and self.table is not None:
-            for start in range(at.taken, len(self.table), FETCHED):
-                indices = self.order(number, start, min(start + FETCHED, len(self.table)))
+            mean = self.size.total // max(1, len(self.table)) if self.size.weighed else 1
+            at_once = max(1, min(FETCHED, FETCHED_BYTES // max(1, mean)))
+            for start in range(at.taken, len(self.table), at_once):
+                indices = self.order(number, start, min(start + at_once, len(self.table)))
                 positions = [Position(*row) for row in self.table[indices, :3].tolist()]
                 yield from zip(indices.tolist(), self.fetch(indices.tolist(), positions), strict=True)
         elif at.position is not None and self.source.reader.seekable:

@@ -72,6 +72,7 @@ GROUP_BYTES = 2**20
 """A group of records is encoded as soon as it has so many bytes, however few records these are."""
 GROUPS_AHEAD = 2
 """Groups that each tokenising thread may be ahead of the training step, beside those that a step takes."""
+CHANGED = "the data, the template or the tokenizer changed since the checkpoint was written"
 KNOWN_RECORDS = 8192
 """Records of each source that are taken at a time where they are encoded already; fewer at the start."""
 
@@ -192,7 +193,7 @@ def _advance(cursor: _Cursor, rows: Table, shuffled: Sequence[bool]) -> _Cursor:
         mine, at = rows[rows[:, SOURCE] == number], places[number]
         position = None if shuffled[number] else Position(*mine[-1, [FILE, LINE, OFFSET]].tolist())
         n, weight = len(mine), int(mine[:, WEIGHT].sum())
-        places[number] = At(at.passes, at.taken + n, at.records + n, at.weight + weight, position)
+        places[number] = at.plus(n, weight, position)
     return cursor._replace(sources=tuple(places))
 
 
@@ -201,8 +202,8 @@ class Stream:
 
     ``epochs``: 0 is no limit. ``held``: samples that the packer may hold. ``val_hashes``: content hashes of records
     that belong to the validation split. ``threads``: of tokenising; 0: in the caller's. ``arena``: the samples of
-    these sources, encoded ahead of time: nothing is read, and the batches are the same. ``notices`` are lines for the
-    user.
+    these sources, encoded ahead of time: nothing is read, and the batches are the same (only of ``.gz`` files the
+    arena knows the unpacked size, by which sources mix and epochs are counted). ``notices`` are lines for the user.
     """
 
     def __init__(
@@ -285,20 +286,18 @@ class Stream:
             at = sources[one.number]
             if one.number not in open_passes:
                 open_passes[one.number] = one.read(epoch * one.source.repeat + at.passes, at)
-            ended = True
+            ended, full, n, taken = True, False, 0, 0
             for index, record in open_passes[one.number]:
                 weight = one.weight(record)
                 rows.append(record_row(one.number, index, record, weight, self._name(record.path)))
                 records.append(record)
-                size += weight
-                at = At(at.passes, at.taken + 1, at.records + 1, at.weight + weight)
+                n, taken, size = n + 1, taken + weight, size + weight
                 full = len(rows) >= GROUP_RECORDS or size >= GROUP_BYTES
-                if full or (others is not None and (self._share(one, at), one.number) > others):
+                if full or (others is not None and (self._share(one, at.plus(n, taken)), one.number) > others):
                     ended = False
                     break
-            if not one.source.shuffle and at.taken > sources[one.number].taken:
-                at = at._replace(position=Position(*rows[-1][FILE : OFFSET + 1]))
-            sources[one.number] = at
+            position = None if one.source.shuffle else Position(*rows[-1][FILE : OFFSET + 1]) if n else at.position
+            at = sources[one.number] = at.plus(n, taken, position)
             if rows and (ended or full):
                 yield _Group(begin, rows, records)
                 rows, records, size = [], [], 0
@@ -343,16 +342,23 @@ class Stream:
             return
         with ThreadPoolExecutor(self.threads, thread_name_prefix="tokenise") as pool:
             ahead: deque[tuple[_Group, Future[Block]]] = deque()
+            failure: Exception | None = None
             try:
                 while True:
                     missing = GROUPS_AHEAD * self.threads + self._groups_a_step - len(ahead)
-                    ahead.extend((group, pool.submit(encode, group)) for group in islice(groups, max(missing, 0)))
+                    try:
+                        for group in islice(groups, max(missing, 0)):
+                            ahead.append((group, pool.submit(encode, group)))
+                    except Exception as error:  # of the reader: after what it has given, as without threads
+                        failure, groups = error, iter(())
                     if not ahead:
-                        return
+                        break
                     group, future = ahead.popleft()
                     yield group, future.result()
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
+            if failure is not None:
+                raise failure
 
     def encoded(self) -> Iterator[Block]:
         """Encode all records of all sources once, source by source in file order, for an arena: hashed, not fitted.
@@ -363,10 +369,17 @@ class Stream:
 
         def groups() -> Iterator[_Group]:
             for one in self._inputs:
-                found = enumerate(one.source.read())
-                while some := list(islice(found, GROUP_RECORDS)):
-                    rows = [record_row(one.number, i, r, one.weight(r), self._name(r.path)) for i, r in some]
-                    yield _Group(self._cursor, rows, [record for _, record in some])
+                rows, records, size = list[list[int]](), list[Record | BadRecord](), 0
+                for i, record in enumerate(one.source.read()):
+                    weight = one.weight(record)
+                    rows.append(record_row(one.number, i, record, weight, self._name(record.path)))
+                    records.append(record)
+                    size += weight
+                    if len(rows) >= GROUP_RECORDS or size >= GROUP_BYTES:
+                        yield _Group(self._cursor, rows, records)
+                        rows, records, size = [], [], 0
+                if rows:
+                    yield _Group(self._cursor, rows, records)
 
         sums = np.zeros((len(self._inputs), 2), np.int64)
         for _, block in self._ahead(groups(), partial(self._encode, hashed=True)):
@@ -626,8 +639,13 @@ class Stream:
         epoch, epoch_weight, sources = state["cursor"]
         if len(sources) != len(self._inputs):
             raise CheckpointError(f"the checkpoint has {len(sources)} data sources, the recipe {len(self._inputs)}")
-        places = (At(*at)._replace(position=at[4] and Position(*at[4])) for at in sources)
-        self._cursor = _Cursor(epoch, epoch_weight, tuple(places))
+        places = tuple(At(*at)._replace(position=at[4] and Position(*at[4])) for at in sources)
+        if any(
+            one.size.records is not None and one.size.records < at.taken
+            for one, at in zip(self._inputs, places, strict=True)
+        ):
+            raise CheckpointError(CHANGED)
+        self._cursor = _Cursor(epoch, epoch_weight, places)
         self.ledger, self._read, self._epoch = Ledger.from_dict(state["ledger"]), state["read"], state["epoch"]
         pending = self.ledger.tokens.pending
         self.ledger.records.pending = self.ledger.tokens.pending = 0
@@ -636,13 +654,20 @@ class Stream:
         waits = [tuple(pair) in held for pair in block.samples[:, [RECORD, ORDINAL]].tolist()]
         block.samples = block.samples[waits]
         if len(block.samples) != len(held) or block.samples[:, LENGTH].sum() != pending:
-            raise CheckpointError("the data, the template or the tokenizer changed since the checkpoint was written")
+            raise CheckpointError(CHANGED)
         self._rows, self._records = self._window.add(self._rows, block), block.records
 
     def _again(self, held: Sequence[Sequence[Any]]) -> Block:
         """Read and encode again the records of a state, or pick them."""
         if self._pick is not None:
-            return self._pick(np.array([self._firsts[row[0]] + row[1] for row in held], np.int64))
+            table = np.array([row[:6] for row in held], np.int64).reshape(-1, 6)
+            sizes = np.array([one.size.records or 0 for one in self._inputs])
+            if (table[:, INDEX] >= sizes[table[:, SOURCE]]).any():
+                raise CheckpointError(CHANGED)
+            block = self._pick(np.array(self._firsts, np.int64)[table[:, SOURCE]] + table[:, INDEX])
+            if not np.array_equal(block.records[:, : WEIGHT + 1], table):
+                raise CheckpointError(CHANGED)
+            return block
         found: list[Record | BadRecord | None] = [None] * len(held)
         for one in self._inputs:
             mine = [i for i, row in enumerate(held) if row[0] == one.number]
@@ -667,6 +692,8 @@ class Stream:
         ]
         block = self._encode(_Group(self._cursor, rows, [record for head in heads for record in head]))
         block = fit(block, self.max_length, self.overlong)
+        if block.error is not None:
+            raise block.error
         repeats = np.array([one.source.repeat for one in self._inputs])
         if small:
             twin = copy.copy(self)
@@ -677,15 +704,11 @@ class Stream:
                 one.size = one.size._replace(records=len(head))
             twin._reset()
             n = sum(1 for _ in twin._packs())
-            if block.error is not None:
-                raise block.error
             counts = block.records[:, SAMPLES] * repeats[block.records[:, SOURCE]]
             n_records = sum(len(head) * one.source.repeat for head, one in zip(heads, self._inputs, strict=True))
             total = round(n * self.epochs / twin.epochs) if self.epochs else None
             exact = twin.epochs == (self.epochs or 1)
             return Estimate(n_records, int(counts.sum()), -(-n // twin.epochs), total, exact)
-        if block.error is not None:
-            raise block.error
         sums = np.zeros(3)
         for one, head in zip(self._inputs, heads, strict=True):
             mine = block.records[block.samples[:, RECORD], SOURCE] == one.number
@@ -707,8 +730,11 @@ def _sizes(packs: Sequence[tuple[_Taken, int]]) -> tuple[list[int], list[int]]:
     return [taken.tokens[k] for taken, k in packs], [taken.supervised[k] for taken, k in packs]
 
 
-def _by_block(packs: Sequence[tuple[_Taken, int]]) -> list[tuple[_Taken, list[int]]]:
+def _by_block(packs: Sequence[tuple[_Taken, int]]) -> Sequence[tuple[_Taken, Sequence[int]]]:
     """Give which packs of which block follow each other."""
+    (taken, first), (other, last) = packs[0], packs[-1]
+    if taken is other and last - first + 1 == len(packs):
+        return [(taken, range(first, last + 1))]
     found: list[tuple[_Taken, list[int]]] = []
     for taken, k in packs:
         if not found or found[-1][0] is not taken:

@@ -467,9 +467,19 @@ class _Forest:
 
     def read(self, start: Position | None) -> Iterator[Record | BadRecord]:
         begin = 0 if start is None else bisect_left(self.entries, start, key=itemgetter(0))
+        return self._records(islice(self.entries, begin, None))
+
+    def fetch(self, positions: Sequence[Position]) -> list[Record | BadRecord]:
+        entries = [(at, bisect_left(self.entries, at, key=itemgetter(0))) for at in positions]
+        for at, i in entries:
+            if i == len(self.entries) or self.entries[i].position != at:
+                raise self._changed(at)
+        return list(self._records(self.entries[i] for _, i in entries))
+
+    def _records(self, entries: Iterable[_Entry]) -> Iterator[Record | BadRecord]:
         with ExitStack() as stack:
             files: dict[int, IO[bytes]] = {}
-            for at, size, root, bad in islice(self.entries, begin, None):
+            for at, size, root, bad in entries:
                 if bad is not None:
                     yield bad
                     continue
@@ -562,7 +572,7 @@ def index(sources: Sources, options: Oasst1Options | None = None) -> NDArray[np.
 def fetch(sources: Sources, options: Oasst1Options | None, positions: Sequence[Position]) -> list[Record | BadRecord]:
     """Give the records at these positions, as ``read`` gives them."""
     forest = _forest(sources)
-    return fetch_jsonl(sources, None, positions) if forest is None else [next(forest.read(at)) for at in positions]
+    return fetch_jsonl(sources, None, positions) if forest is None else forest.fetch(positions)
 
 
 # ---------------------------------------------------------------------------------------------------------------- hooks

@@ -84,8 +84,12 @@ def test_a_stale_or_torn_arena_ends_the_run_before_the_model_is_loaded(
         assert len(done.stderr.strip().splitlines()) == 1 or arguments is train
         for word in words:
             assert word in done.stderr, done.stderr
-    again = corefit("pack", *base, "--model", tiny_model, "--out", "arena", cwd=tmp_path)
+    command = ["pack", *base, "--model", tiny_model, "--out", "arena"]
+    again = corefit(*command, cwd=tmp_path)
     assert "51 records -> 51 samples" in again.stdout
+    (tmp_path / "arena" / "tokens.bin").write_bytes(bytes((tmp_path / "arena" / "tokens.bin").stat().st_size))
+    assert "51 records -> 51 samples" in corefit(*command, cwd=tmp_path).stdout  # a torn one is made anew
+    assert "nothing to do" in corefit(*command, cwd=tmp_path).stdout
 
 
 def test_bad_records_are_refused_or_counted(tmp_path: Path, base: list[object], tiny_tokenizer: Path) -> None:
@@ -102,7 +106,7 @@ def test_bad_records_are_refused_or_counted(tmp_path: Path, base: list[object], 
     assert done.returncode == 2 and "--on-bad-record sikp" in done.stderr
     (tmp_path / "file").write_text("")
     done = corefit(*command[:-1], "file/arena", "--on-bad-record", "skip", cwd=tmp_path)
-    assert done.returncode == 1 and "the arena can't be written" in done.stderr
+    assert done.returncode == 2 and "file/arena' can't be written: not a directory" in done.stderr
 
 
 def test_ctrl_c_leaves_no_process_and_no_half_arena(tmp_path: Path, base: list[object], tiny_tokenizer: Path) -> None:
@@ -118,7 +122,7 @@ def test_ctrl_c_leaves_no_process_and_no_half_arena(tmp_path: Path, base: list[o
         start_new_session=True,
     )
     deadline = time.monotonic() + 60
-    while not (tmp_path / "arena.part").is_dir() and time.monotonic() < deadline:
+    while not list(tmp_path.glob(".arena-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)

@@ -13,7 +13,7 @@ from corefit.data.arena import HEADER, Arena, differences, write_arena
 from corefit.data.block import Block, join
 from corefit.data.source import split_validation
 from corefit.data.stream import Stream
-from corefit.errors import DataError, RecipeError, RunError
+from corefit.errors import CheckpointError, DataError, RecipeError, RunError
 
 ROWS = [[i % 50 + 2, [3, i % 9 + 1, 2, 4]][: 1 + i % 2] if i % 7 else ["no_answer"] for i in range(90)]
 SETTINGS = {"max_length": 32, "held": 16, "epochs": 2, "seed": 3}
@@ -162,9 +162,10 @@ def test_each_mib_is_checked_when_it_is_used(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("{", "arena.json: torn: "),
-        ("[]", "arena.json: torn; "),
-        ('{"format": 1}', "arena.json: torn; "),
+        ("{", "arena.header: torn: "),
+        ("[]", "arena.header: torn: "),
+        ('{"format": 1}', "arena.header: torn: 'crc32'"),
+        ('{"format": 1, "crc32": 5}', "arena.header: torn: its checksum is wrong"),
     ],
 )
 def test_a_torn_header_is_refused(tmp_path, sources, text, error):
@@ -211,16 +212,75 @@ def test_it_is_written_whole_or_not_at_all(tmp_path, sources, monkeypatch):
 
 
 def test_what_is_no_arena_is_not_replaced(tmp_path, sources):
-    for name in ("folder", "file"):
-        path = tmp_path / name
-        if name == "file":
-            path.write_text("mine")
-        else:
-            path.mkdir()
-            (path / "mine").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("folder", "both"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    (tmp_path / "both" / HEADER).write_text("{}")
+    for name in ("folder", "both"):
         with pytest.raises(RecipeError, match="is there and no arena; name a new folder"):
+            write(tmp_path / name, *sources)
+        assert (tmp_path / name / "mine").read_text() == "mine"
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(RecipeError, match="can't be written: "):
             write(path, *sources)
-    assert (tmp_path / "folder" / "mine").read_text() == "mine"
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_only_the_arena_itself_is_replaced_also_through_a_link(tmp_path, sources):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for name in ("link.old", "real.old", "real.part"):
+        (tmp_path / name).mkdir()
+    for _ in range(2):
+        assert write(tmp_path / "link", *sources).folder == tmp_path / "link"
+    assert (tmp_path / "real" / HEADER).is_file() and (tmp_path / "link").is_symlink()
+    names = ["a.jsonl", "b.jsonl", "link", "link.old", "real", "real.old", "real.part"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_two_that_are_written_at_once_are_both_whole(tmp_path, sources):
+    folder, made = tmp_path / "arena", Stream(sources, FakeEncoder(), max_length=32)
+
+    def blocks():
+        for number, block in enumerate(made.encoded()):
+            if number == 0:
+                write(folder, *sources)
+            yield block
+
+    write_arena(folder, {}, lambda: made.sizes, blocks(), vocab_size=1000)
+    Arena(folder, {}).verify()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "arena", "b.jsonl"]
+
+
+def test_a_readers_own_trouble_is_not_the_disks(tmp_path):
+    def blocks():
+        raise OSError(5, "Input/output error")
+        yield
+
+    with pytest.raises(DataError, match="a reader failed: input/output error"):
+        write_arena(tmp_path / "arena", {}, list, blocks(), vocab_size=10)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_state_from_other_data_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("corefit.data.stream.KNOWN_RECORDS", 8)
+    rows = [[i % 9 + 2] for i in range(60)]
+    one = source(write_records(tmp_path / "a.jsonl", rows))
+    state = batches([one], (1, 1), arena=write(tmp_path / "arena", one))[4].state()
+    write_records(tmp_path / "a.jsonl", [[3], *rows])
+    with pytest.raises(CheckpointError, match="changed since the checkpoint was written"):
+        batches([one], (1, 1), state, arena=write(tmp_path / "arena", one))
+    write_records(tmp_path / "a.jsonl", rows[:3])
+    with pytest.raises(CheckpointError, match="changed since the checkpoint was written"):
+        batches([one], (1, 1), state, arena=write(tmp_path / "arena", one))
+
+
+def test_groups_are_bounded_in_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("corefit.data.stream.GROUP_BYTES", 300)
+    made = Stream([source(write_records(tmp_path / "a.jsonl", [[5]] * 100))], FakeEncoder(), max_length=32)
+    blocks = list(made.encoded())
+    assert sum(len(block.records) for block in blocks) == 100 and max(len(block.records) for block in blocks) < 15
 
 
 def test_an_arena_without_samples(tmp_path):

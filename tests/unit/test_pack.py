@@ -181,6 +181,8 @@ def test_what_the_streaming_packer_refuses():
         stream("next_fit", [1], 8)
     with pytest.raises(ValueError, match="at least 1"):
         stream("first_fit", [1], 8, held=0)
+    with pytest.raises(ValueError, match="must not be negative"):
+        stream("first_fit", [1], 8, n_held=-1)
     for length in (0, 9):
         with pytest.raises(ValueError, match=r"\[1, 8\]"):
             stream("first_fit", [length], 8)

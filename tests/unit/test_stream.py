@@ -604,6 +604,30 @@ def test_threads_stay_so_far_ahead_and_no_farther(tmp_path, monkeypatch, threads
     assert not tokenising()
 
 
+@pytest.mark.parametrize("threads", [0, 1, 4])
+def test_what_a_reader_raises_comes_after_what_it_gave(tmp_path, monkeypatch, threads):
+    monkeypatch.setattr("corefit.data.stream.GROUP_RECORDS", 10)
+    path = write_records(tmp_path / "a.jsonl", [[32]] * 100)
+
+    def read(sources, options):
+        yield from islice(read_jsonl(sources, options), 75)
+        raise DataError("the archive ends here")
+
+    seen = []
+    with pytest.raises(DataError, match="the archive ends here"):
+        for step in stream(source(path, reader=replace(FORWARD, read=read)), held=4, threads=threads).steps(1, 1):
+            seen += step
+    assert lines(seen) == list(range(1, len(seen) + 1)) and 60 < len(seen) < 75
+
+
+@pytest.mark.parametrize("bad", ["{broken", [40]])
+def test_the_estimate_says_what_stops_the_run(tmp_path, bad):
+    path = write_records(tmp_path / "a.jsonl", [[3]] * 10 + [bad] + [[3]] * 9)
+    made = stream(source(path), overlong="error")
+    with pytest.raises(DataError, match=r"a\.jsonl:11:"):
+        made.estimate()
+
+
 class Panic(BaseException):
     """Like what tokenizers raises where Rust panics."""
 
