@@ -43,8 +43,9 @@ static const uint8_t HEX[256] = {
 
 /* The value of four hexadecimal digits, or -1. */
 static int32_t hex4(Bytes p) {
-    if (!HEX[p[0]] || !HEX[p[1]] || !HEX[p[2]] || !HEX[p[3]]) return -1; /* in this order: a line may end here */
-    return (HEX[p[0]] - 1) << 12 | (HEX[p[1]] - 1) << 8 | (HEX[p[2]] - 1) << 4 | (HEX[p[3]] - 1);
+    uint32_t a = HEX[p[0]] - 1u, b = HEX[p[1]] - 1u, c = HEX[p[2]] - 1u, d = HEX[p[3]] - 1u;
+    uint32_t value = a << 12 | b << 8 | c << 4 | d; /* what is no digit sets all bits */
+    return value > 0xFFFF ? -1 : (int32_t)value;
 }
 
 /* What a letter behind a backslash means; 0: nothing. */
@@ -67,12 +68,12 @@ static uint8_t *put_utf8(uint8_t *to, uint32_t c) {
 }
 
 /* Past \uXXXX, or a pair of them that makes one character, which is written; NULL: half of a pair, or not JSON. */
-static Bytes decode_unicode(Bytes p, uint8_t **to) {
-    int32_t c = hex4(p + 2), low;
+static Bytes decode_unicode(Bytes p, Bytes end, uint8_t **to) {
+    int32_t c = end - p < 6 ? -1 : hex4(p + 2), low;
     if (c < 0 || (c >= 0xDC00 && c < 0xE000)) return NULL;
     p += 6;
     if (c >= 0xD800 && c < 0xE000) {
-        if (p[0] != '\\' || p[1] != 'u' || (low = hex4(p + 2)) < 0xDC00 || low >= 0xE000) return NULL;
+        if (end - p < 6 || p[0] != '\\' || p[1] != 'u' || (low = hex4(p + 2)) < 0xDC00 || low >= 0xE000) return NULL;
         c = 0x10000 + ((c - 0xD800) << 10) + (low - 0xDC00);
         p += 6;
     }
@@ -160,7 +161,7 @@ static Bytes decode_string(Bytes p, Scan *scan, uint8_t **stop) {
         }
         while (*p == '\\') {
             if (p[1] == 'u') {
-                if (!(p = decode_unicode(p, &to))) return NULL;
+                if (!(p = decode_unicode(p, scan->end, &to))) return NULL;
             } else {
                 if (!(*to++ = MEANING[p[1]])) return NULL;
                 p += 2;
