@@ -106,7 +106,7 @@ def test_bad_records_are_refused_or_counted(tmp_path: Path, base: list[object], 
     assert done.returncode == 2 and "--on-bad-record sikp" in done.stderr
     (tmp_path / "file").write_text("")
     done = corefit(*command[:-1], "file/arena", "--on-bad-record", "skip", cwd=tmp_path)
-    assert done.returncode == 2 and "file/arena' can't be written: not a directory" in done.stderr
+    assert done.returncode == 2 and "file/arena' can't be written: " in done.stderr
 
 
 def test_ctrl_c_leaves_no_process_and_no_half_arena(tmp_path: Path, base: list[object], tiny_tokenizer: Path) -> None:
