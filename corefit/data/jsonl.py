@@ -50,7 +50,7 @@ STDIN_NAME = "stdin.jsonl"
 """The name under which ``spool`` keeps standard input."""
 
 _BLOCK = 2**16
-_CHUNK = 2**19  # bytes of whole lines that the kernel is given at once
+_CHUNK = 2**20  # bytes of whole lines that the kernel is given at once
 _ROWS = 2**12  # records in one Columns, at most
 _SMALL_BLOCK = 2**12  # where single records are read
 _HOLD = 2**20  # what is held of a record before its end is known, where the file can be read again
