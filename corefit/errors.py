@@ -64,6 +64,11 @@ class CheckpointError(RunError):
     """A checkpoint that can't be written, or one that is torn or tampered with."""
 
 
+def system_words(error: Exception) -> str:
+    """Give what the system says of an ``OSError``, in lower case; of any other exception its own text."""
+    return (getattr(error, "strerror", None) or str(error)).lower()
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """Give the words for a name nobody knows: the nearest known one, then all of them, sorted.
 

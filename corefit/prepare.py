@@ -354,8 +354,10 @@ def _code(folder: Path, patterns: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def make_arena(plan: Prepared, folder: Path, *, watch: Callable[[Iterator[Block]], Iterator[Block]]) -> Block:
-    """Encode all records of a plan into an arena; ``watch`` may look at the blocks as they pass.
+def make_arena(
+    plan: Prepared, folder: Path, key: Mapping[str, Any], *, watch: Callable[[Iterator[Block]], Iterator[Block]]
+) -> Block:
+    """Encode all records of a plan into an arena with its ``arena_key``; ``watch`` may look at the blocks as they pass.
 
     Raises:
         DataError: a bad record, or a map function that failed. RunError: the disk refuses.
@@ -363,9 +365,7 @@ def make_arena(plan: Prepared, folder: Path, *, watch: Callable[[Iterator[Block]
     sources = tuple(dataclasses.replace(source, shuffle=False) for source in plan.sources)
     threads = encoding_threads(plan.recipe)
     stream = Stream(sources, plan.encoder, max_length=plan.recipe.pack.max_length, threads=threads)
-    return write_arena(
-        folder, arena_key(plan), lambda: stream.sizes, watch(stream.encoded()), vocab_size=plan.tokenizer.vocab_size
-    )
+    return write_arena(folder, key, lambda: stream.sizes, watch(stream.encoded()), vocab_size=plan.tokenizer.vocab_size)
 
 
 def tally(plan: Prepared, samples: int) -> tuple[float, dict[str, Any]]:

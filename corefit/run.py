@@ -273,18 +273,18 @@ def pack_from(
 ) -> None:
     """Encode the data of a recipe into the arena ``out``, unless that is there and still good."""
     plan = _plan(recipe_name, flags, sets, tokenizer)
-    folder = Path(out)
+    folder, key = Path(out), arena_key(plan)
     for line in plan.choices:
         say(line)
     try:
-        Arena(folder, arena_key(plan)).verify()
+        Arena(folder, key).verify()
     except UserError:
         pass
     else:
         say(f"{folder} is there and was made from just this: nothing to do")
         return
     began = time.monotonic()
-    block = make_arena(plan, folder, watch=_counted)
+    block = make_arena(plan, folder, key, watch=_counted)
     seconds = time.monotonic() - began
     dropped = gains(block, len(block.records)).records.dropped
     reasons = "".join(f", {n:,} dropped ({reason})" for reason, n in sorted(dropped.items()))

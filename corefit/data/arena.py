@@ -36,7 +36,7 @@ from corefit.data.block import (
     select,
 )
 from corefit.data.source import Size
-from corefit.errors import DataError, RecipeError, RunError
+from corefit.errors import DataError, RecipeError, RunError, system_words
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -105,9 +105,7 @@ def write_arena(
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
-        raise RecipeError(
-            f"--out {str(folder)!r} can't be written: {(error.strerror or str(error)).lower()}"
-        ) from error
+        raise RecipeError(f"--out {str(folder)!r} can't be written: {system_words(error)}") from error
     old, names = aside.with_name(aside.name + "-old"), list[str]()
     words: dict[Words, int] = {}
     try:
@@ -158,7 +156,7 @@ def _disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"{folder}: the arena can't be written: {(error.strerror or str(error)).lower()}") from error
+        raise RunError(f"{folder}: the arena can't be written: {system_words(error)}") from error
 
 
 def _made(blocks: Iterable[Block]) -> Iterator[Block]:
@@ -166,7 +164,7 @@ def _made(blocks: Iterable[Block]) -> Iterator[Block]:
     try:
         yield from blocks
     except OSError as error:
-        raise DataError(f"a reader failed: {(error.strerror or str(error)).lower()}") from error
+        raise DataError(f"a reader failed: {system_words(error)}") from error
 
 
 def _crc(header: Mapping[str, Any]) -> int:
@@ -195,7 +193,7 @@ class Arena:
         self._crcs = {name: np.array(header["arrays"][name]["crc32"], np.int64) for name in _SHAPES}
         self._checked = {name: np.zeros(len(crcs), np.bool_) for name, crcs in self._crcs.items()}
         arrays: dict[str, Any] = {name: self._open(name, header["arrays"][name]) for name in _SHAPES}
-        self._check("cuts", np.zeros(1, np.int64), np.array([len(self._bytes["cuts"])]))
+        self.verify("cuts")
         words = [Words(*map(tuple, one)) for one in header["words"]] or [Words()]
         self.block = Block(**arrays, words=words, names=header["names"])
         counts = [size.records or 0 for size in self.sizes]
@@ -211,9 +209,7 @@ class Arena:
                     raise DataError(f"{path}: torn: {there:,} bytes, expected {size:,}; `corefit pack` makes it anew")
                 self._bytes[name] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b"")
         except OSError as error:
-            raise DataError(
-                f"{path}: {(error.strerror or str(error)).lower()}; `corefit pack` makes it anew"
-            ) from error
+            raise DataError(f"{path}: {system_words(error)}; `corefit pack` makes it anew") from error
         return np.frombuffer(self._bytes[name], dtype).reshape(-1, *_SHAPES[name])
 
     def _check(self, name: str, starts: Table, ends: Table) -> None:
@@ -231,14 +227,14 @@ class Arena:
                 raise DataError(f"{path}: torn: byte {i * CHECKED:,} and what follows; `corefit pack` makes it anew")
             checked[i] = True
 
-    def verify(self) -> None:
-        """Check all that isn't checked yet.
+    def verify(self, *names: str) -> None:
+        """Check what isn't checked yet of these arrays; of all, where none is named.
 
         Raises:
             DataError: what is on disk isn't what was written.
         """
-        for name, data in self._bytes.items():
-            self._check(name, np.zeros(1, np.int64), np.array([len(data)]))
+        for name in names or self._bytes:
+            self._check(name, np.zeros(1, np.int64), np.array([len(self._bytes[name])]))
 
     def take(self, rows: Table) -> Block:
         """Give the block of these records, in this order.
@@ -266,8 +262,8 @@ def _header(folder: Path) -> dict[str, Any]:
         if header.pop("crc32") != _crc(header):
             raise ValueError("its checksum is wrong")
     except OSError as error:
-        why = "no arena there" if isinstance(error, FileNotFoundError | NotADirectoryError) else str(error.strerror)
-        raise RecipeError(f"pack.arena: {folder}: {why.lower()}; `corefit pack --out {folder}` makes one") from error
+        why = "no arena there" if isinstance(error, FileNotFoundError | NotADirectoryError) else system_words(error)
+        raise RecipeError(f"pack.arena: {folder}: {why}; `corefit pack --out {folder}` makes one") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: torn: {error}; `corefit pack` makes it anew") from error
     return header

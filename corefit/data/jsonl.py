@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
 from corefit.data import kernel
-from corefit.errors import DataError, unknown
+from corefit.errors import DataError, system_words, unknown
 from corefit.types import BadRecord, Position, Record, Sources
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def _why(error: Exception) -> str:
         return "no permission to read it"
     if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
         return f"damaged gzip data ({error}); unpack it by hand or fetch it again"
-    return (getattr(error, "strerror", None) or str(error)).lower()
+    return system_words(error)
 
 
 def _begin(file: Bytes) -> tuple[bool, int, int]:

@@ -315,13 +315,9 @@ def test_the_index_is_a_mapped_file_that_nobody_can_write(tmp_path, monkeypatch)
 # ------------------------------------------------------------------------------------------------------- fields, fetch
 
 
-@pytest.fixture(params=["C", "Python"])
-def either(request, monkeypatch):
-    """Both the kernel and its twins, with lines that go over the ends of chunks."""
-    if request.param == "Python":
-        monkeypatch.setattr(kernel, "compiled", None)
-    elif kernel.compiled is None:
-        pytest.skip("no kernel was built")
+@pytest.fixture
+def either(either, monkeypatch):
+    """Lines go over the ends of chunks, too."""
     monkeypatch.setattr(jsonl, "_CHUNK", 64)
     monkeypatch.setattr(jsonl, "_ROWS", 3)
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from corefit.data import kernel, pack
+from corefit.data import pack
 from corefit.data.pack import best_fit_decreasing, first_fit, stream
 
 
@@ -53,14 +53,6 @@ def test_a_plan_has_the_promised_types():
 def test_a_capacity_that_is_no_power_of_two_packs_as_well(capacity):  # Source: TRL issue 3887
     lengths = np.clip(np.random.default_rng(0).normal(4096, 512, 3000), 1, 8192).astype(int)
     assert 1500 < len(best_fit_decreasing(lengths, capacity)) < 1550
-
-
-@pytest.fixture(params=["C", "Python"])
-def either(request, monkeypatch):
-    if request.param == "Python":
-        monkeypatch.setattr(kernel, "compiled", None)
-    elif kernel.compiled is None:
-        pytest.skip("no kernel was built")
 
 
 PLANS = [first_fit, best_fit_decreasing, lambda lengths, capacity: stream("first_fit", lengths, capacity)]

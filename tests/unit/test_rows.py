@@ -4,16 +4,9 @@ import numpy as np
 import pytest
 from samples import rows_of
 
-from corefit.data import kernel
 from corefit.types import Sample
 
-
-@pytest.fixture(autouse=True, params=["C", "Python"])
-def which(request, monkeypatch):
-    if request.param == "Python":
-        monkeypatch.setattr(kernel, "compiled", None)
-    elif kernel.compiled is None:
-        pytest.skip("no kernel was built")
+pytestmark = pytest.mark.usefixtures("either")
 
 
 def sample(ids, spans=None, origin="a:1"):
