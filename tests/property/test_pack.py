@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from samples import rows_of
 
@@ -182,12 +182,13 @@ def test_the_digest_of_all_plans_is_the_same_in_every_process():
     st.sampled_from([-(2**63), -1, 0, 1, 3, 2**63 - 1]),
     st.booleans(),
 )
+@example([], -1, 1, 0, 0, 0, 1, 1, False)  # no room is room for nothing
 def test_the_kernel_refuses_what_it_cannot_do_and_never_crashes(lengths, a, b, c, d, n_held, capacity, bound, flag):
     array = np.array(lengths, np.int32)
     order, offsets = np.empty(max(a, 0), np.int32), np.empty(max(b, 0), np.int64)
     ends, seen = np.ones(max(c, 0), np.uint8), np.empty(max(d, 0), np.int64)
-    n = len(lengths)
-    right = all(1 <= w <= capacity for w in lengths) and 1 <= capacity <= 2**24 and bound >= 1 and a >= n and b > n
+    n, room = len(lengths), len(order) >= len(lengths) and len(offsets) > len(lengths)
+    right = all(1 <= w <= capacity for w in lengths) and 1 <= capacity <= 2**24 and bound >= 1 and room
     for call in (
         lambda: kernel.compiled.plan(array, order, offsets, capacity, flag, bound),
         lambda: kernel.compiled.stream(
@@ -197,7 +198,7 @@ def test_the_kernel_refuses_what_it_cannot_do_and_never_crashes(lengths, a, b, c
         try:
             packs = call()
         except ValueError:
-            assert not right or c < n or d < n
+            assert not right or len(ends) < n or len(seen) < n
         else:
             assert right and 0 <= packs <= n
 
