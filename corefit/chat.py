@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
+import shutil
 import sys
+import tempfile
 import tomllib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corefit.errors import ModelError, UserError
+from corefit.recipe import run_and_step
 from corefit.types import Message, Unrenderable
 
 if TYPE_CHECKING:
@@ -58,7 +62,7 @@ class Found:
 
 
 def find(target: str | Path, *, model: str | None = None, say: Say = _notice) -> Found:
-    """Find adapter and base of a run folder, an adapter folder, a model folder or a hub name.
+    """Find adapter and base of a run folder, ``RUN@STEP``, an adapter folder, a model folder or a hub name.
 
     The base is ``model``, else the one in the run's ``recipe.toml``, else the name that the adapter carries.
 
@@ -68,13 +72,19 @@ def find(target: str | Path, *, model: str | None = None, say: Say = _notice) ->
     from corefit.engine.export import public_name
     from corefit.engine.model import model_fingerprint, resolve_base
 
-    path = Path(target).expanduser()
+    at, which = run_and_step(str(target))
+    path = Path(at).expanduser()
+    if which is not None and (path / "recipe.toml").is_file():
+        return _at_step(path, which, target, model, say)
     run: Path | None = None
     if (path / "recipe.toml").is_file():
         run, inner = path, [path / "adapter", path / "model"]
         path = next((folder for folder in inner if folder.is_dir()), path)
         if path == run:
-            raise ModelError(f"{run}: this run has no adapter/ or model/ yet; corefit train with --resume finishes it")
+            raise ModelError(
+                f"{run}: this run has no adapter/ or model/ yet; corefit train --resume {run} finishes it, "
+                f"{run}@latest is its newest checkpoint"
+            )
     elif (path.parent / "recipe.toml").is_file():
         run = path.parent
     facts: dict[str, Any] = _read(path / "corefit.json")
@@ -96,6 +106,24 @@ def find(target: str | Path, *, model: str | None = None, say: Say = _notice) ->
     if known and known != model_fingerprint(str(base)):
         say(f"{base}: not the files that this adapter was trained on (another fingerprint): answers may differ")
     return Found(path, base, name or public_name(str(base)), path, facts, trust)
+
+
+def _at_step(run: Path, which: str, target: str | Path, model: str | None, say: Say) -> Found:
+    """Make an adapter or model folder of a checkpoint, which goes when the process ends."""
+    from corefit.data.tokenizer import Tokenizer
+    from corefit.engine import checkpoint
+    from corefit.engine.export import Provenance, export
+
+    saved = checkpoint.load(checkpoint.find(run / "checkpoints", which))
+    recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8")).get("model", {})
+    facts, trust = dict(saved.state["extra"]["provenance"]), bool(recipe.get("trust_remote_code", False))
+    base = _base(model, recipe.get("base"), run, facts["base"], target, say, trust)
+    made = Path(tempfile.mkdtemp(prefix="corefit-"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    files = Tokenizer.load(base).files()
+    provenance = Provenance.from_dict(facts, base_folder=base, tokenizer_files=files)
+    folder = export(made / "at", saved.state["extra"]["layout"], saved.trainable, provenance)
+    return replace(find(folder, model=str(base), say=say), trust_remote_code=trust)
 
 
 def _base(

@@ -40,12 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"corefit {__version__} ({kernel.NAME} kernel)")
         return 0
     debug = "--debug" in arguments
+    code = 0
     for stream in (sys.stdout, sys.stderr):  # a terminal that can't show a character must not end a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         args = _parser().parse_args([a for a in arguments if a != "--debug"])
-        code: int = args.run(args)
+        code = int(args.run(args))
         sys.stdout.flush()  # a broken pipe must show here, not at interpreter exit
         return code
     except CorefitError as error:
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # `corefit recipes | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return code
     except Exception as error:  # a bug of corefit or of a plugin: one line unless asked for more
         if debug:
             raise
@@ -128,7 +129,15 @@ def _parser() -> _Parser:
     train.add_argument("--scheduler", metavar="NAME", help="constant, linear, cosine, wsd or a plugin's")
     train.add_argument("--out", metavar="DIR", help="the run folder (default: runs/<recipe>-<n>)")
     train.add_argument(
-        "--resume", action="store_true", help="continue the newest unfinished run of this recipe, or start it"
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="RUN[@STEP]",
+        help="continue the newest run of this recipe, or start it; RUN: that one; with --out in a new folder",
+    )
+    train.add_argument(
+        "--allow-changes", action="store_true", help="resume although data, recipe, model or a plugin changed"
     )
 
     pack = verb("pack", _pack, "Encode the data once, ahead of time, for runs with pack.arena. No model is loaded.")
@@ -147,7 +156,7 @@ def _parser() -> _Parser:
     inspect.add_argument("--json", action="store_true", help="one JSON object a sample, all of them, in data order")
 
     chat = verb("chat", _chat, "Talk to a run, an adapter or a model, with the template that training used.")
-    chat.add_argument("target", metavar="RUN|ADAPTER|MODEL")
+    chat.add_argument("target", metavar="RUN[@STEP]|ADAPTER|MODEL")
     chat.add_argument("--prompt", metavar="TEXT", help="one answer instead of a conversation")
     chat.add_argument("--system", metavar="TEXT", help="a system message")
     chat.add_argument("--compare", action="store_true", help="answers with the adapter off and on")
@@ -156,7 +165,7 @@ def _parser() -> _Parser:
     chat.add_argument("--max-tokens", type=int, default=512, metavar="N")
 
     merge = verb("merge", _merge, "Write base model and adapter as one plain Hugging Face folder.")
-    merge.add_argument("target", metavar="RUN|ADAPTER")
+    merge.add_argument("target", metavar="RUN[@STEP]|ADAPTER")
     merge.add_argument("--out", required=True, metavar="DIR", help="the folder to write; must be new or empty")
     merge.add_argument("--model", metavar="PATH", help="the base model, where it moved")
 
@@ -199,7 +208,8 @@ def _train(args: argparse.Namespace) -> int:
     from corefit.run import train_from
 
     flags = _flags(args, "quantizer", "scheduler", "out")
-    return train_from(args.recipe, flags, args.sets, resume=args.resume).exit_code
+    how = dict(resume=args.resume, allow_changes=args.allow_changes, own_process=True)
+    return train_from(args.recipe, flags, args.sets, **how).exit_code
 
 
 def _inspect(args: argparse.Namespace) -> int:

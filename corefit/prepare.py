@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,12 +19,22 @@ import numpy as np
 from corefit.data.arena import Arena, write_arena
 from corefit.data.block import RECORD, RECORD_COLUMNS, Block, fit
 from corefit.data.encode import Encoder, make_encoder
-from corefit.data.jsonl import find_files, spool
+from corefit.data.jsonl import STDIN_NAME, find_files, spool
 from corefit.data.ledger import Ledger
 from corefit.data.stream import Source, Stream
 from corefit.data.tokenizer import Tokenizer
 from corefit.errors import DataError, RecipeError, unknown
-from corefit.recipe import Data, Recipe, apply_overrides, load_recipe, option_keys, options_from, recipe_path
+from corefit.recipe import (
+    Data,
+    Recipe,
+    apply_overrides,
+    flat,
+    load_recipe,
+    option_keys,
+    options_from,
+    recipe_path,
+    run_and_step,
+)
 from corefit.registry import Registry
 from corefit.types import BadRecord, DatasetReader, Drop, Item, MapFunction, PromptTemplate, Record, Sample, Sources
 
@@ -33,6 +43,8 @@ SNIFFED = 32
 """Records looked at when no map function is named."""
 CODE = ("types.py", "templates.py", "defaults.py", "prepare.py", "recipe.py")
 """Files of corefit that samples depend on, beside those in ``data``."""
+HASHED_WHOLE = 2**26
+"""Bytes of a data file up to which all of it is hashed."""
 MAX_THREADS = 8
 """That encode records, where the recipe doesn't say how many."""
 
@@ -64,7 +76,8 @@ def resolve(
         resolved = apply_overrides(Recipe(), flags, sets)
         name = flags.get("plugin") or "run"
     else:
-        file = Path(recipe) / "recipe.toml" if Path(recipe).is_dir() else recipe_path(recipe)
+        folder, _ = run_and_step(recipe)
+        file = Path(folder) / "recipe.toml" if Path(folder).is_dir() else recipe_path(recipe)
         resolved = apply_overrides(load_recipe(file), flags, sets)
         name = file.parent.name.rsplit("-", 1)[0] if file.name == "recipe.toml" else file.stem
     for entry in resolved.data:
@@ -98,7 +111,9 @@ def _reader(name: str | None, map_name: str, registry: Registry) -> DatasetReade
     return registry.reader(name or (map_name if map_name in registry.readers else "jsonl"))
 
 
-def prepare(recipe: Recipe, registry: Registry, *, tokenizer: Path, spool_to: Path | None) -> Prepared:
+def prepare(
+    recipe: Recipe, registry: Registry, *, tokenizer: Path, spool_to: Path | None, again: bool = False
+) -> Prepared:
     """Resolve names into stations.
 
     Args:
@@ -106,6 +121,7 @@ def prepare(recipe: Recipe, registry: Registry, *, tokenizer: Path, spool_to: Pa
         registry: the loaded plugins.
         tokenizer: a folder or a ``tokenizer.model`` file.
         spool_to: where standard input and compressed files are unpacked; None: they are refused.
+        again: a run goes on: what it unpacked from standard input is read, not standard input.
     """
     tok = Tokenizer.load(tokenizer)
     template = registry.template(recipe.template.name or "tokenizer")
@@ -119,7 +135,7 @@ def prepare(recipe: Recipe, registry: Registry, *, tokenizer: Path, spool_to: Pa
     sources: list[Source] = []
     val_sources: list[Source] = []
     for entry in recipe.data:
-        train, val, lines = _sources(entry, recipe, registry, spool_to)
+        train, val, lines = _sources(entry, recipe, registry, spool_to, again)
         sources.append(train)
         val_sources += val
         choices += lines
@@ -146,14 +162,15 @@ def _sources(
     entry: Data,
     recipe: Recipe,
     registry: Registry,
-    spool_to: Path | None,  # noqa: ANN401
+    spool_to: Path | None,
+    again: bool,
 ) -> tuple[Source, tuple[Source, ...], list[str]]:
     """Resolve one ``[[data]]`` table: the training source, its validation sources, lines about what was chosen."""
     specs = [entry.path] if isinstance(entry.path, str) else list(entry.path or ())
     train: tuple[Path, ...] = ()
     val: tuple[Path, ...] = ()
     if specs:
-        specs = [_plain(spec, recipe, entry, spool_to) for spec in specs]
+        specs = [_plain(spec, recipe, entry, spool_to, again) for spec in specs]
         found = find_files(specs, base=Path.cwd())
         train, val = found.train, found.val
     limit = entry.max_record_mb * 2**20
@@ -190,7 +207,7 @@ def _sources(
     return source(train, shuffle=entry.shuffle), (source(val, shuffle=False),) if val else (), lines
 
 
-def _plain(spec: str, recipe: Recipe, entry: Data, spool_to: Path | None) -> str:  # noqa: ANN401
+def _plain(spec: str, recipe: Recipe, entry: Data, spool_to: Path | None, again: bool) -> str:
     """Give a path that can be read twice: standard input, and .gz where it is shuffled, are unpacked first."""
     packed = spec.endswith(".gz") and (entry.shuffle or recipe.train.epochs != 1) and not recipe.pack.arena
     if spec != "-" and not packed:
@@ -199,6 +216,8 @@ def _plain(spec: str, recipe: Recipe, entry: Data, spool_to: Path | None) -> str
         if spec == "-":
             raise RecipeError("--data -: standard input can be read once only; give a file")
         return spec
+    if spec == "-" and again and (spool_to / STDIN_NAME).is_file():
+        return str(spool_to / STDIN_NAME)
     return str(spool(spec, spool_to))
 
 
@@ -330,18 +349,61 @@ def arena_key(plan: Prepared) -> dict[str, Any]:
             key[f"{where}.{name}"] = getattr(entry, name)
         key[f"{where}.options"] = dict(entry.options)
         used |= {("reader", source.reader.name), ("map function", source.map_function.name)}
+    return key | _plugins(registry, used)
+
+
+def _plugins(registry: Registry, used: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Give version and code of the plugins behind (kind, name); corefit's own come with its version."""
+    found: dict[str, Any] = {}
     for kind, name in sorted(used):
         plugin = registry.provider(kind, name)
-        key[f"version of {kind} {name}"] = plugin.source
+        found[f"version of {kind} {name}"] = plugin.source
         package = plugin.module.partition(":")[0].partition(".")[0]
         spec = importlib.util.find_spec(package)
         if package == "corefit" or spec is None:
             continue
         folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-        found = [_code(folder, ("**/*",)) for folder in folders]
+        codes = [_code(folder, ("**/*",)) for folder in folders]
         file = Path(spec.origin or "")
-        key[f"code of {kind} {name}"] = found or [_code(file.parent, (file.name,))]
-    return key
+        found[f"code of {kind} {name}"] = codes or [_code(file.parent, (file.name,))]
+    return found
+
+
+def identity(plan: Prepared, base_fingerprint: str) -> dict[str, str]:
+    """Give what must not change unnoticed while a run goes on: key -> value in words.
+
+    All recipe keys, what is in the files that they name, and version and code of the plugins.
+    """
+    recipe = plan.recipe
+    found = flat(without_out(recipe))
+    found |= {"base model": base_fingerprint[:16], "tokenizer": plan.tokenizer.fingerprint[:16]}
+    for word, sources in (("data", plan.sources), ("val", plan.val_sources)):
+        for number, source in enumerate(sources):
+            for i, path in enumerate(source.sources.paths):
+                facts = file_facts(path)
+                found[f"file {i} of {word} {number}"] = f"{path.name}, {facts['bytes']:,} bytes, {facts['sha256'][:16]}"
+    used = {("template", plan.template.name), ("quantizer", recipe.model.quantizer)}
+    used.add(("scheduler", recipe.train.scheduler))
+    used |= {("reader", s.reader.name) for s in plan.sources} | {
+        ("map function", s.map_function.name) for s in plan.sources
+    }
+    return found | {key: str(value) for key, value in _plugins(plan.registry, used).items()}
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """Give path, size and SHA-256 of a data file; of a large one only the size and 64 blocks are hashed.
+
+    So 100 GB take no time, and an edit within one that leaves its size as it was may go unseen.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= HASHED_WHOLE:
+            return {"path": str(path), "bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        for block in range(64):
+            file.seek((size - 2**16) * block // 63)
+            digest.update(file.read(2**16))
+    return {"path": str(path), "bytes": size, "sha256": digest.hexdigest(), "of": "64 blocks"}
 
 
 def _code(folder: Path, patterns: Sequence[str]) -> str:

@@ -201,6 +201,8 @@ class Checkpoint:
     """Minutes between checkpoints; None: by steps only."""
     keep: Count = 2
     """Newest checkpoints that are kept."""
+    keep_best: bool = False
+    """Save after a validation with a new lowest loss, and keep the newest such checkpoint beside the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -712,6 +714,24 @@ def to_toml(recipe: Recipe) -> str:
     return toml_dumps(table)
 
 
+def flat(recipe: Recipe) -> dict[str, str]:
+    """Give every key that is set, ``data.0.map`` and the like, with its value as TOML."""
+    found: dict[str, str] = {}
+
+    def add(key: str, value: object) -> None:
+        if isinstance(value, Mapping):
+            for name, item in value.items():
+                add(f"{key}.{name}", item)
+        elif value is not None:
+            found[key] = _value(value)
+
+    for title in SECTIONS:
+        section = getattr(recipe, title)
+        for number, each in enumerate(section) if isinstance(section, tuple) else ((None, section),):
+            add(title if number is None else f"{title}.{number}", _set_keys(each))
+    return found
+
+
 def _set_keys(section: Any) -> dict[str, Any]:  # noqa: ANN401, one of the section classes
     values = {item.name: getattr(section, item.name) for item in dataclasses.fields(section)}
     return {name: value for name, value in values.items() if value is not None and value != {}}
@@ -806,6 +826,21 @@ def recipe_path(name: str | Path) -> Path:
     near = difflib.get_close_matches(Path(name).stem, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise RecipeError(f"{name}: no such file or recipe; {hint}`corefit recipes` lists those that ship")
+
+
+def run_and_step(target: str) -> tuple[str, str | None]:
+    """Take ``RUN@500``, ``RUN@best`` or ``RUN/checkpoints/step-00000500`` apart; anything else comes back with None.
+
+    >>> run_and_step("runs/mine-1@500"), run_and_step("runs/mine-1")
+    (('runs/mine-1', '500'), ('runs/mine-1', None))
+    """
+    run, at, step = target.rpartition("@")
+    if at and (step.isdecimal() or step in ("best", "latest")) and not Path(target).exists():
+        return run, step
+    path = Path(target)
+    if path.parent.name == "checkpoints" and path.name.removeprefix("step-").isdecimal():
+        return str(path.parent.parent), path.name.removeprefix("step-")
+    return target, None
 
 
 def copy_recipe(name: str, dest: str | Path | None = None) -> Path:

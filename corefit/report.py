@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from corefit.errors import RunError
+from corefit.errors import RunError, system_words
 from corefit.types import StepReport
 
 
@@ -47,47 +47,73 @@ class JsonLines:
     """A file that grows by one JSON object a line, readable by others after every line.
 
     ``keep`` is how many bytes of an earlier run stay (a checkpoint says so); what lies behind them, also a torn line,
-    is cut off. ``missing`` says how many of them are gone, should someone have shortened the file.
+    is cut off. ``missing`` says how many of them are gone, should someone have shortened the file. What the disk
+    refuses is kept and written with a later line; ``trouble`` then says why, in words.
     """
 
     def __init__(self, path: Path, *, keep: int = 0) -> None:
         self.path = path
+        self.trouble = ""
+        self._unwritten = b""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab")
+            self._file = path.open("ab", buffering=0)
             self.missing = max(keep - self._file.tell(), 0)
-            self._file.truncate(keep - self.missing)
+            self._length = keep - self.missing
+            self._file.truncate(self._length)
         except OSError as error:
             raise RunError(f"{path}: can't be written: {error.strerror}") from error
 
     def write(self, value: object) -> None:
-        """Append one object.
-
-        Raises:
-            RunError: the disk is full, or the folder gone.
-        """
+        """Append one object, or keep it until the disk takes it."""
+        self._unwritten += to_json(value).encode() + b"\n"
         try:
-            self._file.write(to_json(value).encode() + b"\n")
-            self._file.flush()
+            self._flush()
         except OSError as error:
-            raise RunError(f"{self.path}: can't be written: {error.strerror}") from error
+            self.trouble = f"{self.path}: can't be written: {system_words(error)}"
 
     def sync(self) -> int:
-        """Wait until all lines are on the disk; give their length in bytes."""
-        self._file.flush()
+        """Wait until all lines are on the disk; give their length in bytes.
+
+        Raises:
+            OSError: some can't be written.
+        """
+        self._flush()
         os.fsync(self._file.fileno())
-        return self._file.seek(0, os.SEEK_END)
+        return self._length
 
     def close(self) -> None:
-        """Close the file; a line that could not be written was said when it was."""
+        """Close the file; lines that could not be written are lost."""
         with contextlib.suppress(OSError):
             self._file.close()
+
+    def _flush(self) -> None:
+        done = 0
+        try:
+            if self.trouble:  # what was written of a line before it was refused
+                self._file.truncate(self._length)
+            while done < len(self._unwritten):
+                done += self._file.write(self._unwritten[done:])
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._length)  # no half line for readers
+            raise
+        self._length, self._unwritten, self.trouble = self._length + done, b"", ""
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read what ``JsonLines`` wrote; a last line that was cut short is left out."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an object; an empty one where there is no such file, or a broken one."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 class Progress:
@@ -115,22 +141,25 @@ class Progress:
         if self._bar is not None:
             self._bar.n = report.progress
             self._bar.set_description_str(text, refresh=False)
-            self._bar.refresh()
+            with contextlib.suppress(OSError):
+                self._bar.refresh()
         elif self._first is None or report.skipped or report.step % self._every == 0:
-            print(text, file=self._file, flush=True)
+            self.note(text)
         self._first = self._first or (now, report.progress)
 
     def note(self, text: str) -> None:
-        """Print a line of its own, above the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._file)
-        else:
-            print(text, file=self._file, flush=True)
+        """Print a line of its own, above the bar; a terminal that is gone ends no run."""
+        with contextlib.suppress(OSError):
+            if self._bar is not None:
+                self._bar.write(text, file=self._file)
+            else:
+                print(text, file=self._file, flush=True)
 
     def close(self) -> None:
         """End the line; a bar that is not full stays as it is."""
-        if self._bar is not None:
-            self._bar.close()
+        with contextlib.suppress(OSError):
+            if self._bar is not None:
+                self._bar.close()
 
 
 def step_line(report: StepReport, left: float | None) -> str:

@@ -6,12 +6,15 @@ model joins them in ``session``, which is imported, and torch with it, only when
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import re
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,12 +23,19 @@ from typing import Any
 from corefit import __version__, show
 from corefit.data.arena import Arena
 from corefit.data.block import Block, gains
-from corefit.errors import RecipeError, UserError
-from corefit.prepare import Prepared, arena_key, make_arena, prepare, resolve, tally, walk, without_out
-from corefit.recipe import Recipe, load_recipe, to_toml
+from corefit.durable import write_whole
+from corefit.errors import RecipeError, UserError, system_words
+from corefit.prepare import Prepared, arena_key, identity, make_arena, prepare, resolve, tally, walk, without_out
+from corefit.recipe import Recipe, flat, load_recipe, run_and_step
 from corefit.registry import Registry
-from corefit.report import read_lines
+from corefit.report import read_json, read_lines
 
+LIMITS = re.compile(r"(train\.(epochs|max_steps)|val\.(every_steps|patience)|checkpoint\..*|sample\..*|run\..*)$")
+"""Recipe keys that may change where a run goes on."""
+PLACES = re.compile(r"(model\.base|data\.\d+\.path|val\.data|pack\.arena)$")
+"""Those that say where something lies; what lies there is compared by its fingerprint."""
+ENDS = ("train.epochs", "train.max_steps", "val.patience")
+"""Those with which a finished run goes on."""
 INSPECTED = 10_000
 """Samples that ``corefit inspect`` looks at for its histogram."""
 
@@ -71,11 +81,11 @@ class Run:
         return Chatter(self.path, max_tokens=max_tokens).ask(prompt)
 
 
-def _new_folder(recipe: Recipe, name: str, *, resume: bool) -> Path:
+def _new_folder(recipe: Recipe, name: str) -> Path:
     """Give the folder of a new run, which does not exist or is empty yet."""
     if recipe.run.out:
         out = Path(recipe.run.out)
-        if not resume and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+        if out.is_file() or (out.is_dir() and any(out.iterdir())):
             raise RecipeError(
                 f"--out {str(out)!r} is there and not empty; --resume continues it, another name starts anew"
             )
@@ -86,25 +96,55 @@ def _new_folder(recipe: Recipe, name: str, *, resume: bool) -> Path:
     return folder
 
 
-def _earlier(recipe: Recipe, name: str, given: str | None) -> Path | None:
-    """Give the newest run of exactly this recipe, finished or not; None where there is none.
+def _earlier(recipe: Recipe, name: str, say: Say) -> Path | None:
+    """Give the newest run of this recipe, finished or not, where only its limits may differ; None: there is none."""
+    numbered = [p for p in Path("runs").glob(f"{name}-*") if p.name.removeprefix(f"{name}-").isdecimal()]
+    wanted, nearest = flat(without_out(recipe)), ""
+    for folder in sorted(numbered, key=lambda p: int(p.name.removeprefix(f"{name}-")), reverse=True):
+        if (folder / "run.json").is_file() and (folder / "recipe.toml").is_file():
+            old = flat(load_recipe(folder / "recipe.toml"))
+            if all(LIMITS.match(key) for key, *_ in differences(old, wanted)):
+                return folder
+            nearest = nearest or f"; {folder} is another: {words(differences(old, wanted))}"
+    say(f"resume: no earlier run of this recipe, so a new one starts{nearest}")
+    return None
+
+
+def _fork(source: Path, which: str | None, folder: Path) -> None:
+    """Begin a run folder with one checkpoint of another run, and the metrics and samples up to it.
 
     Raises:
-        RecipeError: the folder that was named holds a run of another recipe.
+        CheckpointError: there is no such checkpoint, or it is torn. RecipeError: the folder can't be written.
     """
-    if named := recipe.run.out or (given if given and (Path(given).parent / "run.json").is_file() else None):
-        folders = [Path(named).parent if Path(named).is_file() else Path(named)]
-    else:
-        numbered = [p for p in Path("runs").glob(f"{name}-*") if p.name.removeprefix(f"{name}-").isdecimal()]
-        folders = sorted(numbered, key=lambda p: int(p.name.removeprefix(f"{name}-")), reverse=True)
-    wanted = to_toml(without_out(recipe))
-    for folder in folders:
-        if (folder / "run.json").is_file():
-            if to_toml(without_out(load_recipe(folder / "recipe.toml"))) == wanted:
-                return folder
-            if named:
-                raise RecipeError(f"--resume: {folder / 'recipe.toml'} differs from what this command asks for")
-    return None
+    from corefit.engine import checkpoint
+
+    path = (
+        checkpoint.find(source / "checkpoints", which) if which else checkpoint.newest_whole(source / "checkpoints")[0]
+    )
+    if path is None:
+        raise RecipeError(f"--resume {source}: it has no whole checkpoint to go on from")
+    lengths = checkpoint.load(path).state["lengths"]
+    try:
+        shutil.copytree(path, folder / "checkpoints" / path.name)
+        if (source / "data").is_dir():
+            shutil.copytree(source / "data", folder / "data")
+        for name, length in lengths.items():
+            write_whole(folder / name, (source / name).read_bytes()[:length])
+        for name in ("recipe.toml", "run.json"):  # run.json last: with it the folder is a run
+            write_whole(folder / name, (source / name).read_bytes())
+    except OSError as error:
+        raise RecipeError(f"--out {folder}: can't be written: {system_words(error)}") from error
+
+
+def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """Give (key, old, new) for every key whose value changed."""
+    keys = sorted({*old, *new})
+    return [(k, old.get(k, "nothing"), new.get(k, "nothing")) for k in keys if old.get(k) != new.get(k)]
+
+
+def words(changes: Iterable[tuple[str, str, str]]) -> str:
+    """Give changes on one line."""
+    return "; ".join(f"{key}: {old} -> {new}" for key, old, new in changes)
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -121,7 +161,8 @@ def train(
     scheduler: str | None = None,
     out: str | os.PathLike[str] | None = None,
     seed: int | None = None,
-    resume: bool = False,
+    resume: bool | str = False,
+    allow_changes: bool = False,
     sets: Sequence[str] = (),
     say: Say = print,
 ) -> Run:
@@ -137,7 +178,8 @@ def train(
         scheduler: name of a scheduler.
         out: the run folder.
         seed: of everything that is random.
-        resume: continue the newest unfinished run of this recipe, or start it.
+        resume: continue the newest run of this recipe, or start it; or the run to go on from: ``"RUN"``, ``"RUN@500"``.
+        allow_changes: go on although recipe, data, template, tokenizer, base or a plugin is not what it was.
         sets: ``"section.key=value"``, as for ``--set``.
         say: where lines about the run go.
 
@@ -146,33 +188,114 @@ def train(
     """
     given = dict(model=model, data=data, plugin=plugin, template=template, quantizer=quantizer, scheduler=scheduler)
     flags = {name: str(value) for name, value in {**given, "out": out, "seed": seed}.items() if value is not None}
-    return train_from(None if recipe is None else str(recipe), flags, sets, resume=resume, say=say)
+    return train_from(
+        None if recipe is None else str(recipe), flags, sets, resume=resume, allow_changes=allow_changes, say=say
+    )
 
 
 def train_from(
-    recipe_name: str | None, flags: Mapping[str, str], sets: Sequence[str], *, resume: bool = False, say: Say = print
+    recipe_name: str | None,
+    flags: Mapping[str, str],
+    sets: Sequence[str],
+    *,
+    resume: bool | str = False,
+    allow_changes: bool = False,
+    own_process: bool = False,
+    say: Say = print,
 ) -> Run:
-    """Train as recipe and flags say; see ``train``."""
-    registry = Registry.load()
-    recipe, name, lines = resolve(recipe_name, flags, sets, registry)
+    """Train as recipe and flags say; see ``train``. ``own_process``: a second ctrl-C may end the process at once."""
+    registry, say = Registry.load(), _unfailing(say)
+    source, which = _named(resume)  # the run that is to go on, where one is named
+    if isinstance(resume, str) and source is None:
+        if recipe_name is not None or not Path(resume).is_file():
+            raise RecipeError(f"--resume {resume}: no run there (no run.json)")
+        recipe_name = resume  # `train --resume my.toml`
+    if source is None and resume and recipe_name is not None:
+        source, which = _named(recipe_name)
+    recipe, name, lines = resolve(str(source) if recipe_name is None and source else recipe_name, flags, sets, registry)
+    if source is None and resume and recipe.run.out and (Path(recipe.run.out) / "run.json").is_file():
+        source = Path(recipe.run.out)
     quantizer, scheduler = registry.quantizer(recipe.model.quantizer), registry.scheduler(recipe.train.scheduler)
     say(f"corefit {__version__}: {lines[0] if lines else f'{recipe.model.base} on {_data_words(recipe)}'}")
-    from corefit.engine.model import resolve_base
+    from corefit.engine.model import model_fingerprint, resolve_base
 
     base = resolve_base(str(recipe.model.base), trust_remote_code=recipe.model.trust_remote_code, say=say)
-    folder = _new_folder(recipe, name, resume=resume)
-    plan = prepare(recipe, registry, tokenizer=base, spool_to=folder / "data")
-    found = _earlier(plan.recipe, name, recipe_name) if resume else None
-    if found and _status(found) == "complete":
-        say(f"{found} is complete: nothing to do")
-        return Run(found)
+    out = Path(recipe.run.out) if recipe.run.out else None
+    fork = source is not None and out is not None and out.resolve() != source.resolve()
+    if fork and out is not None and (out / "run.json").is_file():
+        source, which, fork = out, None, False  # this command line was here before
+    if source is not None and not fork:
+        folder = source
+        _only_newest(source, which)
+    else:
+        folder = out if resume and out and not fork else _new_folder(recipe, name)
+    plan = prepare(recipe, registry, tokenizer=base, spool_to=(source or folder) / "data", again=source is not None)
+    if resume and source is None and not recipe.run.out and (source := _earlier(plan.recipe, name, say)):
+        shutil.rmtree(folder, ignore_errors=True)  # what was unpacked for a new run
+        folder = source
+    facts = identity(plan, model_fingerprint(str(base)))
+    changes: list[tuple[str, str, str]] = []
+    if source is not None:
+        before = read_json(source / "run.json")
+        if "identity" not in before and not allow_changes:
+            raise RecipeError(
+                f"{source / 'run.json'}: broken, so nobody knows what the run was made with; --allow-changes goes on "
+                "all the same"
+            )
+        changes = differences(before.get("identity", facts), facts)
+        strange = [change for change in changes if not (LIMITS.match(change[0]) or PLACES.match(change[0]))]
+        if strange and not allow_changes:
+            raise RecipeError(
+                f"--resume: {source} was made with something else: {words(strange)}; --allow-changes goes on all the "
+                "same, a new --out without --resume starts anew"
+            )
+        if before.get("status") == "complete" and not fork and not any(key in ENDS for key, *_ in changes):
+            say(f"{source} is complete: nothing to do")
+            return Run(source)
+        if fork:
+            _fork(source, which, folder)
     for line in plan.choices:
         say(line)
+    if changes:
+        say(f"resume: changed since: {words(changes)}")
     from corefit.session import Interrupts, Session
 
-    with Interrupts(say) as interrupts:
-        session = Session(plan, found or folder, base, quantizer, scheduler, interrupts, say)
-        return Run(found or folder, session.play(resuming=found is not None))
+    with Interrupts(say, own_process=own_process) as interrupts:
+        session = Session(plan, folder, base, quantizer, scheduler, interrupts, say)
+        return Run(folder, session.play(identity=facts, resuming=source is not None, changes=changes))
+
+
+def _named(target: object) -> tuple[Path | None, str | None]:
+    """Give run folder and step of ``RUN``, ``RUN@500`` or a path inside; (None, None): no run."""
+    if not isinstance(target, str):
+        return None, None
+    run, which = run_and_step(target)
+    folder = Path(run).parent if Path(run).name == "recipe.toml" else Path(run)
+    return (folder, which) if (folder / "run.json").is_file() else (None, None)
+
+
+def _only_newest(run: Path, which: str | None) -> None:
+    """Refuse to go on in a run's own folder from anything but its newest whole checkpoint."""
+    if which is None:
+        return
+    from corefit.engine import checkpoint
+
+    wanted, newest = checkpoint.find(run / "checkpoints", which), checkpoint.newest_whole(run / "checkpoints")[0]
+    if wanted != newest:
+        raise RecipeError(
+            f"--resume {run}@{which}: this run has gone on to {newest and newest.name}; --out NEW goes on from there "
+            "in a new folder and leaves this one as it is"
+        )
+
+
+def _unfailing(say: Say) -> Say:
+    """Let no closed pipe or terminal end a run."""
+
+    def quietly(line: str) -> None:
+        with contextlib.suppress(OSError):
+            say(line)
+
+    return quietly
 
 
 def _data_words(recipe: Recipe) -> str:
@@ -180,11 +303,6 @@ def _data_words(recipe: Recipe) -> str:
         str(d.path if isinstance(d.path, str) else ", ".join(d.path or ["records of the reader"])) for d in recipe.data
     ]
     return ", ".join(paths)
-
-
-def _status(folder: Path) -> str:
-    status: str = json.loads((folder / "run.json").read_text("utf-8")).get("status", "running")
-    return status
 
 
 # -------------------------------------------------------------------------------------------------- inspect and chat

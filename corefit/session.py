@@ -2,65 +2,106 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
+import os
 import platform
+import random
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 
 from corefit import __version__, show
 from corefit.data.ledger import Ledger
 from corefit.data.stream import Estimate, Source, Stream, encode_validation, split_validation
+from corefit.durable import claim, write_whole
 from corefit.engine import attention, checkpoint, evaluate, export, model
-from corefit.engine.loop import Every, LoopState, autocast, train
+from corefit.engine.loop import Every, LoopState, autocast, progress_at, train
 from corefit.engine.loss import CausalLoss
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_notice
-from corefit.errors import CheckpointError, DataError, LedgerError, ModelError, RecipeError
-from corefit.prepare import Prepared, encoding_threads, make_stream, without_out
+from corefit.errors import CheckpointError, DataError, LedgerError, ModelError, RecipeError, RunError, system_words
+from corefit.prepare import Prepared, encoding_threads, file_facts, make_stream, without_out
 from corefit.recipe import Train, to_toml
-from corefit.report import JsonLines, Progress, answers_table, finite, perplexity, read_lines, summary
+from corefit.report import JsonLines, Progress, answers_table, finite, perplexity, read_json, read_lines, summary
 from corefit.types import BadRecord, Batch, Conversation, Message, Quantizer, Record, Scheduler, StepReport
 
 Say = Callable[[str], None]
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 SAMPLED_PROMPTS = 2
 """Questions taken from the validation records, else the first ones, where the recipe has no prompts of its own."""
+CURVE, BARS = 24, "▁▂▃▄▅▆▇█"
+"""Points of a learning rate's curve, and how high they can be."""
 FEW_STEPS = 50
 """A run with fewer steps is pointed to a smaller ``packs_per_step``."""
 
 
 class Interrupts:
-    """SIGINT and SIGTERM end the run after its step; a second one ends it at once. Off the main thread: nothing."""
+    """SIGINT, SIGTERM and SIGHUP end the run after its step; ctrl-C after that ends it at once.
 
-    def __init__(self, say: Say) -> None:
-        """``say`` is told that the step is being finished."""
-        self._say, self._received, self._before = say, 0, {}  # type: ignore[var-annotated]
+    Off the main thread, and for a signal that the process was started to ignore (nohup): nothing.
+    """
+
+    def __init__(self, say: Say, *, own_process: bool = False) -> None:
+        """``say`` is told that the step is being finished. ``own_process``: "at once" may end the whole process."""
+        self._say, self._own_process = say, own_process
+        self._received = 0
+        self._before: dict[int, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+        self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._handle)
+        if self._own_process:
+            # A handler in Python has to wait for the end of a backward pass; this thread doesn't.
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._pipe is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(self._pipe[1])  # the thread sees the end
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._received:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self._received = number
-        self._say(f"{signal.Signals(number).name}: finishing the step, then saving; once more ends at once")
+        if number != signal.SIGINT:
+            for fd in self._terminals:  # a terminal that hung up refuses every line from now on
+                if not os.isatty(fd):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+        self._say(f"{signal.Signals(number).name}: finishing the step, then saving; ctrl-C ends at once")
+
+    def _watch(self, pipe: int) -> None:
+        seen = 0
+        while received := os.read(pipe, 64):
+            for number in received:
+                if number == signal.SIGINT and seen:
+                    os._exit(128 + number)
+                seen += number in self._before
+        os.close(pipe)
 
     @property
     def reason(self) -> str:
@@ -81,10 +122,11 @@ class Patience:
     best: float | None = None
     bad: int = 0
 
-    def see(self, loss: float) -> None:
-        """Take note of a validation loss, in nats."""
+    def see(self, loss: float) -> bool:
+        """Take note of a validation loss, in nats; say whether it is the lowest so far."""
         better = self.best is None or loss < self.best
         self.best, self.bad = (loss, 0) if better else (self.best, self.bad + 1)
+        return better
 
     @property
     def reason(self) -> str:
@@ -112,6 +154,7 @@ class Session:
         self.patience = Patience(self.recipe.val.patience)
         self.state, self.lengths = LoopState(), {"metrics.jsonl": 0, "samples.jsonl": 0}
         self.proofs: dict[str, Any] = {}
+        self.best = 0  # the step after which the validation loss was lowest
         self.validated: set[int] = set()
         self.sampled: set[int] = set()
         self._model(quantizer)
@@ -196,6 +239,19 @@ class Session:
         self.counts = counts = model.count_parameters(network)
         self.fingerprint = model.model_fingerprint(str(self.base))
         how = "all of it" if full else f"LoRA r {spec.r} on {', '.join(network.peft_config['default'].target_modules)}"
+        plan = self.plan
+        self.provenance = export.Provenance(
+            base=str(recipe.model.base),
+            base_folder=self.base,
+            fingerprint=self.fingerprint,
+            tokenizer_files=plan.tokenizer.files(),
+            template=plan.template.name,
+            chat_template=plan.template.chat_template,
+            stop=plan.encoder.stop,
+            stop_ids=plan.encoder.stop_ids,
+            supervise=recipe.template.supervise,
+            quantizer=recipe.model.quantizer,
+        )
         self.say(
             f"model: {counts.total / 1e6:,.1f}M parameters, base weights {quantizer.name}, "
             f"{counts.trainable / 1e6:,.2f}M trainable ({how})"
@@ -225,27 +281,36 @@ class Session:
             self.say(notice)
         self.scaler = make_scaler(self.device, enabled=self.precision.use_scaler)
         torch.manual_seed(settings.seed)
+        random.seed(settings.seed)
+        np.random.seed(settings.seed % 2**32)
 
     # -------------------------------------------------------------------------------------------------------- the run
 
-    def play(self, *, resuming: bool) -> int:
-        """Train to the end, write what the run leaves, and give the exit code."""
+    def play(
+        self, *, identity: Mapping[str, str], resuming: bool = False, changes: Sequence[tuple[str, str, str]] = ()
+    ) -> int:
+        """Train to the end, write what the run leaves, and give the exit code.
+
+        ``identity``: what must not change unnoticed until the run ends; ``changes``: (key, before, now) of it, allowed.
+        """
         settings, every = self.recipe.train, self.recipe.checkpoint
-        saved = self._saved() if resuming else None
-        self._open(resuming)
-        if saved is None:
-            self._validate(0)
-            self._sample(0)
-        else:
-            checkpoint.restore(saved, parameters=self.parameters, optimizer=self.optimizer, scaler=self.scaler)
+        lock = self._claim()
+        saved = self._saved(changes) if resuming else None
+        self._open(identity, saved, changes)
+        self.checkpoint = Every(self._save, steps=every.every_steps, minutes=every.every_minutes or 0.0)
         try:
+            if saved is None:
+                self._validate(0)
+                self._sample(0)
+            else:
+                checkpoint.restore(saved, parameters=self.parameters, optimizer=self.optimizer, scaler=self.scaler)
             reason = train(
                 loss_fn=self.loss_fn,
                 steps=self.stream.steps(settings.packs_per_step, settings.micro_batch),
                 parameters=self.parameters,
                 optimizer=self.optimizer,
                 scaler=self.scaler,
-                lr_at=lambda progress: settings.lr * self.scheduler.factor(progress, settings.warmup),
+                lr_at=self._lr_at,
                 state=self.state,
                 clip=settings.clip,
                 epochs=settings.epochs,
@@ -253,7 +318,7 @@ class Session:
                 on_step=self._report,
                 validate=Every(self._validate, steps=self.recipe.val.every_steps or 0),
                 sample=Every(self._sample, steps=self.recipe.sample.every_steps or 0),
-                checkpoint=Every(self._save, steps=every.every_steps or 0, minutes=every.every_minutes or 0.0),
+                checkpoint=self.checkpoint,
                 should_stop=lambda: self.interrupts.reason or self.patience.reason,
                 **self.context,
             )
@@ -268,14 +333,30 @@ class Session:
                 self._sample(self.state.step)
             return self._finish(reason)
         except BaseException as error:
-            self._write_run("failed", error=f"{type(error).__name__}: {error}")
+            with contextlib.suppress(OSError):
+                self._write_run("failed", error=f"{type(error).__name__}: {error}")
             raise
         finally:
             self.progress.close()
             self.metrics.close()
             self.samples.close()
+            if lock is not None:
+                os.close(lock)
 
-    def _saved(self) -> checkpoint.Checkpoint | None:
+    def _lr_at(self, progress: float) -> float:
+        return self.recipe.train.lr * self.scheduler.factor(progress, self.recipe.train.warmup)
+
+    def _claim(self) -> int | None:
+        """Make the run folder and lock it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return claim(self.folder)
+        except BlockingIOError:
+            raise RecipeError(f"run.out: {self.folder}: another process is training in it") from None
+        except OSError as error:
+            raise RecipeError(f"run.out: {self.folder}: can't be written: {system_words(error)}") from error
+
+    def _saved(self, changes: Sequence[tuple[str, str, str]]) -> checkpoint.Checkpoint | None:
         """Give the newest whole checkpoint and put stream and loop where it left them; None: there is none."""
         newest, torn = checkpoint.newest_whole(self.folder / "checkpoints")
         for line in torn:
@@ -287,28 +368,65 @@ class Session:
         self.state = LoopState.from_dict(saved.state["loop"])
         self.lengths = saved.state["lengths"]
         self.patience.best, self.patience.bad = saved.state["extra"]["patience"]
-        self.stream.load_state_dict(saved.state["loop"]["stream"])
         self.say(f"resume: from step {self.state.step} ({newest})")
+        for line in other_versions(saved.state["versions"], checkpoint.versions()):
+            self.say(line)
+        try:
+            self.stream.load_state_dict(saved.state["loop"]["stream"])
+        except (CheckpointError, DataError) as error:
+            if not any(key.startswith("file ") for key, *_ in changes):
+                raise
+            self.say(f"resume: {error}: so the records are read from the first on, and the ledger begins anew")
+            self.stream = make_stream(
+                self.plan,
+                epochs=self.recipe.train.epochs,
+                val_hashes=self.stream.val_hashes,
+                threads=self.stream.threads,
+            )
+            self.state.epoch = 0.0
+        if (old := limits_before(changes, self.recipe.train)) != self.recipe.train:
+            for line in new_curve(self._lr_at, self.state, old, self.recipe.train):
+                self.say(line)
         return saved
 
-    def _open(self, resuming: bool) -> None:
-        """Make the run folder and open the files that grow."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "recipe.toml").write_text(to_toml(without_out(self.recipe)), "utf-8")
-        except OSError as error:
-            raise RecipeError(f"run.out: {self.folder}: can't be written: {error.strerror}") from error
+    def _open(
+        self,
+        identity: Mapping[str, str],
+        saved: checkpoint.Checkpoint | None,
+        changes: Sequence[tuple[str, str, str]],
+    ) -> None:
+        """Write what the run is and open the files that grow."""
         self.facts = self._facts()
-        self._write_run("running")
+        before = read_json(self.folder / "run.json").get("resumed", [])
+        if saved is not None:
+            self.facts["resumed"] = [*before, {"step": saved.step, "changed": [list(change) for change in changes]}]
+        self.facts["identity"] = identity
+        try:
+            write_whole(self.folder / "recipe.toml", to_toml(without_out(self.recipe)).encode())
+            self._write_run("running")
+        except OSError as error:
+            raise RecipeError(f"run.out: {self.folder}: can't be written: {system_words(error)}") from error
+        self.progress = Progress(endless=not self.recipe.train.epochs and not self.recipe.train.max_steps)
         self.metrics = JsonLines(self.folder / "metrics.jsonl", keep=self.lengths["metrics.jsonl"])
         self.samples = JsonLines(self.folder / "samples.jsonl", keep=self.lengths["samples.jsonl"])
         for file in (self.metrics, self.samples):
             if file.missing:
                 self.say(f"{file.path}: {file.missing:,} bytes that the checkpoint counts on are gone")
-        self.progress = Progress(endless=not self.recipe.train.epochs and not self.recipe.train.max_steps)
+        if saved is not None:  # the line about this save came after it, so it was cut
+            self._write(
+                self.metrics,
+                {"step": saved.step, "save_seconds": None, "save_bytes": checkpoint.size_of(saved.path)},
+            )
+
+    def _write(self, file: JsonLines, value: object) -> None:
+        """Append a line; what the disk refuses is said once and written later."""
+        before = file.trouble
+        file.write(value)
+        if file.trouble and not before:
+            self.progress.note(f"{file.trouble}; its lines are kept until they can be, the run goes on")
 
     def _report(self, report: StepReport) -> None:
-        self.metrics.write(report)
+        self._write(self.metrics, report)
         self.progress.update(report)
 
     def _validate(self, step: int) -> None:
@@ -317,8 +435,10 @@ class Session:
             return
         self.validated.add(step)
         nats, tokens = evaluate.validation_loss(self.loss_fn, self.val_batches, **self.context)
-        self.metrics.write({"step": step, "val_loss": nats, "val_perplexity": perplexity(nats), "val_tokens": tokens})
-        self.patience.see(nats)
+        line = {"step": step, "val_loss": nats, "val_perplexity": perplexity(nats), "val_tokens": tokens}
+        self._write(self.metrics, line)
+        if self.patience.see(nats) and step and self.recipe.checkpoint.keep_best:
+            self.best, self.checkpoint.asked = step, True
         self.progress.note(f"step {step}: validation loss {nats:.4f} (perplexity {perplexity(nats):,.2f})")
 
     def _sample(self, step: int) -> None:
@@ -335,12 +455,13 @@ class Session:
                 **self.context,
             )
             text = self.plan.tokenizer.decode(answer.ids)
-            self.samples.write({"step": step, "prompt": prompt, "answer": text, "stopped": answer.stopped})
+            self._write(self.samples, {"step": step, "prompt": prompt, "answer": text, "stopped": answer.stopped})
 
     def _save(self, step: int) -> None:
         """Write a checkpoint; where the disk refuses, say so and go on."""
+        began = time.perf_counter()
         try:
-            checkpoint.save(
+            path = checkpoint.save(
                 self.folder / "checkpoints",
                 step,
                 parameters=self.parameters,
@@ -348,10 +469,18 @@ class Session:
                 scaler=self.scaler,
                 loop=self.state.as_dict(),
                 lengths={"metrics.jsonl": self.metrics.sync(), "samples.jsonl": self.samples.sync()},
-                extra={"patience": [self.patience.best, self.patience.bad]},
+                extra={
+                    "patience": [self.patience.best, self.patience.bad],
+                    "layout": export.layout_of(self.network, self.provenance.name),
+                    "provenance": self.provenance.as_dict(),
+                },
                 keep=self.recipe.checkpoint.keep,
+                best=step == self.best,
             )
-        except CheckpointError as error:
+            seconds, size = time.perf_counter() - began, checkpoint.size_of(path)
+            self._write(self.metrics, {"step": step, "save_seconds": seconds, "save_bytes": size})
+        except (CheckpointError, OSError) as error:
+            self._write(self.metrics, {"step": step, "save_error": str(error)})
             self.progress.note(f"{error}; earlier checkpoints are whole, the run goes on")
 
     # -------------------------------------------------------------------------------------------------------- the end
@@ -381,23 +510,12 @@ class Session:
 
     def _export(self) -> None:
         """Write ``adapter/``, or ``model/`` after full fine-tuning."""
-        plan = self.plan
-        facts = export.Provenance(
-            base=str(self.recipe.model.base),
-            base_folder=self.base,
-            fingerprint=self.fingerprint,
-            tokenizer_files=plan.tokenizer.files(),
-            template=plan.template.name,
-            chat_template=plan.template.chat_template,
-            stop=plan.encoder.stop,
-            stop_ids=plan.encoder.stop_ids,
-            supervise=self.recipe.template.supervise,
-            quantizer=self.recipe.model.quantizer,
-        )
-        if self.recipe.adapter.kind == "none":
-            export.export_model(self.network, self.folder / "model", facts)
-        else:
-            export.export_adapter(self.network, self.folder / "adapter", facts)
+        name = "model" if self.recipe.adapter.kind == "none" else "adapter"
+        write = export.export_model if name == "model" else export.export_adapter
+        try:
+            write(self.network, self.folder / name, self.provenance)
+        except ModelError as error:
+            raise RunError(f"{error}; --resume goes on from the newest checkpoint and writes it again") from error
 
     def _facts(self) -> dict[str, Any]:
         """Give what ``run.json`` holds for the whole run: command line, versions, plugins, fingerprints."""
@@ -458,6 +576,42 @@ def forecast(estimate: Estimate, settings: Train) -> list[str]:
     return [line + ("" if estimate.exact else " (estimated from the first records and the size of the files)")]
 
 
+def limits_before(changes: Sequence[tuple[str, str, str]], now: Train) -> Train:
+    """Give the settings with the limits that the run had."""
+    old = {key: int(value) if value.isdecimal() else None for key, value, _ in changes}
+    epochs, steps = old.get("train.epochs", now.epochs), old.get("train.max_steps", now.max_steps)
+    return replace(now, epochs=epochs or 0, max_steps=steps)
+
+
+def new_curve(lr_at: Callable[[float], float], state: LoopState, old: Train, new: Train) -> list[str]:
+    """Say how long the run was and is now to be, and how the learning rate goes on from here."""
+
+    def progress(train: Train) -> float:
+        return progress_at(state.step, state.epoch, max_steps=train.max_steps, epochs=train.epochs)
+
+    here, before = progress(new), progress(old)
+    rest = [lr_at(here + (1 - here) * i / (CURVE - 1)) for i in range(CURVE)]
+    top = max(rest) or 1.0
+    curve = "".join(BARS[round((len(BARS) - 1) * rate / top)] for rate in rest)
+    return [
+        f"extended: at {100 * before:.0f} % of the run as it was ({length(old)}), {100 * here:.0f} % as it is now "
+        f"({length(new)})",
+        f"learning rate: was {lr_at(before):.3g} here, is {rest[0]:.3g}, and goes {curve} to {rest[-1]:.3g}",
+    ]
+
+
+def length(train: Train) -> str:
+    """Give the limits of a run in words."""
+    parts = [f"{train.epochs} epochs"] if train.epochs else []
+    return ", ".join(parts + ([f"{train.max_steps:,} steps"] if train.max_steps else [])) or "no limit"
+
+
+def other_versions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Say which software is not what it was, where any is: bits may then differ from a straight run's."""
+    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
+    return [f"resume: other versions: {', '.join(changed)}; bits may differ from a straight run's"] if changed else []
+
+
 def questions(records: Sequence[tuple[Source, Record | BadRecord]]) -> tuple[str, ...]:
     """Give the first user messages of the first of these records, for sample generations."""
     found: list[str] = []
@@ -481,17 +635,4 @@ def before_after(lines: Sequence[Mapping[str, Any]], last: int) -> list[tuple[st
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file in one step: whole, or as it was."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n", "utf-8")
-    aside.replace(path)
-
-
-def file_facts(path: Path) -> dict[str, Any]:
-    """Give path, size and a digest of a data file: of its size and its first and last MiB, so 100 GB take no time."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(2**20))
-        file.seek(max(size - 2**20, 0))
-        digest.update(file.read(2**20))
-    return {"path": str(path), "bytes": size, "sha256_of_ends": digest.hexdigest()}
+    write_whole(path, (json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n").encode())

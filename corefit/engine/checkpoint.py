@@ -1,8 +1,8 @@
 """Checkpoints: written aside, hashed, renamed; safetensors and JSON only, nothing that a program could hide in.
 
 A folder ``step-NNNNNNNN`` appears whole or not at all. Its ``manifest.json`` is written last, with the size and SHA-256
-of every other file; ``latest``, beside the folders, names the newest. What a killed save leaves behind is called
-``.tmp-*`` and goes with the next save.
+of every other file; ``latest`` and ``best``, beside the folders, name the newest and the one with the lowest validation
+loss. What a killed save leaves behind is called ``.tmp-*`` and goes with the next save.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from corefit.durable import sync, write_whole
 from corefit.engine.optimizer import load_optimizer_state, optimizer_state
 from corefit.errors import CheckpointError
 
@@ -43,7 +44,7 @@ class Checkpoint:
     step: int
     state: Mapping[str, Any]
     """``state.json``: ``loop`` (the fields of ``LoopState``, so also the stream's state), ``lengths`` (bytes of
-    ``metrics.jsonl`` and ``samples.jsonl``), ``versions``, ``extra``, and what ``restore`` puts back."""
+    ``metrics.jsonl`` and ``samples.jsonl``), ``versions``, ``extra`` (the caller's), and what ``restore`` puts back."""
     trainable: Mapping[str, torch.Tensor]
     optimizer: Mapping[str, torch.Tensor]
     rng: Mapping[str, torch.Tensor]
@@ -60,10 +61,12 @@ def save(
     lengths: Mapping[str, int],
     extra: Mapping[str, Any] | None = None,
     keep: int = 2,
+    best: bool = False,
 ) -> Path:
-    """Write ``folder/step-NNNNNNNN`` and delete all but the newest ``keep`` (at least 1) whole ones.
+    """Write ``folder/step-NNNNNNNN`` and delete all but the newest ``keep`` (at least 1) whole ones and the best.
 
-    ``loop`` is ``asdict(LoopState)``, ``lengths`` the durable byte lengths of the files that a resume cuts.
+    ``best``: it is the best so far. ``loop`` is ``asdict(LoopState)``, ``lengths`` the durable byte lengths of the
+    files that a resume cuts.
 
     Raises:
         CheckpointError: it can't be written (disk full, no permission); older ones are as they were, the run can go on.
@@ -101,19 +104,52 @@ def save(
             os.rename(target, old)
         os.rename(aside, target)
         sync(folder)
-        (folder / ".tmp-latest").write_text(target.name + "\n", encoding="utf-8")
-        sync(folder / ".tmp-latest")
-        os.replace(folder / ".tmp-latest", folder / "latest")
-        sync(folder)
+        mark(folder, "latest", step)
+        if best:
+            mark(folder, "best", step)
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(f"{target}: not saved: {error}") from error
     shutil.rmtree(old, ignore_errors=True)
     whole = [path for path in steps_in(folder) if step_of(path) <= step and not torn(path, hashes=False)]
+    kept = {*whole[-max(keep, 1) :], marked(folder, "best")}
     for path in steps_in(folder):
-        if step_of(path) <= step and path not in whole[-max(keep, 1) :]:
+        if step_of(path) <= step and path not in kept:
             shutil.rmtree(path, ignore_errors=True)
     return target
+
+
+def mark(folder: Path, word: str, step: int) -> None:
+    """Let ``latest`` or ``best`` name a step.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    write_whole(folder / word, f"{name_of(step)}\n".encode())
+
+
+def marked(folder: Path, word: str) -> Path | None:
+    """Give the checkpoint that ``latest`` or ``best`` names; None: there is no such file."""
+    path = folder / word
+    return folder / path.read_text("utf-8", "replace").strip() if path.is_file() else None
+
+
+def find(folder: Path, which: str) -> Path:
+    """Give the checkpoint of a step, ``latest`` or ``best``; it may still be torn.
+
+    Raises:
+        CheckpointError: there is none; names those that are there.
+    """
+    path = folder / name_of(int(which)) if which.isdecimal() else marked(folder, which)
+    if path is None or not path.is_dir():
+        there = ", ".join(str(step_of(found)) for found in steps_in(folder))
+        raise CheckpointError(f"{folder}: no checkpoint {which}; steps that are there: {there or 'none'}")
+    return path
+
+
+def size_of(path: Path) -> int:
+    """Give the bytes of all files of a checkpoint."""
+    return sum(file.stat().st_size for file in path.iterdir())
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
@@ -215,15 +251,6 @@ def sha256(path: Path) -> str:
     """Give the hash of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or a folder's entries are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def versions() -> dict[str, Any]:

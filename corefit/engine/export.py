@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from corefit import __version__
+from corefit.durable import sync
 from corefit.engine.model import _weight_files
 from corefit.errors import ModelError
 
@@ -69,6 +70,20 @@ class Provenance:
         """The base's name without any path of this machine."""
         return public_name(self.base)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Give a JSON-able object without the folder and the files, which are the base's."""
+        found = {item.name: getattr(self, item.name) for item in fields(self)}
+        del found["base_folder"], found["tokenizer_files"]
+        return found | {"base": self.name}
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], *, base_folder: Path, tokenizer_files: Mapping[str, bytes]
+    ) -> Provenance:
+        """Undo ``as_dict``."""
+        stops = {name: tuple(data[name]) for name in ("stop", "stop_ids")}
+        return cls(**{**data, **stops}, base_folder=base_folder, tokenizer_files=tokenizer_files)
+
 
 def public_name(base: str) -> str:
     """Give a hub name as it is, and of a folder only its name.
@@ -104,10 +119,14 @@ def written_aside(out: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
+        for path in sorted(aside.rglob("*")):
+            sync(path)
+        sync(aside)
         shutil.rmtree(old, ignore_errors=True)
         if out.exists():
             out.rename(old)
         aside.rename(out)
+        sync(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise ModelError(f"{out}: can't be written: {error.strerror or error}") from error
@@ -311,23 +330,57 @@ def rewrite_weights(
 # -------------------------------------------------------------------------------------------------------- exports
 
 
+def layout_of(model: Any, base: str) -> dict[str, Any]:  # noqa: ANN401, a PeftModel or a language model
+    """Give what is needed to export a model from its trained tensors alone; JSON-able.
+
+    ``adapter``: the content of ``adapter_config.json``; None for full fine-tuning. ``names``: name in the exported
+    files -> name of the parameter.
+    """
+    if not hasattr(model, "peft_config"):
+        config, exported = None, model.state_dict()
+    else:
+        from peft import get_peft_model_state_dict
+
+        # no look at the hub for changed embeddings: what was trained whole is in modules_to_save
+        config, exported = _adapter_config(model, base), get_peft_model_state_dict(model, save_embedding_layers=False)
+    own = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
+    names = {name: own[tensor.data_ptr()] for name, tensor in sorted(exported.items()) if tensor.data_ptr() in own}
+    return {"adapter": config, "names": names}
+
+
+def export(out: Path, layout: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], facts: Provenance) -> Path:
+    """Write an adapter or a model folder from a ``layout_of`` and tensors by the names of the parameters."""
+    if layout["adapter"] is None:
+        state = {name: tensors[own] for name, own in layout["names"].items()}
+        return _write_model(out, facts, state, set(layout["names"].values()))
+    return _write_adapter(out, facts, layout["adapter"], {key: tensors[own] for key, own in layout["names"].items()})
+
+
 def export_adapter(model: Any, out: Path, facts: Provenance) -> Path:  # noqa: ANN401, a PeftModel
     """Write a LoRA adapter as a plain PEFT folder; an older one at ``out`` is replaced once the new one is whole."""
-    from peft import LoraConfig, get_peft_model_state_dict
+    return export(out, layout_of(model, facts.name), dict(model.named_parameters()), facts)
+
+
+def _adapter_config(model: Any, base: str) -> dict[str, Any]:  # noqa: ANN401, a PeftModel
+    from peft import LoraConfig
 
     config = model.peft_config["default"].to_dict()
     # Keys at their defaults are left out: an older peft refuses keys that it doesn't know.
     usual = LoraConfig().to_dict()
     named = ("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "bias", "target_modules", "modules_to_save")
     kept = {key: value for key, value in config.items() if key in named or value != usual.get(key)}
-    kept |= {"base_model_name_or_path": facts.name, "inference_mode": True, "fan_in_fan_out": False, "revision": None}
-    # no look at the hub for changed embeddings: what was trained whole is in modules_to_save
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
+    kept |= {"base_model_name_or_path": base, "inference_mode": True, "fan_in_fan_out": False, "revision": None}
+    return {key: _plain(kept[key]) for key in sorted(kept)}
+
+
+def _write_adapter(
+    out: Path, facts: Provenance, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> Path:
+    ordered = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     with written_aside(out, replace=True) as folder:
         write_files(folder, serving_files(facts, "adapter"))
-        write_files(folder, {"adapter_config.json": _json({key: _plain(kept[key]) for key in sorted(kept)})})
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_files(folder, {"adapter_config.json": _json(config)})
+        save_file(ordered, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_model.safetensors").chmod(0o644)
     return out
 
@@ -345,8 +398,17 @@ def export_model(model: Any, out: Path, facts: Provenance, *, shard_bytes: int =
     Where the model's names are not those of the base's files, weights are written under the model's own names, in files
     of at most ``shard_bytes`` bytes (or one tensor).
     """
-    state = model.state_dict()
     parameters = {name for name, _ in model.named_parameters()}  # each tied tensor once
+    return _write_model(out, facts, model.state_dict(), parameters, shard_bytes)
+
+
+def _write_model(
+    out: Path,
+    facts: Provenance,
+    state: Mapping[str, torch.Tensor],
+    parameters: set[str],
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
     known = {name: entry for path in weight_files(facts.base_folder) for name, entry in read_header(path)[0].items()}
     with written_aside(out, replace=True) as folder:
         write_files(folder, base_files(facts.base_folder) | serving_files(facts, "model"))

@@ -56,18 +56,20 @@ class Every:
     """Called with the step, after it."""
     steps: int = 0
     minutes: float = 0.0
+    asked: bool = False
+    """True: due after this step, whatever the numbers say."""
     last_step: int = 0
     last_time: float = field(default_factory=time.monotonic)
 
     def due(self, step: int) -> bool:
         """Whether to run after ``step``."""
         late = self.minutes > 0 and time.monotonic() - self.last_time >= 60 * self.minutes
-        return late or (self.steps > 0 and step % self.steps == 0)
+        return self.asked or late or (self.steps > 0 and step % self.steps == 0)
 
     def run(self, step: int) -> None:
         """Call it, and count the minutes from its end."""
         self.call(step)
-        self.last_step, self.last_time = step, time.monotonic()
+        self.last_step, self.last_time, self.asked = step, time.monotonic(), False
 
 
 def train(

@@ -115,7 +115,7 @@ def test_killed_and_resumed_is_the_straight_run(tmp_path: Path, base: list[objec
     assert "resume: from step" in done.stdout
     straight, resumed = tmp_path / "straight", tmp_path / "killed"
     assert digest(resumed) == digest(straight)
-    varying = {"seconds", "tokens_per_s", "memory_bytes"}
+    varying = {"seconds", "tokens_per_s", "memory_bytes", "save_seconds", "save_bytes"}
     stripped = [
         [{k: v for k, v in line.items() if k not in varying} for line in lines(run / "metrics.jsonl")]
         for run in (straight, resumed)

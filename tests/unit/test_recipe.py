@@ -82,7 +82,7 @@ def test_sections_and_keys_are_those_of_the_recipe_page():
         "betas clip gradient_checkpointing seed",
         "val": "data share records every_steps patience",
         "sample": "prompts every_steps max_tokens",
-        "checkpoint": "every_steps every_minutes keep",
+        "checkpoint": "every_steps every_minutes keep keep_best",
         "run": "out threads device",
     }
     assert [item.name for item in dataclasses.fields(Recipe)] == [*SECTIONS, "origins"]

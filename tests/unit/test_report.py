@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -105,16 +106,39 @@ def test_a_new_run_starts_an_empty_file_and_a_shortened_one_is_noticed(tmp_path)
     assert read_lines(tmp_path / "absent") == []
 
 
-def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
+def test_a_file_that_cannot_be_opened_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"metrics.jsonl: can't be written: "):
         JsonLines(tmp_path / "file" / "metrics.jsonl")
+
+
+def test_lines_that_the_disk_refuses_are_kept_and_written_later(tmp_path):
     lines = JsonLines(tmp_path / "metrics.jsonl")
-    full = open("/dev/full", "wb")  # noqa: SIM115
-    lines._file.close()
-    lines._file = full
-    with pytest.raises(RunError, match="can't be written: No space left"):
-        lines.write({"a": 1})
+    lines.write({"a": 1})
+    real = lines._file
+
+    class Full:
+        """Takes a part of a line, then nothing."""
+
+        def write(self, data: bytes) -> int:
+            if data.startswith(b'{"a"'):
+                return real.write(data[:4])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        truncate = real.truncate
+
+    lines._file = Full()  # type: ignore[assignment]
+    lines.write({"a": 2})
+    assert lines.trouble == f"{tmp_path / 'metrics.jsonl'}: can't be written: no space left on device"
+    with pytest.raises(OSError, match="No space left"):
+        lines.sync()
+    lines.write({"a": 3})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"a": 1}\n', "no half line for readers"
+    lines._file = real
+    lines.write({"a": 4})
+    assert not lines.trouble
+    assert [line["a"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert lines.sync() == (tmp_path / "metrics.jsonl").stat().st_size
     lines.close()
 
 

@@ -1,0 +1,58 @@
+"""Files that outlive a crash: whole or as they were, and on the disk when the call returns."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file beside ``path`` and rename it: at any instant there is the new content or the old one.
+
+    Raises:
+        OSError: the disk refuses; ``path`` is as it was.
+    """
+    aside = path.with_name(f".tmp-{path.name}")
+    try:
+        aside.write_bytes(data)
+        sync(aside)
+        os.replace(aside, path)
+        sync(path.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+
+
+def claim(folder: Path) -> int | None:
+    """Lock a folder against a second process; give a handle to close. None: this system or disk has no locks.
+
+    The lock ends with the process, whatever ends that.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:  # a network disk without locks
+        os.close(handle)
+        return None
+    return handle

@@ -1,0 +1,472 @@
+"""Going on with a run: from which checkpoint, under what changes, into which folder; a disk that refuses; signals."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli import corefit, environment
+from safetensors.numpy import load_file
+
+from corefit.engine import checkpoint
+from corefit.errors import CorefitError, RecipeError, RunError
+from corefit.run import Run, train_from
+
+ROWS = "".join(
+    json.dumps({"text": f"### Human: What is {i}?### Assistant: It is number {i}, {'really ' * (i % 7)}so."}) + "\n"
+    for i in range(40)
+)
+SETS = [
+    *("pack.max_length=128", "train.packs_per_step=2", "sample.max_tokens=4", "adapter.r=4", "train.lr=5e-3"),
+    *("pack.held=16", "run.threads=1", "run.device=cpu", "train.epochs=2", "checkpoint.every_steps=3"),
+    *("checkpoint.keep=100", "val.every_steps=4"),
+]
+
+
+class Here:
+    """A folder with data, and training in it, in this process."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.said = folder, list[str]()
+        (folder / "rows.jsonl").write_text(ROWS, "utf-8")
+        self.flags = {"plugin": "oasst1", "template": "chatml", "model": str(model), "data": str(folder / "rows.jsonl")}
+
+    def train(self, *sets: str, recipe: str | None = None, resume: bool | str = False, **more: Any) -> Run:
+        flags = {**self.flags, **{k: str(v) for k, v in more.items() if k != "allow_changes" and v is not None}}
+        self.said.clear()
+        return train_from(
+            recipe,
+            {k: v for k, v in flags.items() if v},
+            [*SETS, *sets] if recipe is None and not isinstance(resume, str) else list(sets),
+            resume=resume,
+            allow_changes=bool(more.get("allow_changes")),
+            say=self.said.append,
+        )
+
+    def goes_on(self, run: Path | str, *sets: str, **more: Any) -> Run:
+        self.flags = {}
+        return self.train(*sets, resume=str(run), **more)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A finished run with all its checkpoints; copied before anything is done to it."""
+    folder = tmp_path_factory.mktemp("straight")
+    return Here(folder, tiny_model).train("checkpoint.keep_best=true", out=folder / "run").path
+
+
+@pytest.fixture
+def here(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
+    monkeypatch.chdir(tmp_path)
+    return Here(tmp_path, tiny_model)
+
+
+@pytest.fixture
+def run(here: Here, straight: Path) -> Path:
+    """A copy of the finished run."""
+    shutil.copytree(straight, here.folder / "run")
+    return here.folder / "run"
+
+
+def cut(run: Path, step: int) -> None:
+    """Let a run look as if it was killed after a checkpoint."""
+    for path in checkpoint.steps_in(run / "checkpoints"):
+        if checkpoint.step_of(path) > step:
+            shutil.rmtree(path)
+    shutil.rmtree(run / "adapter", ignore_errors=True)
+    facts = json.loads((run / "run.json").read_text("utf-8"))
+    (run / "run.json").write_text(json.dumps({**facts, "status": "running"}), "utf-8")
+
+
+def steps(run: Path) -> list[int]:
+    return [checkpoint.step_of(path) for path in checkpoint.steps_in(run / "checkpoints")]
+
+
+def weights(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in lines(run) if "loss" in line]
+
+
+# ------------------------------------------------------------------------------------------------ which run, which step
+
+
+def test_a_named_run_goes_on_from_its_newest_checkpoint_to_the_straight_end(here: Here, run: Path, straight: Path):
+    cut(run, 3)
+    here.goes_on(run)
+    assert any(f"from step 3 ({run / 'checkpoints' / 'step-00000003'})" in line for line in here.said), here.said
+    assert weights(run) == weights(straight)
+    assert losses(run) == losses(straight)
+    here.goes_on(run)
+    assert here.said[-1] == f"{run} is complete: nothing to do"
+
+
+def test_the_same_command_line_starts_goes_on_and_says_complete(here: Here):
+    sets = ["train.max_steps=4"]
+    assert here.train(*sets, resume=True).path == Path("runs/oasst1-1")
+    assert any("no earlier run" in line for line in here.said)
+    assert here.train(*sets, resume=True).path == Path("runs/oasst1-1")
+    assert here.said[-1] == "runs/oasst1-1 is complete: nothing to do"
+    cut(Path("runs/oasst1-1"), 3)
+    assert here.train(*sets, resume=True).path == Path("runs/oasst1-1")
+    assert steps(Path("runs/oasst1-1")) == [3, 4]
+    other = here.train(*sets, "train.lr=1e-3", resume=True)
+    assert other.path == Path("runs/oasst1-2")
+    assert any("runs/oasst1-1 is another: train.lr: 0.005 -> 0.001" in line for line in here.said), here.said
+
+
+def test_an_older_step_goes_on_in_a_new_folder_only_and_ends_the_same(here: Here, run: Path, straight: Path):
+    with pytest.raises(RecipeError, match=r"run@3: this run has gone on to step-\d+; --out NEW"):
+        here.goes_on(f"{run}@3")
+    before = sorted(p.name for p in run.rglob("*"))
+    new = here.goes_on(f"{run}@3", out=here.folder / "new").path
+    assert sorted(p.name for p in run.rglob("*")) == before, "the old run is left as it is"
+    assert weights(new) == weights(straight)
+    assert losses(new) == losses(straight)
+    here.goes_on(f"{run}@3", out=here.folder / "new")
+    assert "complete" in here.said[-1], "the same command line again finds the folder that it began"
+    with pytest.raises(CorefitError, match="no checkpoint 7; steps that are there: 3, 4, 6, "):
+        here.goes_on(f"{run}@7", out=here.folder / "other")
+    with pytest.raises(RecipeError, match="no run there"):
+        here.goes_on(here.folder / "nowhere")
+
+
+def test_a_step_of_a_run_can_be_talked_to_and_merged(run: Path, tmp_path: Path):
+    best = (run / "checkpoints" / "best").read_text("utf-8").strip()
+    texts = {}
+    for which in ("3", "latest", "best"):
+        done = corefit("chat", f"{run}@{which}", "--prompt", "What is 3?", "--max-tokens", "8", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        texts[which] = done.stdout
+    assert texts["latest"] == corefit("chat", run, "--prompt", "What is 3?", "--max-tokens", "8", cwd=tmp_path).stdout
+    assert texts["3"] != texts["latest"]
+    assert int(best.removeprefix("step-")) in steps(run)
+    for target, out in ((run, "a"), (f"{run}@latest", "b"), (f"{run}@3", "c")):
+        assert corefit("merge", target, "--out", out, cwd=tmp_path).returncode == 0
+    merged = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in "abc"}
+    assert merged["a"] == merged["b"] != merged["c"]
+    refused = corefit("chat", f"{run}@99", "--prompt", "hi", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "no checkpoint 99; steps that are there: 3, 4, 6, " in refused.stderr
+
+
+def test_a_step_of_full_fine_tuning_can_be_talked_to(here: Here):
+    run = here.train("adapter.kind=none", "train.max_steps=2", quantizer="none", out="full").path
+    from corefit.chat import find
+
+    found = find("full@latest")
+    assert found.adapter is None
+    at_step, at_end = load_file(found.folder / "model.safetensors"), load_file(run / "model" / "model.safetensors")
+    assert at_step.keys() == at_end.keys()
+    assert all((at_step[name] == at_end[name]).all() for name in at_end)
+
+
+# ------------------------------------------------------------------------------------------------------- what changed
+
+
+def test_longer_limits_extend_a_finished_run_and_the_new_curve_is_shown(here: Here, run: Path, straight: Path):
+    last = losses(straight)[-1][0]
+    here.goes_on(run, "train.epochs=3")
+    assert losses(run)[: len(losses(straight))] == losses(straight)
+    assert losses(run)[-1][0] > last
+    assert here.said[-1].startswith("run: ")
+    curve = [line for line in here.said if line.startswith(("extended", "learning rate"))]
+    assert "100 % of the run as it was (2 epochs), 67 % as it is now (3 epochs)" in curve[0]
+    rate = next(line["lr"] for line in lines(run) if line["step"] == last + 1)
+    assert float(curve[1].split(" here, is ")[1].split(",")[0]) == pytest.approx(rate, rel=0.5)
+    assert json.loads((run / "ledger.json").read_text("utf-8"))["balanced"] is True
+    assert json.loads((run / "run.json").read_text("utf-8"))["resumed"] == [
+        {"step": last, "changed": [["train.epochs", "2", "3"]]}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("train.lr=1e-4", "train.lr: 0.005 -> 0.0001"),
+        ("template.supervise=last", 'template.supervise: "all" -> "last"'),
+        ("data.on_bad=skip", 'data.0.on_bad: "error" -> "skip"'),
+    ],
+)
+def test_a_changed_recipe_is_named_and_stops_unless_allowed(here: Here, run: Path, change: str, words: str):
+    cut(run, 3)
+    with pytest.raises(RecipeError, match="made with something else") as refusal:
+        here.goes_on(run, change)
+    assert words in str(refusal.value)
+    assert str(refusal.value).count("->") == 1, "nothing else differs"
+    assert refusal.value.exit_code == 2
+    here.goes_on(run, change, allow_changes=True)
+    assert any(words in line for line in here.said)
+
+
+def test_changed_data_is_named_and_stops_and_allowed_begins_at_the_first_record(here: Here, run: Path):
+    cut(run, 3)
+    recipe = (run / "recipe.toml").read_text("utf-8")
+    (run / "recipe.toml").write_text(
+        recipe.replace(str(Path(recipe.split('path = "')[1].split('"')[0])), str(here.folder / "rows.jsonl"))
+    )
+    here.goes_on(run, "train.max_steps=4")  # moved, not changed
+    cut(run, 3)
+    (here.folder / "rows.jsonl").write_text(ROWS.replace("number", "digits"), "utf-8")  # same size
+    with pytest.raises(RecipeError, match="file 0 of data 0: rows.jsonl, .* -> rows.jsonl, "):
+        here.goes_on(run)
+    (here.folder / "rows.jsonl").write_text(ROWS.replace("number", "numeral"), "utf-8")
+    here.goes_on(run, allow_changes=True)
+    assert any("the records are read from the first on" in line for line in here.said), here.said
+    assert json.loads((run / "ledger.json").read_text("utf-8"))["balanced"] is True
+
+
+def test_another_base_tokenizer_template_or_plugin_is_named(here: Here, run: Path, tiny_model: Path, monkeypatch):
+    cut(run, 3)
+    other = here.folder / "other"
+    shutil.copytree(tiny_model, other)
+    from safetensors.torch import load_file as load
+    from safetensors.torch import save_file
+
+    tensors = load(other / "model.safetensors")
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name] + 1}, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match="base model: [0-9a-f]{16} -> [0-9a-f]{16}"):
+        here.goes_on(run, model=other)
+    with pytest.raises(RecipeError, match='template.name: "chatml" -> "internlm_chat"'):
+        here.goes_on(run, template="internlm_chat")
+    config = json.loads((tiny_model / "tokenizer_config.json").read_text("utf-8"))
+    changed = here.folder / "changed"
+    shutil.copytree(tiny_model, changed)
+    (changed / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{{ 1 }}"}), "utf-8")
+    with pytest.raises(RecipeError, match="tokenizer: [0-9a-f]{16} -> [0-9a-f]{16}"):
+        here.goes_on(run, model=changed)
+    from corefit import prepare
+
+    monkeypatch.setattr(prepare, "_code", lambda folder, patterns: "0123456789abcdef")
+    with pytest.raises(RecipeError, match=r"code of map function oasst1: \['[0-9a-f]{16}'\] -> \['0123456789abcdef'\]"):
+        here.goes_on(run)
+
+
+def test_another_adapter_is_refused_even_if_changes_are_allowed(here: Here, run: Path):
+    cut(run, 3)
+    with pytest.raises(CorefitError, match=r"holds \(4, .*made with another \[adapter\]"):
+        here.goes_on(run, "adapter.r=8", allow_changes=True)
+
+
+def test_standard_input_is_read_once_and_resumed_from_its_copy(tmp_path: Path, tiny_model: Path):
+    command = ["train", "--plugin", "oasst1", "--template", "chatml", "--model", tiny_model, "--data", "-"]
+    command += ["--out", "run", "--resume", "--set", *SETS]
+    assert corefit(*command, "train.max_steps=4", cwd=tmp_path, input=ROWS).returncode == 0
+    cut(tmp_path / "run", 3)
+    again = corefit(*command, "train.max_steps=4", cwd=tmp_path, stdin=subprocess.DEVNULL)
+    assert again.returncode == 0, again.stderr
+    assert "from step 3" in again.stdout
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints, the disk
+
+
+def test_newest_and_best_checkpoints_are_kept_and_their_cost_is_in_the_metrics(here: Here):
+    run = here.train(
+        "checkpoint.keep=1",
+        "checkpoint.keep_best=true",
+        "val.every_steps=1",
+        "train.lr=0.3",
+        "train.epochs=3",
+        out="run",
+    ).path
+    validations = [line for line in lines(run) if "val_loss" in line and line["step"]]
+    lowest = min(validations, key=lambda line: line["val_loss"])["step"]
+    assert (run / "checkpoints" / "best").read_text("utf-8") == f"{checkpoint.name_of(lowest)}\n"
+    last = losses(run)[-1][0]
+    assert lowest < last, "the rate is so high that the end is not the best"
+    assert steps(run) == sorted({lowest, last})
+    saves = [line for line in lines(run) if "save_bytes" in line]
+    size = sum(p.stat().st_size for p in (run / "checkpoints" / checkpoint.name_of(last)).iterdir())
+    assert saves[-1]["step"] == last
+    assert saves[-1]["save_bytes"] == size
+    assert all(0 < line["save_seconds"] < 60 for line in saves)
+
+
+def test_a_checkpoint_that_cant_be_written_is_said_and_the_run_goes_on(here: Here, monkeypatch, capsys):
+    real = checkpoint.save_file
+
+    def full(tensors: Any, path: Path, **more: Any) -> None:
+        if "step-00000006" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path, **more)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    run = here.train("checkpoint.every_steps=3", out="run").path
+    assert run.joinpath("run.json").read_text("utf-8").count('"complete"') == 1
+    assert 6 not in steps(run)
+    assert 3 in steps(run)
+    assert (
+        "step-00000006: not saved: [Errno 28] No space left on device; earlier checkpoints are whole"
+        in capsys.readouterr().err
+    )
+    assert [line["step"] for line in lines(run) if "save_error" in line] == [6]
+
+
+def test_metrics_that_the_disk_refuses_are_written_later(here: Here, monkeypatch, capsys):
+    from corefit.report import JsonLines
+
+    real, refused = JsonLines._flush, []
+
+    def flush(self: JsonLines) -> None:
+        if self.path.name == "metrics.jsonl" and b'"step": 5' in self._unwritten and len(refused) < 4:
+            refused.append(1)
+            self._file.write(self._unwritten[:7])  # a part of it, then the disk is full
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self)
+
+    monkeypatch.setattr(JsonLines, "_flush", flush)
+    run = here.train("checkpoint.every_steps=100", out="run").path
+    numbers = [step for step, _ in losses(run)]
+    assert numbers == list(range(1, len(numbers) + 1)), "no line is lost, none is torn"
+    assert len(refused) == 4
+    assert capsys.readouterr().err.count("metrics.jsonl: can't be written: no space left on device") == 1
+
+
+def test_weights_that_cant_be_exported_fail_the_run_and_resume_writes_them(here: Here, straight: Path, monkeypatch):
+    from corefit.engine import export
+
+    def full(*arguments: Any, **more: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "save_file", full)
+        with pytest.raises(RunError, match="adapter: can't be written: .*--resume goes on") as failure:
+            here.train("checkpoint.keep_best=true", out="run")
+    assert failure.value.exit_code == 1
+    assert json.loads(Path("run/run.json").read_text("utf-8"))["status"] == "failed"
+    here.goes_on("run")
+    assert weights(Path("run")) == weights(straight)
+
+
+def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(here: Here, run: Path, straight: Path):
+    cut(run, 6)
+    path = run / "checkpoints" / "step-00000006" / "optimizer.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    here.goes_on(run)
+    assert any("step-00000006: torn: optimizer.safetensors is not what was written" in line for line in here.said)
+    assert any("from step 4 " in line for line in here.said)
+    assert weights(run) == weights(straight)
+
+
+def test_a_broken_run_json_is_no_traceback_and_can_be_gone_past(here: Here, run: Path, straight: Path):
+    cut(run, 3)
+    (run / "run.json").write_text('{"identity": {', "utf-8")
+    with pytest.raises(RecipeError, match="run.json: broken, .*--allow-changes goes on"):
+        here.goes_on(run)
+    here.goes_on(run, allow_changes=True)
+    assert weights(run) == weights(straight)
+
+
+def test_two_processes_never_train_in_one_folder(here: Here, run: Path):
+    cut(run, 3)
+    code = f"""
+import pathlib, time
+from corefit.durable import claim
+print(claim(pathlib.Path({str(run)!r})), flush=True)
+time.sleep(60)
+"""
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment())
+    try:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(RecipeError, match="another process is training in it"):
+            here.goes_on(run)
+    finally:
+        other.kill()
+        other.communicate()
+    here.goes_on(run)
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+def begun(folder: Path, tiny_model: Path, **how: Any) -> subprocess.Popen[bytes]:
+    """Start a long run as a process and wait for its first step."""
+    (folder / "rows.jsonl").write_text(ROWS, "utf-8")
+    command = ["train", "--plugin", "oasst1", "--template", "chatml", "--model", tiny_model, "--data", "rows.jsonl"]
+    command += ["--out", "run", "--set", *SETS, "train.epochs=0", "train.max_steps=100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "corefit", *map(str, command)], cwd=folder, env=environment(), **how
+    )
+    metrics, deadline = folder / "run" / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and '"grad_norm"' in metrics.read_text("utf-8")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    return process
+
+
+def test_a_terminal_that_goes_away_ends_the_run_saved(tmp_path: Path, tiny_model: Path):
+    main, side = pty.openpty()
+
+    def own_terminal() -> None:
+        os.setsid()
+        import fcntl
+        import termios
+
+        fcntl.ioctl(side, termios.TIOCSCTTY, 0)
+
+    process = begun(tmp_path, tiny_model, stdin=side, stdout=side, stderr=side, preexec_fn=own_terminal)
+    os.close(side)
+    os.close(main)  # the window is closed
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    last = losses(tmp_path / "run")[-1][0]
+    assert steps(tmp_path / "run")[-1] == last
+    assert json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))["status"] == "interrupted"
+    assert weights(tmp_path / "run")
+
+
+def test_a_hang_up_that_the_user_ignores_ends_nothing(tmp_path: Path, tiny_model: Path):
+    ignoring = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731, as nohup does
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=ignoring)
+    process = begun(tmp_path, tiny_model, **quiet)
+    os.kill(process.pid, signal.SIGHUP)
+    before = len(losses(tmp_path / "run"))
+    while len(losses(tmp_path / "run")) < before + 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("own_process", [True, False])
+def test_a_second_ctrl_c_ends_at_once_even_inside_a_long_call_but_never_somebody_elses_program(own_process: bool):
+    code = f"""
+import hashlib, sys, time
+from corefit.session import Interrupts
+with Interrupts(print, own_process={own_process}) as interrupts:
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"x", b"y", 5_000_000)  # one call into C, as a backward pass is
+    print("done", flush=True)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.2)
+    out, _ = process.communicate(timeout=60)
+    assert ("done" in out) == (not own_process)
+    assert process.returncode == (130 if own_process else 0), "two signals in one call are one to Python"
