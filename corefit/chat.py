@@ -212,9 +212,11 @@ class Chatter:
         if self.found.adapter is not None:
             from peft import PeftModel
 
-            with warnings.catch_warnings():
+            from corefit.engine.internlm import llama_adapter
+
+            with warnings.catch_warnings(), llama_adapter(self.found.adapter, self.found.base) as adapter:
                 warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-                self.model = PeftModel.from_pretrained(self.model, str(self.found.adapter)).eval()
+                self.model = PeftModel.from_pretrained(self.model, str(adapter)).eval()
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Give the ids after which training taught the model to answer; nothing typed becomes a control token.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 from corefit.errors import ModelError
 
 _OTHER_LORA = (
-    "alpha_pattern",
     "use_dora",
     "lora_bias",
     "layer_replication",
@@ -43,12 +43,11 @@ def merge(target: str | Path, out: str | Path, *, model: str | None = None, say:
         read_header,
         rewrite_weights,
         serving_files,
-        weight_files,
         with_keys,
         write_files,
         written_aside,
     )
-    from corefit.engine.model import model_fingerprint
+    from corefit.engine.model import model_fingerprint, weight_files
 
     found = find(target, model=model, say=say)
     if found.adapter is None:
@@ -94,7 +93,8 @@ def merge(target: str | Path, out: str | Path, *, model: str | None = None, say:
         if delta.shape != weight.shape:
             raise ModelError(f"{found.adapter}: {name} has another shape in {base}: it belongs to another base")
         rank = down.shape[0]
-        return weight.add_(delta, alpha=config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        alpha = _alpha(config, name.removesuffix(".weight"))
+        return weight.add_(delta, alpha=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
     tokenizer = found.tokenizer()
     facts = Provenance(
@@ -114,6 +114,13 @@ def merge(target: str | Path, out: str | Path, *, model: str | None = None, say:
         write_files(folder, files | {"config.json": with_keys(files["config.json"], changes)})
         rewrite_weights(base, folder, change, added)
     return Path(out)
+
+
+def _alpha(config: dict[str, Any], module: str) -> float:
+    """Give a module's alpha. Source: peft 0.21, ``get_pattern_key``."""
+    patterns: dict[str, float] = config.get("alpha_pattern") or {}
+    own = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+    return float(next(own, config["lora_alpha"]))
 
 
 def _adapter_config(adapter: Path) -> dict[str, Any]:

@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 
 from corefit import __version__
 from corefit.durable import sync
-from corefit.engine.model import _weight_files
+from corefit.engine import internlm
+from corefit.engine.model import INDEX, weight_files
 from corefit.errors import ModelError
 
 EMBEDDED = "corefit-embedded"
 """The name under which folders refer to the model that the package carries."""
 EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded" / "model"
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 * 10**9
 _DTYPES = {
     "F64": torch.float64,
@@ -184,16 +184,20 @@ def serving_files(facts: Provenance, kind: str) -> dict[str, bytes]:
 
 
 def _readme(facts: Provenance, kind: str, stops: list[int]) -> str:
+    code, fast = "", "AutoTokenizer"
+    if "auto_map" in json.loads((facts.base_folder / "config.json").read_bytes()):
+        # plain transformers needs the code that the base brings; its tokenizer it doesn't
+        code, fast = ", trust_remote_code=True", "PreTrainedTokenizerFast"
     title, peft, load = (
         f"{facts.name}, fine-tuned",
         "",
-        'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")',
+        f'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"{code})',
     )
     lines = "corefit chat DIR                    # talk to it; DIR is this folder\n"
     if kind == "adapter":
         title, peft = f"LoRA adapter for {facts.name}", "from peft import PeftModel\n"
         load = (
-            f'base = AutoModelForCausalLM.from_pretrained("{facts.name}", dtype="auto")  # or the folder it lies in\n'
+            f'base = AutoModelForCausalLM.from_pretrained("{facts.name}", dtype="auto"{code})  # or its folder\n'
             "model = PeftModel.from_pretrained(base, folder)"
         )
         lines += "corefit chat DIR --model BASE       # where the base model lies elsewhere\n"
@@ -209,10 +213,10 @@ def _readme(facts: Provenance, kind: str, stops: list[int]) -> str:
 {lines}```
 
 ```python
-{peft}from transformers import AutoModelForCausalLM, AutoTokenizer
+{peft}from transformers import AutoModelForCausalLM, {fast}
 
 folder = "."  # this folder
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = {fast}.from_pretrained(folder)
 {load}
 chat = [{{"role": "user", "content": "hi"}}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -241,19 +245,6 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- weights
-
-
-def weight_files(base: Path) -> list[Path]:
-    """Give the safetensors files of a model folder: those that its index names, else all.
-
-    Raises:
-        ModelError: there are none.
-    """
-    if (base / INDEX).is_file():
-        names = set(json.loads((base / INDEX).read_bytes())["weight_map"].values())
-        return [base / name for name in sorted(names)]
-    one = base / "model.safetensors"
-    return [one] if one.is_file() else _weight_files(base, str(base))
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -376,6 +367,8 @@ def _adapter_config(model: Any, base: str) -> dict[str, Any]:  # noqa: ANN401, a
 def _write_adapter(
     out: Path, facts: Provenance, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> Path:
+    if layout := internlm.layout_of_folder(facts.base_folder):
+        config, tensors = layout.adapter_to_published(config, tensors)
     ordered = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     with written_aside(out, replace=True) as folder:
         write_files(folder, serving_files(facts, "adapter"))
@@ -410,6 +403,8 @@ def _write_model(
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     known = {name: entry for path in weight_files(facts.base_folder) for name, entry in read_header(path)[0].items()}
+    if layout := internlm.layout_of_folder(facts.base_folder):
+        state, parameters = layout.to_published(state), set(map(internlm.published_name, parameters))
     with written_aside(out, replace=True) as folder:
         write_files(folder, base_files(facts.base_folder) | serving_files(facts, "model"))
         if parameters <= set(known):

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from corefit.engine import internlm
 from corefit.errors import ModelError, UserError, unknown
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from corefit.types import Quantizer
 
+INDEX = "model.safetensors.index.json"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
 
@@ -285,6 +287,19 @@ def _weight_files(folder: Path, base: str) -> list[Path]:
     raise ModelError(f"{base}: no *.safetensors weights in this folder")
 
 
+def weight_files(base: Path) -> list[Path]:
+    """Give the safetensors files of a model folder: those that its index names, else all.
+
+    Raises:
+        ModelError: there are none.
+    """
+    if (base / INDEX).is_file():
+        names = set(json.loads((base / INDEX).read_bytes())["weight_map"].values())
+        return [base / name for name in sorted(names)]
+    one = base / "model.safetensors"
+    return [one] if one.is_file() else _weight_files(base, str(base))
+
+
 def _header(path: Path) -> dict[str, Any]:
     """A safetensors file's header: tensor name -> dtype, shape, data_offsets.
 
@@ -368,7 +383,7 @@ def load_base(
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING and not trust_remote_code:
+    if kind not in (*internlm.KINDS, *CONFIG_MAPPING) and not trust_remote_code:
         if "auto_map" in config:
             raise ModelError(
                 f"{base}: model type {kind!r} comes with its own Python code, which corefit doesn't run unasked; "
@@ -391,15 +406,17 @@ def load_base(
     if device != "cpu":
         more["device_map"] = {"": device}
 
+    more |= {"dtype": getattr(torch, weights_dtype or compute_dtype), "output_loading_info": True}
+
     def load(attention: str) -> tuple[Any, dict[str, Any]]:
+        if kind in internlm.KINDS:
+            return internlm.load(config, weight_files(folder), base, attn_implementation=attention, **more)
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=getattr(torch, weights_dtype or compute_dtype),
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             local_files_only=not trust_remote_code,
-            output_loading_info=True,
             **more,
         )
         return model, info
@@ -542,6 +559,11 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
                 raise ModelError(
                     f"adapter.{where}: {unknown('layer', wanted, {end for end in ends if not end.isdigit()})}"
                 )
+    whole = {name.rpartition(".")[2] for name in spec.modules_to_save} & set(internlm.QKV)
+    if getattr(model.config, "fused_qkv", False) and 0 < len(whole) < 3:
+        raise ModelError(
+            "adapter.modules_to_save: q_proj, k_proj and v_proj are one matrix in this base's files; name all three"
+        )
     config = LoraConfig(
         r=spec.r,
         lora_alpha=spec.alpha,
