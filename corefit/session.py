@@ -335,6 +335,9 @@ class Session:
         except BaseException as error:
             with contextlib.suppress(OSError):
                 self._write_run("failed", error=f"{type(error).__name__}: {error}")
+            if isinstance(error, OSError):
+                where = error.filename or self.folder
+                raise RunError(f"{where}: {system_words(error)}; what is saved is whole, --resume goes on") from error
             raise
         finally:
             self.progress.close()
@@ -488,6 +491,8 @@ class Session:
     def _finish(self, reason: str) -> int:
         """Write ledger and status, print answers and summary, and give the exit code."""
         self.progress.close()
+        self.metrics.sync()
+        self.samples.sync()
         ledger = Ledger.from_dict(self.state.as_dict()["stream"]["ledger"])
         ledger.add(self.val_ledger)
         differences = ledger.differences()
