@@ -44,12 +44,17 @@ class Found:
     """``corefit.json``; empty where other software wrote the folder."""
     trust_remote_code: bool = False
 
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer lies that training used: the base's where an adapter comes without one."""
+        own = any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+        return self.folder if own else self.base
+
     def tokenizer(self) -> Tokenizer:
-        """Load the tokenizer that training used; the base's where an adapter comes without one."""
+        """Load the tokenizer that training used."""
         from corefit.data.tokenizer import Tokenizer
 
-        own = any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-        return Tokenizer.load(self.folder if own else self.base)
+        return Tokenizer.load(self.tokenizer_folder)
 
     def stop_ids(self, tokenizer: Tokenizer) -> list[int]:
         """Give the ids that end an answer: training's, else those of generation config and tokenizer."""

@@ -18,6 +18,7 @@ fine-tune a chat model:
   inspect [RECIPE]     show samples as the model will see them, supervised tokens marked; needs only a tokenizer
   pack [RECIPE]        encode the data once, ahead of time, into --out DIR; train --set pack.arena=DIR reads it
   chat RUN             talk to a run, an adapter or a model
+  eval RUN             loss of base and tuned model on held-out records, multiple choice, exact answers
   merge RUN --out DIR  write base model and adapter as one plain Hugging Face folder
 
 look around:
@@ -164,6 +165,22 @@ def _parser() -> _Parser:
     chat.add_argument("--quantizer", metavar="NAME", help="how to store the base weights (default: as in training)")
     chat.add_argument("--max-tokens", type=int, default=512, metavar="N")
 
+    score = verb("eval", _eval, "Score a run, an adapter or a model on held-out records, with the adapter off and on.")
+    score.add_argument("target", metavar="RUN[@STEP]|ADAPTER|MODEL")
+    score.add_argument("--data", metavar="PATH", help="records to score on (default: what the run validated on)")
+    score.add_argument("--plugin", metavar="NAME", help="the map function of --data")
+    score.add_argument("--template", metavar="NAME", help="the prompt template (default: as in training)")
+    score.add_argument("--choices", metavar="FILE", help="multiple-choice rows: question, A to D, answer, subject")
+    score.add_argument(
+        "--generate", type=int, default=0, metavar="N", help="answer N records and compare with their own answers"
+    )
+    score.add_argument("--records", type=int, default=1000, metavar="N", help="most records of a source (default 1000)")
+    score.add_argument("--max-tokens", type=int, default=256, metavar="N")
+    score.add_argument("--model", metavar="PATH", help="the base model, where it moved")
+    score.add_argument("--quantizer", metavar="NAME", help="how to store the base weights (default: as in training)")
+    score.add_argument("--out", metavar="FILE", help="write scores and answers, one JSON object a line")
+    score.add_argument("--set", dest="sets", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE")
+
     merge = verb("merge", _merge, "Write base model and adapter as one plain Hugging Face folder.")
     merge.add_argument("target", metavar="RUN[@STEP]|ADAPTER")
     merge.add_argument("--out", required=True, metavar="DIR", help="the folder to write; must be new or empty")
@@ -240,6 +257,15 @@ def _chat(args: argparse.Namespace) -> int:
         quantizer=args.quantizer,
         max_tokens=args.max_tokens,
     )
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from corefit.score import evaluate
+
+    flags = {n: v for n in ("data", "plugin", "template", "quantizer") if (v := getattr(args, n)) is not None}
+    how = {n: getattr(args, n) for n in ("choices", "generate", "records", "max_tokens", "model", "out")}
+    evaluate(args.target, flags, args.sets, **how)
     return 0
 
 
