@@ -12,7 +12,6 @@ from corefit.errors import ModelError
 
 _OTHER_LORA = (
     "alpha_pattern",
-    "use_dora",
     "lora_bias",
     "layer_replication",
     "trainable_token_indices",
@@ -94,7 +93,10 @@ def merge(target: str | Path, out: str | Path, *, model: str | None = None, say:
         if delta.shape != weight.shape:
             raise ModelError(f"{found.adapter}: {name} has another shape in {base}: it belongs to another base")
         rank = down.shape[0]
-        return weight.add_(delta, alpha=config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        weight.add_(delta, alpha=config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        if "magnitude_vector" in pair:  # DoRA: every row has a length of its own
+            weight *= (pair["magnitude_vector"].float() / weight.norm(dim=1))[:, None]
+        return weight
 
     tokenizer = found.tokenizer()
     facts = Provenance(

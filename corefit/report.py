@@ -107,15 +107,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read an object; an empty one where there is no such file, or a broken one."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 class Progress:
     """The progress line on standard error: a bar on a terminal, else a plain line every ``every`` steps.
 

@@ -23,12 +23,12 @@ from typing import Any
 from corefit import __version__, show
 from corefit.data.arena import Arena
 from corefit.data.block import Block, gains
-from corefit.durable import write_whole
+from corefit.durable import read_json, write_whole
 from corefit.errors import RecipeError, UserError, system_words
 from corefit.prepare import Prepared, arena_key, identity, make_arena, prepare, resolve, tally, walk, without_out
 from corefit.recipe import Recipe, flat, load_recipe, run_and_step
 from corefit.registry import Registry
-from corefit.report import read_json, read_lines
+from corefit.report import read_lines
 
 LIMITS = re.compile(r"(train\.(epochs|max_steps)|val\.(every_steps|patience)|checkpoint\..*|sample\..*|run\..*)$")
 """Recipe keys that may change where a run goes on."""

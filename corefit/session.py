@@ -24,7 +24,7 @@ import torch
 from corefit import __version__, show
 from corefit.data.ledger import Ledger
 from corefit.data.stream import Estimate, Source, Stream, encode_validation, split_validation
-from corefit.durable import claim, write_whole
+from corefit.durable import claim, read_json, write_whole
 from corefit.engine import attention, checkpoint, evaluate, export, model
 from corefit.engine.loop import Every, LoopState, autocast, progress_at, train
 from corefit.engine.loss import CausalLoss
@@ -32,7 +32,7 @@ from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_noti
 from corefit.errors import CheckpointError, DataError, LedgerError, ModelError, RecipeError, RunError, system_words
 from corefit.prepare import Prepared, encoding_threads, file_facts, make_stream, without_out
 from corefit.recipe import Train, to_toml
-from corefit.report import JsonLines, Progress, answers_table, finite, perplexity, read_json, read_lines, summary
+from corefit.report import JsonLines, Progress, answers_table, finite, perplexity, read_lines, summary
 from corefit.types import BadRecord, Batch, Conversation, Message, Quantizer, Record, Scheduler, StepReport
 
 Say = Callable[[str], None]
@@ -230,6 +230,9 @@ class Session:
             dropout=recipe.adapter.dropout,
             targets=tuple(recipe.adapter.targets or ()),
             modules_to_save=tuple(recipe.adapter.modules_to_save or ()),
+            dora=recipe.adapter.dora,
+            rslora=recipe.adapter.rslora,
+            start=recipe.adapter.start,
         )
         self.network = network = model.attach_adapter(network, None if full else spec, seed=settings.seed)
         wanted = settings.gradient_checkpointing
@@ -276,6 +279,7 @@ class Session:
             lr=settings.lr,
             betas=(settings.betas[0], settings.betas[1]),
             weight_decay=settings.weight_decay,
+            lr_mult=settings.lr_mult,
         )
         if notice := optimizer_notice(settings.optimizer, self.device):
             self.say(notice)

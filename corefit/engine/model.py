@@ -482,6 +482,11 @@ class AdapterSpec:
     """Names, or ends of dotted names, of linear layers; empty: all linear layers of the decoder."""
     modules_to_save: tuple[str, ...] = ()
     """Modules that are trained whole and stored with the adapter."""
+    dora: bool = False
+    rslora: bool = False
+    """True: the scale is alpha / sqrt(r)."""
+    start: str | None = None
+    """A folder with an adapter of just these settings, whose weights are the first ones."""
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -550,6 +555,8 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
         modules_to_save=sorted(set(spec.modules_to_save)) or None,
         bias="none",
         task_type=TaskType.CAUSAL_LM,
+        use_dora=spec.dora,
+        use_rslora=spec.rslora,
     )
     device = next(model.parameters()).device
     with warnings.catch_warnings(), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -558,10 +565,30 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
         adapted = get_peft_model(model, config)
     # peft keeps a set, whose order changes from process to process, and would write it so
     adapted.peft_config["default"].target_modules = targets
+    if spec.start is not None:
+        _load_adapter(adapted, Path(spec.start))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return _checked(adapted.train())
+
+
+def _load_adapter(adapted: Any, folder: Path) -> None:  # noqa: ANN401, a PeftModel
+    """Put an adapter's weights into a new one of the same shape."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    _weight_files(folder, str(folder))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    have = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    want = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    if differ := sorted(name for name in have | want if have.get(name) != want.get(name)):
+        raise ModelError(
+            f"adapter.start: {folder} has {have.get(differ[0], 'nothing')} for {differ[0]}, this base takes "
+            f"{want.get(differ[0], 'nothing')}: an adapter of another base?"
+        )
+    set_peft_model_state_dict(adapted, tensors)
 
 
 def _checked(model: nn.Module) -> nn.Module:

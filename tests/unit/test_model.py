@@ -343,6 +343,44 @@ def test_unknown_targets_name_the_nearest(tiny_model):
         attach_adapter(load(tiny_model), AdapterSpec(4, 8, 0.0, modules_to_save=("lm_haed",)), seed=0)
 
 
+@pytest.mark.parametrize("spec", [{}, {"rslora": True}, {"dora": True}, {"modules_to_save": ("lm_head",)}])
+def test_training_goes_on_from_an_adapter_with_its_shape_and_the_new_dropout(tiny_model, tmp_path, spec):
+    from tiny_export import adapted, facts
+
+    from corefit.engine.export import export_adapter
+
+    first = adapted(tiny_model, r=3, alpha=12, **spec)
+    folder = export_adapter(first, tmp_path / "adapter", facts(tiny_model))
+    model = load(tiny_model)
+    going_on = attach_adapter(model, AdapterSpec(r=3, alpha=12, dropout=0.25, start=str(folder), **spec), seed=5)
+    old, new = (dict(m.named_parameters()) for m in (first, going_on))
+    assert old.keys() == new.keys()
+    trained = [name for name, parameter in new.items() if parameter.requires_grad]
+    assert any("lora_B" in name for name in trained)
+    for name in trained:
+        assert torch.equal(old[name], new[name]), name
+    config = going_on.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.inference_mode) == (3, 12, 0.25, False)
+    assert (config.use_dora, config.use_rslora) == ("dora" in spec, "rslora" in spec)
+
+
+def test_an_adapter_of_another_base_or_pickled_is_no_start(tiny_model, tmp_path):
+    from tiny_export import adapted, facts
+
+    from corefit.engine.export import export_adapter
+
+    folder = export_adapter(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
+    start = AdapterSpec(r=4, alpha=8, dropout=0.0, start=str(folder))
+    other = write_model(tmp_path / "other", hidden_size=96)
+    with pytest.raises(
+        ModelError, match=r"adapter.start: .* has \(64, 4\) for .*lora_B.weight, this base takes \(96, 4\)"
+    ):
+        attach_adapter(load(other), start, seed=1)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ModelError, match="pickle"):
+        attach_adapter(load(tiny_model), start, seed=1)
+
+
 def test_the_adapter_needs_no_network(tiny_model, monkeypatch):
     import socket
 
