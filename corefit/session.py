@@ -294,8 +294,8 @@ class Session:
     def _open(self, resuming: bool) -> None:
         """Make the run folder and open the files that grow."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "recipe.toml").write_text(to_toml(without_out(self.recipe)), "utf-8")
+            checkpoint.make_folder(self.folder)
+            write_whole(self.folder / "recipe.toml", to_toml(without_out(self.recipe)))
         except OSError as error:
             raise RecipeError(f"run.out: {self.folder}: can't be written: {error.strerror}") from error
         self.facts = self._facts()
@@ -305,6 +305,7 @@ class Session:
         for file in (self.metrics, self.samples):
             if file.missing:
                 self.say(f"{file.path}: {file.missing:,} bytes that the checkpoint counts on are gone")
+        checkpoint.sync(self.folder)
         self.progress = Progress(endless=not self.recipe.train.epochs and not self.recipe.train.max_steps)
 
     def _report(self, report: StepReport) -> None:
@@ -364,6 +365,8 @@ class Session:
         differences = ledger.differences()
         facts = {**ledger.as_dict(), "balanced": not differences, "proofs": self.proofs}
         write_json(self.folder / "ledger.json", facts)
+        self.metrics.sync()
+        self.samples.sync()
         interrupted = self.interrupts.exit_code
         self._write_run("interrupted" if interrupted else "complete", ended_by=reason, steps=self.state.step)
         rows = before_after(read_lines(self.folder / "samples.jsonl"), self.state.step)
@@ -480,10 +483,17 @@ def before_after(lines: Sequence[Mapping[str, Any]], last: int) -> list[tuple[st
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file in one step: whole, or as it was."""
+    """Write a JSON file in one step."""
+    write_whole(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in one step: whole, or as it was, also when the power fails."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    aside.write_text(text, "utf-8")
+    checkpoint.sync(aside)
     aside.replace(path)
+    checkpoint.sync(path.parent)
 
 
 def file_facts(path: Path) -> dict[str, Any]:

@@ -86,7 +86,8 @@ def save(
     try:
         for litter in folder.glob(".tmp-*"):
             shutil.rmtree(litter) if litter.is_dir() else litter.unlink()
-        aside.mkdir(parents=True)
+        make_folder(folder)
+        aside.mkdir()
         save_file({k: p.detach().cpu().contiguous() for k, p in parameters.items()}, aside / "trainable.safetensors")
         save_file(moments, aside / "optimizer.safetensors")
         save_file(bits, aside / "rng.safetensors")
@@ -178,6 +179,9 @@ def restore(
 
 def torn(path: Path, *, hashes: bool = True) -> str | None:
     """Say what is wrong with a checkpoint folder, in one line; None: it is whole."""
+    for name in ("manifest.json", *FILES):
+        if not (path / name).is_file():  # a pipe or a device would be read without end
+            return f"{path}: torn: no {name}"
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
@@ -188,8 +192,6 @@ def torn(path: Path, *, hashes: bool = True) -> str | None:
                 return f"{path}: torn: {name} has {size} bytes of {expected['size']}"
             if hashes and sha256(path / name) != expected["sha256"]:
                 return f"{path}: torn: {name} is not what was written (SHA-256 differs)"
-    except FileNotFoundError as error:
-        return f"{path}: torn: no {Path(error.filename).name}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{path}: torn: manifest.json: {error!r}"
     return None
@@ -224,6 +226,14 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, each with its name on the disk: what is saved in it outlives a power failure."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
 
 
 def versions() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from corefit import __version__
+from corefit.engine.checkpoint import sync
 from corefit.engine.model import _weight_files
 from corefit.errors import ModelError
 
@@ -104,10 +105,13 @@ def written_aside(out: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
+        for path in (*aside.rglob("*"), aside):  # before a run may say that it is complete
+            sync(path)
         shutil.rmtree(old, ignore_errors=True)
         if out.exists():
             out.rename(old)
         aside.rename(out)
+        sync(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise ModelError(f"{out}: can't be written: {error.strerror or error}") from error
