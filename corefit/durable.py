@@ -18,6 +18,14 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, each with its name on the disk: what is saved in it outlives a power failure."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file beside ``path`` and rename it: at any instant there is the new content or the old one.
 

@@ -24,7 +24,7 @@ import torch
 from corefit import __version__, show
 from corefit.data.ledger import Ledger
 from corefit.data.stream import Estimate, Source, Stream, encode_validation, split_validation
-from corefit.durable import claim, read_json, write_whole
+from corefit.durable import claim, make_folder, read_json, sync, write_whole
 from corefit.engine import attention, checkpoint, evaluate, export, model
 from corefit.engine.loop import Every, LoopState, autocast, progress_at, train
 from corefit.engine.loss import CausalLoss
@@ -356,7 +356,7 @@ class Session:
     def _claim(self) -> int | None:
         """Make the run folder and lock it."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             return claim(self.folder)
         except BlockingIOError:
             raise RecipeError(f"run.out: {self.folder}: another process is training in it") from None
@@ -419,6 +419,7 @@ class Session:
         for file in (self.metrics, self.samples):
             if file.missing:
                 self.say(f"{file.path}: {file.missing:,} bytes that the checkpoint counts on are gone")
+        sync(self.folder)
         if saved is not None:  # the line about this save came after it, so it was cut
             self._write(
                 self.metrics,
