@@ -66,7 +66,7 @@ def find(target: str | Path, *, model: str | None = None, say: Say = _notice) ->
         ModelError: nothing there to talk to, or the base isn't found.
     """
     from corefit.engine.export import public_name
-    from corefit.engine.model import model_fingerprint, resolve_base
+    from corefit.engine.model import model_fingerprint, resolve_base, to_convert
 
     path = Path(target).expanduser()
     run: Path | None = None
@@ -90,7 +90,19 @@ def find(target: str | Path, *, model: str | None = None, say: Say = _notice) ->
             )
         return Found(folder, folder, facts.get("base") or public_name(str(folder)), None, facts, trust)
 
-    name = facts.get("base") or _read(path / "adapter_config.json").get("base_model_name_or_path") or ""
+    config = _read(path / "adapter_config.json")
+    if not (path / "adapter_model.safetensors").is_file():
+        pickled = (path / "adapter_model.bin").is_file()
+        why = (
+            f"its weights are a pickle, which corefit never opens; {to_convert(path)}" if pickled else "fetch it again"
+        )
+        raise ModelError(f"{target}: no adapter_model.safetensors: {why}")
+    if config.get("peft_type") != "LORA" or config.get("megatron_config"):  # peft imports the module that it names
+        kind = (
+            "megatron_config is set" if config.get("megatron_config") else f"peft_type is {config.get('peft_type')!r}"
+        )
+        raise ModelError(f"{path / 'adapter_config.json'}: {kind}; corefit opens plain LoRA adapters only")
+    name = facts.get("base") or config.get("base_model_name_or_path") or ""
     base = _base(model, recipe.get("base"), run, name, target, say, trust)
     known = facts.get("base_fingerprint")
     if known and known != model_fingerprint(str(base)):

@@ -19,6 +19,7 @@ fine-tune a chat model:
   pack [RECIPE]        encode the data once, ahead of time, into --out DIR; train --set pack.arena=DIR reads it
   chat RUN             talk to a run, an adapter or a model
   merge RUN --out DIR  write base model and adapter as one plain Hugging Face folder
+  safetensors PATH     read the tensors of pickled weights (.bin, .pt, .pth) without running what is in them
 
 look around:
   recipes [PATTERN]    list the recipes (also: list-cfg -p PATTERN)
@@ -160,6 +161,14 @@ def _parser() -> _Parser:
     merge.add_argument("--out", required=True, metavar="DIR", help="the folder to write; must be new or empty")
     merge.add_argument("--model", metavar="PATH", help="the base model, where it moved")
 
+    tensors = verb(
+        "safetensors",
+        _safetensors,
+        "Write pickled weights as safetensors. Nothing in them runs; they stay as they are.",
+    )
+    tensors.add_argument("target", metavar="DIR|FILE", help="a model or adapter folder, or a .bin, .pt, .pth or .ckpt")
+    tensors.add_argument("--out", metavar="DIR", help="a new or empty folder (default: beside the pickles)")
+
     recipes = verb("recipes", _recipes, "List the recipes.", aliases=["list-cfg"])
     recipes.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name")
     recipes.add_argument("-p", "--pattern", dest="p", metavar="PATTERN", help=argparse.SUPPRESS)
@@ -237,6 +246,13 @@ def _merge(args: argparse.Namespace) -> int:
     from corefit.merge import merge
 
     print(f"merged model: {merge(args.target, args.out, model=args.model)}")
+    return 0
+
+
+def _safetensors(args: argparse.Namespace) -> int:
+    from corefit.pickles import convert
+
+    print(f"safetensors: {convert(args.target, args.out)}")
     return 0
 
 

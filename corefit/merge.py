@@ -119,8 +119,6 @@ def merge(target: str | Path, out: str | Path, *, model: str | None = None, say:
 def _adapter_config(adapter: Path) -> dict[str, Any]:
     path = adapter / "adapter_config.json"
     config: dict[str, Any] = json.loads(path.read_bytes())
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA can be merged")
     odd = [key for key in _OTHER_LORA if config.get(key)]
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
         odd.append("init_lora_weights")  # the others move a part of the base's weights into the adapter

@@ -20,13 +20,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from corefit import __version__
-from corefit.engine.model import _weight_files
+from corefit.engine.model import INDEX
+from corefit.engine.model import read_header as read_header
+from corefit.engine.model import weight_files as weight_files
 from corefit.errors import ModelError
 
 EMBEDDED = "corefit-embedded"
 """The name under which folders refer to the model that the package carries."""
 EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded" / "model"
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 * 10**9
 _DTYPES = {
     "F64": torch.float64,
@@ -224,30 +225,6 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 # -------------------------------------------------------------------------------------------------------- weights
 
 
-def weight_files(base: Path) -> list[Path]:
-    """Give the safetensors files of a model folder: those that its index names, else all.
-
-    Raises:
-        ModelError: there are none.
-    """
-    if (base / INDEX).is_file():
-        names = set(json.loads((base / INDEX).read_bytes())["weight_map"].values())
-        return [base / name for name in sorted(names)]
-    one = base / "model.safetensors"
-    return [one] if one.is_file() else _weight_files(base, str(base))
-
-
-def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Give the tensors of a safetensors file (name -> dtype, shape), in the order of their bytes, and its metadata.
-
-    Source: https://github.com/huggingface/safetensors#format
-    """
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    metadata = header.pop("__metadata__", {})
-    return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"])), metadata
-
-
 def write_tensors(
     path: Path,
     entries: Mapping[str, Mapping[str, Any]],
@@ -300,7 +277,7 @@ def rewrite_weights(
                 return change(name, lambda: file.get_tensor(source[name]))
 
             write_tensors(out / path.name, entries, tensor_of, metadata)
-    if (base / INDEX).is_file():
+    if (base / INDEX).is_file() and not (out / "model.safetensors").is_file():
         index = json.loads((base / INDEX).read_bytes())
         index["weight_map"] |= {new: index["weight_map"][old] for new, old in added.items()}
         if added:

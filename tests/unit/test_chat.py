@@ -71,7 +71,9 @@ def test_a_base_that_changed_is_told(run, tmp_path):
 
 
 def test_the_embedded_base_is_found_by_name(tmp_path):
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "corefit-embedded"}')
+    config = {"peft_type": "LORA", "base_model_name_or_path": "corefit-embedded"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").touch()
     assert find(tmp_path).base == EMBEDDED_MODEL
 
 

@@ -212,7 +212,9 @@ def test_pickled_weights_are_refused_unopened(tmp_path):
     (folder / "model.safetensors").unlink()
     refused(folder, r"no \*.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    refused(folder, "pickle .*safetensors")
+    line = f"corefit safetensors {folder} --out {folder}-safetensors"
+    assert refused(folder, "pickle").endswith(line), "the exact line that converts it"
+    assert refused(folder / "pytorch_model.bin", "pickle").endswith(f"{folder}/pytorch_model.bin-safetensors")
     with pytest.raises(ModelError, match="pickle"):
         base_dtype_of(str(folder))
 
