@@ -13,16 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corefit.errors import ModelError, UserError
+from corefit.terminal import answer, notice
 from corefit.types import Message, Unrenderable
 
 if TYPE_CHECKING:
     from corefit.data.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
-
-
-def _notice(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +35,6 @@ class Found:
     adapter: Path | None
     facts: Mapping[str, Any]
     """``corefit.json``; empty where other software wrote the folder."""
-    trust_remote_code: bool = False
 
     def tokenizer(self) -> Tokenizer:
         """Load the tokenizer that training used; the base's where an adapter comes without one."""
@@ -57,10 +53,11 @@ class Found:
         return sorted({id for id in ids if id is not None})
 
 
-def find(target: str | Path, *, model: str | None = None, say: Say = _notice) -> Found:
+def find(target: str | Path, *, model: str | None = None, trust_remote_code: bool = False, say: Say = notice) -> Found:
     """Find adapter and base of a run folder, an adapter folder, a model folder or a hub name.
 
-    The base is ``model``, else the one in the run's ``recipe.toml``, else the name that the adapter carries.
+    The base is ``model``, else the one in the run's ``recipe.toml``, else the name that the adapter carries. Where
+    ``trust_remote_code`` or the run's recipe says so, a download brings Python files along; nothing here runs them.
 
     Raises:
         ModelError: nothing there to talk to, or the base isn't found.
@@ -81,14 +78,14 @@ def find(target: str | Path, *, model: str | None = None, say: Say = _notice) ->
     recipe: dict[str, Any] = {}
     if run is not None:
         recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8")).get("model", {})
-    trust = bool(recipe.get("trust_remote_code", False))
+    trust = trust_remote_code or bool(recipe.get("trust_remote_code", False))
     if not (path / "adapter_config.json").is_file():
         folder = resolve_base(str(path if path.is_dir() else target), trust_remote_code=trust, say=say)
         if not (folder / "config.json").is_file():
             raise ModelError(
                 f"{target}: neither a run (recipe.toml) nor an adapter (adapter_config.json) nor a model (config.json)"
             )
-        return Found(folder, folder, facts.get("base") or public_name(str(folder)), None, facts, trust)
+        return Found(folder, folder, facts.get("base") or public_name(str(folder)), None, facts)
 
     config = _read(path / "adapter_config.json")
     if not (path / "adapter_model.safetensors").is_file():
@@ -107,7 +104,7 @@ def find(target: str | Path, *, model: str | None = None, say: Say = _notice) ->
     known = facts.get("base_fingerprint")
     if known and known != model_fingerprint(str(base)):
         say(f"{base}: not the files that this adapter was trained on (another fingerprint): answers may differ")
-    return Found(path, base, name or public_name(str(base)), path, facts, trust)
+    return Found(path, base, name or public_name(str(base)), path, facts)
 
 
 def _base(
@@ -148,7 +145,8 @@ class Chatter:
         device: str = "auto",
         max_tokens: int = 512,
         temperature: float = 0.0,
-        say: Say = _notice,
+        trust_remote_code: bool = False,
+        say: Say = notice,
     ) -> None:
         """Load ``target``: a run, adapter or model folder, or a hub name.
 
@@ -159,6 +157,8 @@ class Chatter:
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             max_tokens: the longest answer.
             temperature: 0 is greedy: the same question gives the same answer.
+            trust_remote_code: run the Python files of the base. The recipe of a run folder, which may be anybody's,
+                doesn't decide it.
             say: takes notices, one line each.
 
         Raises:
@@ -168,7 +168,7 @@ class Chatter:
         from corefit.engine.model import base_dtype_of, choose_device, choose_precision, load_base
         from corefit.registry import Registry
 
-        self.found = find(target, model=model, say=say)
+        self.found = find(target, model=model, trust_remote_code=trust_remote_code, say=say)
         self.tokenizer = self.found.tokenizer()
         registry = Registry.load()
         template = registry.templates.get(str(self.found.facts.get("template")))
@@ -190,7 +190,7 @@ class Chatter:
             quantizer=registry.quantizer(self.quantizer),
             compute_dtype=str(self.precision.compute_dtype).removeprefix("torch."),
             device=self.device,
-            trust_remote_code=self.found.trust_remote_code,
+            trust_remote_code=trust_remote_code,
             say=say,
         )
         if self.found.adapter is not None:
@@ -265,7 +265,7 @@ def chat_loop(
     system: str | None = None,
     compare: bool = False,
     read: Callable[[str], str] = input,
-    write: Callable[[str], object] = lambda text: print(text, end="", flush=True),
+    write: Callable[[str], object] = answer,
 ) -> None:
     """Talk until ``/exit`` or the end of input; ``/new`` starts afresh; ctrl-C ends an answer, then the chat.
 

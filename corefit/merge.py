@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from corefit import terminal
 from corefit.errors import ModelError
 
 _OTHER_LORA = (
@@ -21,7 +22,9 @@ _OTHER_LORA = (
 """Settings under which peft computes something else than W + scale * B @ A with one scale."""
 
 
-def merge(target: str | Path, out: str | Path, *, model: str | None = None, say: Callable[[str], None] = print) -> Path:
+def merge(
+    target: str | Path, out: str | Path, *, model: str | None = None, say: Callable[[str], None] = terminal.say
+) -> Path:
     """Write base + adapter into the new folder ``out``: the base's files with W + scale * B A, computed in fp32.
 
     Args:

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import torch
 
+from corefit import terminal
 from corefit.engine.export import _DTYPES, _json, base_files, write_files, write_tensors, written_aside
 from corefit.engine.model import INDEX, PICKLES, read_index
 from corefit.errors import ModelError
@@ -336,7 +337,7 @@ def _bytes(file: IO[bytes], start: int, size: int) -> bytes:
 # ------------------------------------------------------------------------------------------------------ the command
 
 
-def convert(target: str | Path, out: str | Path | None = None, *, say: Callable[[str], None] = print) -> Path:
+def convert(target: str | Path, out: str | Path | None = None, *, say: Callable[[str], None] = terminal.say) -> Path:
     """Write the tensors of torch checkpoints as safetensors, and give the folder; the checkpoints stay as they are.
 
     Every name gets values of its own, also where two shared them. A state dict inside of a larger checkpoint is taken

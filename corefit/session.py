@@ -26,7 +26,7 @@ from corefit.engine.loop import Every, LoopState, autocast, train
 from corefit.engine.loss import CausalLoss
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_notice
 from corefit.errors import CheckpointError, DataError, LedgerError, ModelError, RecipeError
-from corefit.prepare import Prepared, encoding_threads, make_stream, without_out
+from corefit.prepare import Prepared, encoding_threads, make_stream, secrets, without_out
 from corefit.recipe import Train, to_toml
 from corefit.report import JsonLines, Progress, answers_table, finite, perplexity, read_lines, summary
 from corefit.types import BadRecord, Batch, Conversation, Message, Quantizer, Record, Scheduler, StepReport
@@ -427,6 +427,7 @@ class Session:
                 "base": self.recipe.model.base,
                 "fingerprint": self.fingerprint,
                 "tokenizer": plan.tokenizer.fingerprint,
+                "remote_code": model.remote_code(self.base) if self.recipe.model.trust_remote_code else {},
                 "parameters": self.counts.total,
                 "trainable": self.counts.trainable,
             },
@@ -481,8 +482,10 @@ def before_after(lines: Sequence[Mapping[str, Any]], last: int) -> list[tuple[st
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file in one step: whole, or as it was."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    aside, text = path.with_name(path.name + ".tmp"), json.dumps(finite(value), indent=2, ensure_ascii=False)
+    for name, secret in secrets().items():  # a command line and an error may hold one
+        text = text.replace(json.dumps(secret, ensure_ascii=False)[1:-1], f"${name}")
+    aside.write_text(text + "\n", "utf-8")
     aside.replace(path)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from corefit.errors import ModelError, UserError, unknown
+from corefit.terminal import notice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,10 +33,6 @@ INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _unsaid(line: str) -> None:
@@ -210,7 +207,7 @@ def _cpu_has_bf16() -> bool:
 # --------------------------------------------------------------------------------------------------------- the base
 
 
-def resolve_base(base: str, *, trust_remote_code: bool = False, say: Callable[[str], None] = _say) -> Path:
+def resolve_base(base: str, *, trust_remote_code: bool = False, say: Callable[[str], None] = notice) -> Path:
     """Give the folder of a base: itself, or the local copy of a hub name, downloaded where it isn't there yet.
 
     Only configuration, tokenizer and safetensors files are downloaded (with ``trust_remote_code`` Python files too).
@@ -382,7 +379,7 @@ def load_base(
     device: str,
     trust_remote_code: bool = False,
     weights_dtype: str | None = None,
-    say: Callable[[str], None] = _say,
+    say: Callable[[str], None] = notice,
 ) -> PreTrainedModel:
     """Load a base model from a folder or by its hub name, frozen, in eval mode, on ``device``.
 
@@ -408,11 +405,22 @@ def load_base(
     if kind not in CONFIG_MAPPING and not trust_remote_code:
         if "auto_map" in config:
             raise ModelError(
-                f"{base}: model type {kind!r} comes with its own Python code, which corefit doesn't run unasked; "
-                "--set model.trust_remote_code=true runs it, if you trust its source"
+                f"{base}: model type {kind!r} comes with its own Python code, which corefit doesn't run unasked; if "
+                "you trust its source: train --set model.trust_remote_code=true, chat --trust-remote-code"
             )
         raise ModelError(f"{base}: config.json: {unknown('model type', str(kind), _near(str(kind), CONFIG_MAPPING))}")
     weight_files(folder, base)
+    if (folder / "adapter_config.json").exists():  # transformers would load the base that it names, not this folder
+        raise ModelError(
+            f"{base}: holds an adapter beside the model; move adapter_config.json into a folder of its own"
+        )
+    if trust_remote_code:
+        if away := [name for name in map(str, (config.get("auto_map") or {}).values()) if "--" in name]:
+            raise ModelError(
+                f"{base}: takes code from another place ({away[0]}); copy that code into the model's folder"
+            )
+        files = ", ".join(f"{name} (sha256 {digest[:16]})" for name, digest in remote_code(folder).items())
+        say(f"model.trust_remote_code: runs Python code from {base}: {files or 'there is none'}")
     has_bitsandbytes = _import_bitsandbytes()
     try:
         quantization = quantizer.config(compute_dtype)
@@ -435,7 +443,7 @@ def load_base(
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
-            local_files_only=not trust_remote_code,
+            local_files_only=True,
             output_loading_info=True,
             **more,
         )
@@ -465,6 +473,12 @@ def load_base(
     model.name_or_path = model.config._name_or_path = base  # what peft writes down; not where the hub's copy lies
     model.requires_grad_(False)
     return model.eval()
+
+
+def remote_code(folder: Path) -> dict[str, str]:
+    """Give the SHA-256 of every Python file of a model folder: what ``trust_remote_code`` lets run."""
+    files = (path for path in sorted(folder.rglob("*.py")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def _check_loaded(base: str, info: dict[str, Any], say: Callable[[str], None]) -> None:
