@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from corefit.types import Quantizer
 
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # which huggingface_hub reads when it is imported
+
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -48,7 +50,6 @@ def quiet() -> None:
     Called before any of them is imported. What corefit must know from their warnings (missing weights, a fallback) it
     asks for itself.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # int8 logs a line per layer per step, and the import a line about a kernel that isn't needed
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import transformers

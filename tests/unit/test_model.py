@@ -233,6 +233,8 @@ from pathlib import Path
 from corefit.engine.model import load_base
 from corefit.errors import ModelError
 from corefit.registry import Registry
+from huggingface_hub import constants
+assert constants.HF_HUB_DISABLE_TELEMETRY
 folder, quantizer = Path(sys.argv[1]), Registry.load().quantizer("none")
 config = json.loads((folder / "config.json").read_text())
 for kind in ("llama", "llama_with_code", "other_repository"):
@@ -260,10 +262,11 @@ def test_code_that_a_config_names_never_makes_a_prompt_and_runs_only_where_it_is
         "class Mine(LlamaForCausalLM):\n    config_class = MineConfig\n"
     )
     (folder / "mine.py").write_text(code)
+    environ = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_TELEMETRY"}
     ours, theirs = pty.openpty()  # somebody sits there and says nothing: a prompt would wait for ever
     done = subprocess.run(
         [sys.executable, "-c", PROMPTS, folder],
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
+        env={**environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
         stdin=theirs,
         capture_output=True,
         text=True,
