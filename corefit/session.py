@@ -29,7 +29,17 @@ from corefit.errors import CheckpointError, DataError, LedgerError, ModelError, 
 from corefit.prepare import Prepared, encoding_threads, make_stream, secrets, without_out
 from corefit.recipe import Train, to_toml
 from corefit.report import JsonLines, Progress, answers_table, finite, perplexity, read_lines, summary
-from corefit.types import BadRecord, Batch, Conversation, Message, Quantizer, Record, Scheduler, StepReport
+from corefit.types import (
+    BadRecord,
+    Batch,
+    Conversation,
+    Message,
+    Quantizer,
+    Record,
+    Scheduler,
+    StepReport,
+    Unrenderable,
+)
 
 Say = Callable[[str], None]
 SAMPLED_PROMPTS = 2
@@ -327,9 +337,16 @@ class Session:
             return
         self.sampled.add(step)
         for prompt in self.prompts:
+            try:
+                ids = self.plan.encoder.prompt((Message("user", prompt),)).tolist()
+            except Unrenderable as refusal:
+                self.progress.note(
+                    f"sample: the template can't write this question ({refusal.reason}): {prompt[:80]!r}"
+                )
+                continue
             answer = evaluate.generate(
                 self.network,
-                self.plan.encoder.prompt((Message("user", prompt),)).tolist(),
+                ids,
                 stop_ids=self.plan.encoder.stop_ids,
                 max_tokens=self.recipe.sample.max_tokens,
                 **self.context,

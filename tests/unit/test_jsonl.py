@@ -887,9 +887,7 @@ def defuse(*arguments: object, stdin: Path | None = None) -> tuple[float, str]:
 
 
 @pytest.mark.measured
-@pytest.mark.parametrize(
-    "head", [b'{"a": "', b'[{"a": "', b"", b"[" * 9], ids=["a line", "a list", "zeros", "brackets"]
-)
+@pytest.mark.parametrize("head", [b'{"a": "', b'[{"a": "'], ids=["a line", "a list"])
 def test_a_gzip_bomb_ends_reading_in_bounded_memory(tmp_path, head):
     limit = 8 * 2**20
     path = bomb(tmp_path / "bomb.jsonl.gz", head, 1024)
