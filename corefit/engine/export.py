@@ -7,6 +7,7 @@ template and the stop ids. Weights are written under the base's names, order, dt
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -100,6 +101,7 @@ def written_aside(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out}: is not empty; name a new folder")
+    out = Path(os.path.abspath(out))  # "." and ".." have no name of their own
     aside, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -175,7 +177,7 @@ def _readme(facts: Provenance, kind: str, stops: list[int]) -> str:
     if kind == "adapter":
         title, peft = f"LoRA adapter for {facts.name}", "from peft import PeftModel\n"
         load = (
-            f'base = AutoModelForCausalLM.from_pretrained("{facts.name}", dtype="auto")  # or the folder it lies in\n'
+            f'base = AutoModelForCausalLM.from_pretrained({json.dumps(facts.name)}, dtype="auto")  # or its folder\n'
             "model = PeftModel.from_pretrained(base, folder)"
         )
         lines += "corefit chat DIR --model BASE       # where the base model lies elsewhere\n"
