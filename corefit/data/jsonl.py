@@ -190,6 +190,9 @@ def _open(path: Path, buffering: int | None = None) -> Iterator[tuple[Bytes, boo
         raise DataError(f"{path}: {_why(error)}") from error
 
 
+_T = TypeVar("_T")
+
+
 class _Packed:
     """A file whose bytes are counted as they are taken."""
 
@@ -210,13 +213,18 @@ class _Unpacked(gzip.GzipFile):
         super().__init__(fileobj=cast(Any, self.packed))
 
     def read(self, size: int | None = -1) -> bytes:
-        data = super().read(size)
+        return self._checked(super().read(size))
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401, which some Pythons don't do by read
+        return self._checked(super().readinto(buffer))
+
+    def _checked(self, done: _T) -> _T:
         if self.tell() > MAX_UNPACKED + MAX_RATIO * self.packed.taken:
             raise DataError(
                 f"{self.path}: unpacks to more than {MAX_RATIO} times its size, perhaps to fill memory or disk; if "
                 "that is right, unpack it by hand"
             )
-        return data
+        return done
 
 
 def _why(error: Exception) -> str:
@@ -435,9 +443,6 @@ class _File(NamedTuple):
                     return
             else:
                 yield used
-
-
-_T = TypeVar("_T")
 
 
 @contextmanager
