@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from corefit import terminal
 from corefit.errors import ModelError
 
 _OTHER_LORA = (
@@ -20,7 +21,9 @@ _OTHER_LORA = (
 """Settings under which peft computes something else than W + scale * B @ A with one scale."""
 
 
-def merge(target: str | Path, out: str | Path, *, model: str | None = None, say: Callable[[str], None] = print) -> Path:
+def merge(
+    target: str | Path, out: str | Path, *, model: str | None = None, say: Callable[[str], None] = terminal.say
+) -> Path:
     """Write base + adapter into the new folder ``out``: the base's files with W + scale * B A, computed in fp32.
 
     Args:
@@ -121,8 +124,6 @@ def merge(target: str | Path, out: str | Path, *, model: str | None = None, say:
 def _adapter_config(adapter: Path) -> dict[str, Any]:
     path = adapter / "adapter_config.json"
     config: dict[str, Any] = json.loads(path.read_bytes())
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA can be merged")
     odd = [key for key in _OTHER_LORA if config.get(key)]
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
         odd.append("init_lora_weights")  # the others move a part of the base's weights into the adapter

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -35,6 +36,7 @@ from corefit.recipe import (
     options_from,
     recipe_path,
     run_and_step,
+    to_toml,
 )
 from corefit.registry import Registry
 from corefit.types import BadRecord, DatasetReader, Drop, Item, MapFunction, PromptTemplate, Record, Sample, Sources
@@ -53,6 +55,9 @@ OTHER_LORA = (
 """Settings of peft under which an adapter is more than a pair of matrices of one shape and scale for every layer."""
 MAX_THREADS = 8
 """That encode records, where the recipe doesn't say how many."""
+
+
+_SECRET = re.compile("(?i)token(?!iz)|secret|passw|credential|api_?key|access_?key|private_?key")
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,12 @@ def resolve(
         file = Path(folder) / "recipe.toml" if Path(folder).is_dir() else recipe_path(recipe)
         resolved = apply_overrides(load_recipe(file), flags, sets)
         name = file.parent.name.rsplit("-", 1)[0] if file.name == "recipe.toml" else file.stem
+    text = to_toml(resolved)
+    for variable in [name for name, value in secrets().items() if value in text]:
+        raise RecipeError(
+            f"the value of ${variable} is part of a flag or of the recipe, which run folders and arenas keep; leave it "
+            "in the environment, where a plugin can read it"
+        )
     for entry in resolved.data:
         if entry.map is not None:
             registry.map_function(entry.map)  # a typo or a broken plugin first, whatever else is missing
@@ -110,6 +121,11 @@ def resolve(
     if resolved.model.base is None and need_model:
         raise RecipeError("--data without --model: name a local model folder or a hub name")
     return resolved, name, []
+
+
+def secrets() -> dict[str, str]:
+    """Give the environment variables whose names look like those of secrets: nothing that is written holds a value."""
+    return {name: value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= 8}
 
 
 def _reader(name: str | None, map_name: str, registry: Registry) -> DatasetReader:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from corefit import terminal
 from corefit.errors import RunError, system_words
 from corefit.types import StepReport
 
@@ -131,7 +132,7 @@ class Progress:
         text = step_line(report, left)
         if self._bar is not None:
             self._bar.n = report.progress
-            self._bar.set_description_str(text, refresh=False)
+            self._bar.set_description_str(terminal.visible(text), refresh=False)
             with contextlib.suppress(OSError):
                 self._bar.refresh()
         elif self._first is None or report.skipped or report.step % self._every == 0:
@@ -142,9 +143,9 @@ class Progress:
         """Print a line of its own, above the bar; a terminal that is gone ends no run."""
         with contextlib.suppress(OSError):
             if self._bar is not None:
-                self._bar.write(text, file=self._file)
+                self._bar.write(terminal.visible(text), file=self._file)
             else:
-                print(text, file=self._file, flush=True)
+                terminal.say(text, file=self._file)
 
     def close(self) -> None:
         """End the line; a bar that is not full stays as it is."""

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from corefit import terminal
 from corefit.chat import Chatter
 from corefit.data.stream import Source, encode_validation, split_validation
 from corefit.errors import DataError, UserError
@@ -48,7 +49,7 @@ def evaluate(
     max_tokens: int = 256,
     model: str | None = None,
     out: str | None = None,
-    say: Say = print,
+    say: Say = terminal.say,
 ) -> list[Score]:
     """Score a run, an adapter or a model, and print a table.
 

@@ -30,10 +30,20 @@ from corefit.engine.loop import Every, LoopState, autocast, progress_at, train
 from corefit.engine.loss import CausalLoss
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_notice
 from corefit.errors import CheckpointError, DataError, LedgerError, ModelError, RecipeError, RunError, system_words
-from corefit.prepare import Prepared, encoding_threads, file_facts, make_stream, without_out
+from corefit.prepare import Prepared, encoding_threads, file_facts, make_stream, secrets, without_out
 from corefit.recipe import Train, to_toml
 from corefit.report import JsonLines, Progress, answers_table, finite, perplexity, read_lines, summary
-from corefit.types import BadRecord, Batch, Conversation, Message, Quantizer, Record, Scheduler, StepReport
+from corefit.types import (
+    BadRecord,
+    Batch,
+    Conversation,
+    Message,
+    Quantizer,
+    Record,
+    Scheduler,
+    StepReport,
+    Unrenderable,
+)
 
 Say = Callable[[str], None]
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -455,9 +465,16 @@ class Session:
             return
         self.sampled.add(step)
         for prompt in self.prompts:
+            try:
+                ids = self.plan.encoder.prompt((Message("user", prompt),)).tolist()
+            except Unrenderable as refusal:
+                self.progress.note(
+                    f"sample: the template can't write this question ({refusal.reason}): {prompt[:80]!r}"
+                )
+                continue
             answer = evaluate.generate(
                 self.network,
-                self.plan.encoder.prompt((Message("user", prompt),)).tolist(),
+                ids,
                 stop_ids=self.plan.encoder.stop_ids,
                 max_tokens=self.recipe.sample.max_tokens,
                 **self.context,
@@ -555,6 +572,7 @@ class Session:
                 "base": self.recipe.model.base,
                 "fingerprint": self.fingerprint,
                 "tokenizer": plan.tokenizer.fingerprint,
+                "remote_code": model.remote_code(self.base) if self.recipe.model.trust_remote_code else {},
                 "parameters": self.counts.total,
                 "trainable": self.counts.trainable,
             },
@@ -645,4 +663,7 @@ def before_after(lines: Sequence[Mapping[str, Any]], last: int) -> list[tuple[st
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file in one step: whole, or as it was."""
-    write_whole(path, (json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False)
+    for name, secret in secrets().items():  # a command line and an error may hold one
+        text = text.replace(json.dumps(secret, ensure_ascii=False)[1:-1], f"${name}")
+    write_whole(path, (text + "\n").encode())
