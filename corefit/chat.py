@@ -11,22 +11,19 @@ import tempfile
 import tomllib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corefit.errors import ModelError, UserError
 from corefit.recipe import run_and_step
+from corefit.terminal import answer, notice
 from corefit.types import Message, Unrenderable
 
 if TYPE_CHECKING:
     from corefit.data.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
-
-
-def _notice(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +39,18 @@ class Found:
     adapter: Path | None
     facts: Mapping[str, Any]
     """``corefit.json``; empty where other software wrote the folder."""
-    trust_remote_code: bool = False
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer lies that training used: the base's where an adapter comes without one."""
+        own = any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+        return self.folder if own else self.base
 
     def tokenizer(self) -> Tokenizer:
-        """Load the tokenizer that training used; the base's where an adapter comes without one."""
+        """Load the tokenizer that training used."""
         from corefit.data.tokenizer import Tokenizer
 
-        own = any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-        return Tokenizer.load(self.folder if own else self.base)
+        return Tokenizer.load(self.tokenizer_folder)
 
     def stop_ids(self, tokenizer: Tokenizer) -> list[int]:
         """Give the ids that end an answer: training's, else those of generation config and tokenizer."""
@@ -61,21 +62,22 @@ class Found:
         return sorted({id for id in ids if id is not None})
 
 
-def find(target: str | Path, *, model: str | None = None, say: Say = _notice) -> Found:
+def find(target: str | Path, *, model: str | None = None, trust_remote_code: bool = False, say: Say = notice) -> Found:
     """Find adapter and base of a run folder, ``RUN@STEP``, an adapter folder, a model folder or a hub name.
 
-    The base is ``model``, else the one in the run's ``recipe.toml``, else the name that the adapter carries.
+    The base is ``model``, else the one in the run's ``recipe.toml``, else the name that the adapter carries. Where
+    ``trust_remote_code`` or the run's recipe says so, a download brings Python files along; nothing here runs them.
 
     Raises:
         ModelError: nothing there to talk to, or the base isn't found.
     """
     from corefit.engine.export import public_name
-    from corefit.engine.model import model_fingerprint, resolve_base
+    from corefit.engine.model import model_fingerprint, resolve_base, to_convert
 
     at, which = run_and_step(str(target))
     path = Path(at).expanduser()
     if which is not None and (path / "recipe.toml").is_file():
-        return _at_step(path, which, target, model, say)
+        return _at_step(path, which, target, model, trust_remote_code, say)
     run: Path | None = None
     if (path / "recipe.toml").is_file():
         run, inner = path, [path / "adapter", path / "model"]
@@ -91,24 +93,36 @@ def find(target: str | Path, *, model: str | None = None, say: Say = _notice) ->
     recipe: dict[str, Any] = {}
     if run is not None:
         recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8")).get("model", {})
-    trust = bool(recipe.get("trust_remote_code", False))
+    trust = trust_remote_code or bool(recipe.get("trust_remote_code", False))
     if not (path / "adapter_config.json").is_file():
         folder = resolve_base(str(path if path.is_dir() else target), trust_remote_code=trust, say=say)
         if not (folder / "config.json").is_file():
             raise ModelError(
                 f"{target}: neither a run (recipe.toml) nor an adapter (adapter_config.json) nor a model (config.json)"
             )
-        return Found(folder, folder, facts.get("base") or public_name(str(folder)), None, facts, trust)
+        return Found(folder, folder, facts.get("base") or public_name(str(folder)), None, facts)
 
-    name = facts.get("base") or _read(path / "adapter_config.json").get("base_model_name_or_path") or ""
+    config = _read(path / "adapter_config.json")
+    if not (path / "adapter_model.safetensors").is_file():
+        pickled = (path / "adapter_model.bin").is_file()
+        why = (
+            f"its weights are a pickle, which corefit never opens; {to_convert(path)}" if pickled else "fetch it again"
+        )
+        raise ModelError(f"{target}: no adapter_model.safetensors: {why}")
+    if config.get("peft_type") != "LORA" or config.get("megatron_config"):  # peft imports the module that it names
+        kind = (
+            "megatron_config is set" if config.get("megatron_config") else f"peft_type is {config.get('peft_type')!r}"
+        )
+        raise ModelError(f"{path / 'adapter_config.json'}: {kind}; corefit opens plain LoRA adapters only")
+    name = facts.get("base") or config.get("base_model_name_or_path") or ""
     base = _base(model, recipe.get("base"), run, name, target, say, trust)
     known = facts.get("base_fingerprint")
     if known and known != model_fingerprint(str(base)):
         say(f"{base}: not the files that this adapter was trained on (another fingerprint): answers may differ")
-    return Found(path, base, name or public_name(str(base)), path, facts, trust)
+    return Found(path, base, name or public_name(str(base)), path, facts)
 
 
-def _at_step(run: Path, which: str, target: str | Path, model: str | None, say: Say) -> Found:
+def _at_step(run: Path, which: str, target: str | Path, model: str | None, trust: bool, say: Say) -> Found:
     """Make an adapter or model folder of a checkpoint, which goes when the process ends."""
     from corefit.data.tokenizer import Tokenizer
     from corefit.engine import checkpoint
@@ -116,14 +130,14 @@ def _at_step(run: Path, which: str, target: str | Path, model: str | None, say: 
 
     saved = checkpoint.load(checkpoint.find(run / "checkpoints", which))
     recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8")).get("model", {})
-    facts, trust = dict(saved.state["extra"]["provenance"]), bool(recipe.get("trust_remote_code", False))
+    facts, trust = dict(saved.state["extra"]["provenance"]), trust or bool(recipe.get("trust_remote_code", False))
     base = _base(model, recipe.get("base"), run, facts["base"], target, say, trust)
     made = Path(tempfile.mkdtemp(prefix="corefit-"))
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     files = Tokenizer.load(base).files()
     provenance = Provenance.from_dict(facts, base_folder=base, tokenizer_files=files)
     folder = export(made / "at", saved.state["extra"]["layout"], saved.trainable, provenance)
-    return replace(find(folder, model=str(base), say=say), trust_remote_code=trust)
+    return find(folder, model=str(base), trust_remote_code=trust, say=say)
 
 
 def _base(
@@ -164,7 +178,8 @@ class Chatter:
         device: str = "auto",
         max_tokens: int = 512,
         temperature: float = 0.0,
-        say: Say = _notice,
+        trust_remote_code: bool = False,
+        say: Say = notice,
     ) -> None:
         """Load ``target``: a run, adapter or model folder, or a hub name.
 
@@ -175,6 +190,8 @@ class Chatter:
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             max_tokens: the longest answer.
             temperature: 0 is greedy: the same question gives the same answer.
+            trust_remote_code: run the Python files of the base. The recipe of a run folder, which may be anybody's,
+                doesn't decide it.
             say: takes notices, one line each.
 
         Raises:
@@ -184,7 +201,7 @@ class Chatter:
         from corefit.engine.model import base_dtype_of, choose_device, choose_precision, load_base
         from corefit.registry import Registry
 
-        self.found = find(target, model=model, say=say)
+        self.found = find(target, model=model, trust_remote_code=trust_remote_code, say=say)
         self.tokenizer = self.found.tokenizer()
         registry = Registry.load()
         template = registry.templates.get(str(self.found.facts.get("template")))
@@ -206,7 +223,7 @@ class Chatter:
             quantizer=registry.quantizer(self.quantizer),
             compute_dtype=str(self.precision.compute_dtype).removeprefix("torch."),
             device=self.device,
-            trust_remote_code=self.found.trust_remote_code,
+            trust_remote_code=trust_remote_code,
             say=say,
         )
         if self.found.adapter is not None:
@@ -283,7 +300,7 @@ def chat_loop(
     system: str | None = None,
     compare: bool = False,
     read: Callable[[str], str] = input,
-    write: Callable[[str], object] = lambda text: print(text, end="", flush=True),
+    write: Callable[[str], object] = answer,
 ) -> None:
     """Talk until ``/exit`` or the end of input; ``/new`` starts afresh; ctrl-C ends an answer, then the chat.
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from corefit import __version__
 from corefit.errors import CorefitError, UserError
+from corefit.terminal import notice, say
 
 USAGE = """corefit <verb> [options]
 
@@ -18,7 +20,9 @@ fine-tune a chat model:
   inspect [RECIPE]     show samples as the model will see them, supervised tokens marked; needs only a tokenizer
   pack [RECIPE]        encode the data once, ahead of time, into --out DIR; train --set pack.arena=DIR reads it
   chat RUN             talk to a run, an adapter or a model
+  eval RUN             loss of base and tuned model on held-out records, multiple choice, exact answers
   merge RUN --out DIR  write base model and adapter as one plain Hugging Face folder
+  safetensors PATH     read the tensors of pickled weights (.bin, .pt, .pth) without running what is in them
 
 look around:
   recipes [PATTERN]    list the recipes (also: list-cfg -p PATTERN)
@@ -32,12 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code: 0; 2 for the user's mistakes; 1 for a failed run; 130 for ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE)
+        say(USAGE)
         return 0
     if arguments[0] in ("--version", "-V"):
         from corefit.data import kernel
 
-        print(f"corefit {__version__} ({kernel.NAME} kernel)")
+        say(f"corefit {__version__} ({kernel.NAME} kernel)")
         return 0
     debug = "--debug" in arguments
     code = 0
@@ -51,22 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except CorefitError as error:
         if debug:
-            raise
-        print(f"corefit: error: {error}", file=sys.stderr)
+            notice(traceback.format_exc())
+        notice(f"corefit: error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("corefit: interrupted", file=sys.stderr)
+        notice("corefit: interrupted")
         return 130
     except BrokenPipeError:  # `corefit recipes | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return code
     except Exception as error:  # a bug of corefit or of a plugin: one line unless asked for more
         if debug:
-            raise
+            notice(traceback.format_exc())
         where = _innermost(error)
-        print(
-            f"corefit: error: {type(error).__name__}: {error} ({where}); --debug shows the traceback", file=sys.stderr
-        )
+        notice(f"corefit: error: {type(error).__name__}: {error} ({where}); --debug shows the traceback")
         return 1
 
 
@@ -163,11 +165,36 @@ def _parser() -> _Parser:
     chat.add_argument("--model", metavar="PATH", help="the base model, where it moved")
     chat.add_argument("--quantizer", metavar="NAME", help="how to store the base weights (default: as in training)")
     chat.add_argument("--max-tokens", type=int, default=512, metavar="N")
+    chat.add_argument("--trust-remote-code", action="store_true", help="run the Python code in the model's folder")
+
+    score = verb("eval", _eval, "Score a run, an adapter or a model on held-out records, with the adapter off and on.")
+    score.add_argument("target", metavar="RUN[@STEP]|ADAPTER|MODEL")
+    score.add_argument("--data", metavar="PATH", help="records to score on (default: what the run validated on)")
+    score.add_argument("--plugin", metavar="NAME", help="the map function of --data")
+    score.add_argument("--template", metavar="NAME", help="the prompt template (default: as in training)")
+    score.add_argument("--choices", metavar="FILE", help="multiple-choice rows: question, A to D, answer, subject")
+    score.add_argument(
+        "--generate", type=int, default=0, metavar="N", help="answer N records and compare with their own answers"
+    )
+    score.add_argument("--records", type=int, default=1000, metavar="N", help="most records of a source (default 1000)")
+    score.add_argument("--max-tokens", type=int, default=256, metavar="N")
+    score.add_argument("--model", metavar="PATH", help="the base model, where it moved")
+    score.add_argument("--quantizer", metavar="NAME", help="how to store the base weights (default: as in training)")
+    score.add_argument("--out", metavar="FILE", help="write scores and answers, one JSON object a line")
+    score.add_argument("--set", dest="sets", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE")
 
     merge = verb("merge", _merge, "Write base model and adapter as one plain Hugging Face folder.")
     merge.add_argument("target", metavar="RUN[@STEP]|ADAPTER")
     merge.add_argument("--out", required=True, metavar="DIR", help="the folder to write; must be new or empty")
     merge.add_argument("--model", metavar="PATH", help="the base model, where it moved")
+
+    tensors = verb(
+        "safetensors",
+        _safetensors,
+        "Write pickled weights as safetensors. Nothing in them runs; they stay as they are.",
+    )
+    tensors.add_argument("target", metavar="DIR|FILE", help="a model or adapter folder, or a .bin, .pt, .pth or .ckpt")
+    tensors.add_argument("--out", metavar="DIR", help="a new or empty folder (default: beside the pickles)")
 
     recipes = verb("recipes", _recipes, "List the recipes.", aliases=["list-cfg"])
     recipes.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name")
@@ -239,14 +266,31 @@ def _chat(args: argparse.Namespace) -> int:
         model=args.model,
         quantizer=args.quantizer,
         max_tokens=args.max_tokens,
+        trust_remote_code=args.trust_remote_code,
     )
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from corefit.score import evaluate
+
+    flags = {n: v for n in ("data", "plugin", "template", "quantizer") if (v := getattr(args, n)) is not None}
+    how = {n: getattr(args, n) for n in ("choices", "generate", "records", "max_tokens", "model", "out")}
+    evaluate(args.target, flags, args.sets, **how)
     return 0
 
 
 def _merge(args: argparse.Namespace) -> int:
     from corefit.merge import merge
 
-    print(f"merged model: {merge(args.target, args.out, model=args.model)}")
+    say(f"merged model: {merge(args.target, args.out, model=args.model)}")
+    return 0
+
+
+def _safetensors(args: argparse.Namespace) -> int:
+    from corefit.pickles import convert
+
+    say(f"safetensors: {convert(args.target, args.out)}")
     return 0
 
 
@@ -254,14 +298,14 @@ def _recipes(args: argparse.Namespace) -> int:
     from corefit.recipe import list_recipes
 
     for name, summary in list_recipes(args.pattern or args.p):
-        print(f"{name}  {summary}")
+        say(f"{name}  {summary}")
     return 0
 
 
 def _copy(args: argparse.Namespace) -> int:
     from corefit.recipe import copy_recipe
 
-    print(copy_recipe(args.name, args.dest))
+    say(copy_recipe(args.name, args.dest))
     return 0
 
 
@@ -269,16 +313,16 @@ def _plugins(args: argparse.Namespace) -> int:
     from corefit.data import kernel
     from corefit.registry import Registry
 
-    print(f"kernel: {kernel.NAME}")
+    say(f"kernel: {kernel.NAME}")
     registry = Registry.load()
     for plugin in registry.plugins:
-        print(f"{plugin.name}  ({plugin.source}; {plugin.module})")
+        say(f"{plugin.name}  ({plugin.source}; {plugin.module})")
         for kind, names in plugin.entries.items():
             if names:
-                print(f"    {kind}: {', '.join(names)}")
+                say(f"    {kind}: {', '.join(names)}")
         for trouble in (plugin.error, *plugin.clashes):
             if trouble:
-                print(f"    BROKEN: {trouble}")
+                say(f"    BROKEN: {trouble}")
     for name in registry.disabled:
-        print(f"{name}  (disabled by COREFIT_DISABLE_PLUGINS)")
+        say(f"{name}  (disabled by COREFIT_DISABLE_PLUGINS)")
     return 0

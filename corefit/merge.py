@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from corefit import terminal
 from corefit.errors import ModelError
 
 _OTHER_LORA = (
-    "use_dora",
     "lora_bias",
     "layer_replication",
     "trainable_token_indices",
@@ -21,7 +20,9 @@ _OTHER_LORA = (
 """Settings under which peft computes something else than W + scale * B @ A with one scale."""
 
 
-def merge(target: str | Path, out: str | Path, *, model: str | None = None, say: Callable[[str], None] = print) -> Path:
+def merge(
+    target: str | Path, out: str | Path, *, model: str | None = None, say: Callable[[str], None] = terminal.say
+) -> Path:
     """Write base + adapter into the new folder ``out``: the base's files with W + scale * B A, computed in fp32.
 
     Args:
@@ -43,11 +44,12 @@ def merge(target: str | Path, out: str | Path, *, model: str | None = None, say:
         read_header,
         rewrite_weights,
         serving_files,
+        weight_files,
         with_keys,
         write_files,
         written_aside,
     )
-    from corefit.engine.model import model_fingerprint, weight_files
+    from corefit.engine.model import model_fingerprint
 
     found = find(target, model=model, say=say)
     if found.adapter is None:
@@ -94,7 +96,10 @@ def merge(target: str | Path, out: str | Path, *, model: str | None = None, say:
             raise ModelError(f"{found.adapter}: {name} has another shape in {base}: it belongs to another base")
         rank = down.shape[0]
         alpha = _alpha(config, name.removesuffix(".weight"))
-        return weight.add_(delta, alpha=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        weight.add_(delta, alpha=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        if "magnitude_vector" in pair:  # DoRA: every row has a length of its own
+            weight *= (pair["magnitude_vector"].float() / weight.norm(dim=1))[:, None]
+        return weight
 
     tokenizer = found.tokenizer()
     facts = Provenance(
@@ -117,18 +122,18 @@ def merge(target: str | Path, out: str | Path, *, model: str | None = None, say:
 
 
 def _alpha(config: dict[str, Any], module: str) -> float:
-    """Give a module's alpha. Source: peft 0.21, ``get_pattern_key``."""
+    """Give a module's alpha. Source: peft 0.21, ``get_pattern_key``, for keys that are names."""
     patterns: dict[str, float] = config.get("alpha_pattern") or {}
-    own = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+    own = (alpha for key, alpha in patterns.items() if f".{module}".endswith(f".{key}"))
     return float(next(own, config["lora_alpha"]))
 
 
 def _adapter_config(adapter: Path) -> dict[str, Any]:
     path = adapter / "adapter_config.json"
     config: dict[str, Any] = json.loads(path.read_bytes())
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA can be merged")
     odd = [key for key in _OTHER_LORA if config.get(key)]
+    if not all(key.replace(".", "").isidentifier() for key in config.get("alpha_pattern") or {}):
+        odd.append("alpha_pattern")  # peft takes its keys for regular expressions
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
         odd.append("init_lora_weights")  # the others move a part of the base's weights into the adapter
     if odd:

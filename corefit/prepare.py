@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +24,8 @@ from corefit.data.jsonl import STDIN_NAME, find_files, spool
 from corefit.data.ledger import Ledger
 from corefit.data.stream import Source, Stream
 from corefit.data.tokenizer import Tokenizer
-from corefit.errors import DataError, RecipeError, unknown
+from corefit.durable import read_json
+from corefit.errors import DataError, ModelError, RecipeError, unknown
 from corefit.recipe import (
     Data,
     Recipe,
@@ -34,6 +36,7 @@ from corefit.recipe import (
     options_from,
     recipe_path,
     run_and_step,
+    to_toml,
 )
 from corefit.registry import Registry
 from corefit.types import BadRecord, DatasetReader, Drop, Item, MapFunction, PromptTemplate, Record, Sample, Sources
@@ -45,8 +48,16 @@ CODE = ("types.py", "templates.py", "defaults.py", "prepare.py", "recipe.py")
 """Files of corefit that samples depend on, beside those in ``data``."""
 HASHED_WHOLE = 2**26
 """Bytes of a data file up to which all of it is hashed."""
+OTHER_LORA = (
+    *("alpha_pattern", "rank_pattern", "lora_bias", "layer_replication"),
+    *("trainable_token_indices", "target_parameters"),
+)
+"""Settings of peft under which an adapter is more than a pair of matrices of one shape and scale for every layer."""
 MAX_THREADS = 8
 """That encode records, where the recipe doesn't say how many."""
+
+
+_SECRET = re.compile("(?i)token(?!iz)|secret|passw|credential|api_?key|access_?key|private_?key")
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,12 @@ def resolve(
         file = Path(folder) / "recipe.toml" if Path(folder).is_dir() else recipe_path(recipe)
         resolved = apply_overrides(load_recipe(file), flags, sets)
         name = file.parent.name.rsplit("-", 1)[0] if file.name == "recipe.toml" else file.stem
+    text = to_toml(resolved)
+    for variable in [name for name, value in secrets().items() if value in text]:
+        raise RecipeError(
+            f"the value of ${variable} is part of a flag or of the recipe, which run folders and arenas keep; leave it "
+            "in the environment, where a plugin can read it"
+        )
     for entry in resolved.data:
         if entry.map is not None:
             registry.map_function(entry.map)  # a typo or a broken plugin first, whatever else is missing
@@ -106,6 +123,11 @@ def resolve(
     return resolved, name, []
 
 
+def secrets() -> dict[str, str]:
+    """Give the environment variables whose names look like those of secrets: nothing that is written holds a value."""
+    return {name: value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= 8}
+
+
 def _reader(name: str | None, map_name: str, registry: Registry) -> DatasetReader:
     """Give the named reader, else the one of the map function's name, else ``jsonl``."""
     return registry.reader(name or (map_name if map_name in registry.readers else "jsonl"))
@@ -123,6 +145,7 @@ def prepare(
         spool_to: where standard input and compressed files are unpacked; None: they are refused.
         again: a run goes on: what it unpacked from standard input is read, not standard input.
     """
+    recipe = _with_start(recipe)
     tok = Tokenizer.load(tokenizer)
     template = registry.template(recipe.template.name or "tokenizer")
     choices = []
@@ -156,6 +179,41 @@ def prepare(
         val_sources=tuple(val_sources),
         choices=tuple(choices),
     )
+
+
+def _with_start(recipe: Recipe) -> Recipe:
+    """Give the recipe with the settings of the adapter that training starts from, where there is one.
+
+    Raises:
+        RecipeError: one that was set is another. ModelError: no adapter there.
+    """
+    if recipe.adapter.start is None:
+        return recipe
+    path = Path(recipe.adapter.start) / "adapter_config.json"
+    if not (config := read_json(path)):
+        raise ModelError(f"adapter.start: {path}: not there, or broken; a run's adapter lies in RUN/adapter")
+    plain = config.get("init_lora_weights", True) in (True, False, "gaussian", "orthogonal")
+    r = config.get("r")
+    fused = isinstance(r, int) and config.get("rank_pattern") == {"wqkv": 3 * r}  # InternLM 2's q, k and v, of rank r
+    odd = [key for key in OTHER_LORA if config.get(key) and not (fused and key in ("rank_pattern", "alpha_pattern"))]
+    odd += [] if plain else ["init_lora_weights"]
+    if config.get("peft_type") != "LORA" or not isinstance(config.get("target_modules"), list) or odd:
+        what = odd[0] if odd else f"peft_type {config.get('peft_type')!r}"
+        raise ModelError(f"adapter.start: {path}: {what}: not a LoRA adapter that corefit can train on")
+    own: dict[str, Any] = {
+        "kind": "lora",
+        "r": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "dora": config.get("use_dora", False),
+        "rslora": config.get("use_rslora", False),
+        "targets": tuple(sorted(config.get("target_modules") or ())),
+        "modules_to_save": tuple(sorted(config.get("modules_to_save") or ())),
+    }
+    for key, value in own.items():
+        if f"adapter.{key}" in recipe.origins and (asked := getattr(recipe.adapter, key)) != value:
+            where = recipe.where(f"adapter.{key}")
+            raise RecipeError(f"{where}: adapter.{key} is {asked!r}, the adapter in adapter.start has {value!r}")
+    return dataclasses.replace(recipe, adapter=dataclasses.replace(recipe.adapter, **own))
 
 
 def _sources(

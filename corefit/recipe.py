@@ -72,6 +72,12 @@ class Adapter:
     """Ends of module names; empty: every linear layer of the decoder."""
     modules_to_save: tuple[Text, ...] = ()
     """Ends of names of modules that train whole, beside the adapter."""
+    dora: bool = False
+    """Weight-decomposed: the length of every row of a weight trains too (arXiv:2402.09353)."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732)."""
+    start: Text | None = None
+    """Adapter folder whose weights are the first ones; r, alpha, targets and the like are then its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +151,8 @@ class Train:
     """Of matrix products; trainable weights and optimizer state are fp32."""
     lr: Positive = 2e-4
     """Peak learning rate."""
+    lr_mult: Mapping[str, Any] = field(default_factory=dict)
+    """Regular expression -> factor of the learning rate for weights in whose name it is found; the first one counts."""
     scheduler: Text = "cosine"
     """Name of a scheduler."""
     warmup: Annotated[float, Is(">= 0 and <= 1", lambda x: 0 <= x <= 1)] = 0.03
@@ -266,7 +274,7 @@ _FLAGS = {
     "out": "run.out",
     "seed": "train.seed",
 }
-_PATHS = ("model.base", "data.path", "pack.arena", "val.data", "run.out")
+_PATHS = ("model.base", "adapter.start", "data.path", "pack.arena", "val.data", "run.out")
 
 
 # ---------------------------------------------------------------------------------------------- values and their types
@@ -536,6 +544,9 @@ def _conflicts(recipe: Recipe) -> list[str]:
             "train.micro_batch" if "train.micro_batch" in recipe.origins else "train.packs_per_step",
             f"train.packs_per_step={train.packs_per_step} is no multiple of train.micro_batch={train.micro_batch}",
         )
+    for pattern, mult in train.lr_mult.items():
+        if isinstance(mult, bool) or not isinstance(mult, (int, float)) or not 0 < mult < math.inf:
+            conflict("train.lr_mult", f"train.lr_mult: {pattern!r} is {mult!r}, expected a number > 0")
     if train.epochs == 0 and train.max_steps is None:
         conflict("train.epochs", "train.epochs=0 has no end; set train.max_steps")
     if recipe.adapter.kind == "none" and recipe.model.quantizer in ("nf4", "int8"):

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from corefit import terminal
 from corefit.errors import RunError, system_words
 from corefit.types import StepReport
 
@@ -107,15 +108,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read an object; an empty one where there is no such file, or a broken one."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 class Progress:
     """The progress line on standard error: a bar on a terminal, else a plain line every ``every`` steps.
 
@@ -140,7 +132,7 @@ class Progress:
         text = step_line(report, left)
         if self._bar is not None:
             self._bar.n = report.progress
-            self._bar.set_description_str(text, refresh=False)
+            self._bar.set_description_str(terminal.visible(text), refresh=False)
             with contextlib.suppress(OSError):
                 self._bar.refresh()
         elif self._first is None or report.skipped or report.step % self._every == 0:
@@ -151,9 +143,9 @@ class Progress:
         """Print a line of its own, above the bar; a terminal that is gone ends no run."""
         with contextlib.suppress(OSError):
             if self._bar is not None:
-                self._bar.write(text, file=self._file)
+                self._bar.write(terminal.visible(text), file=self._file)
             else:
-                print(text, file=self._file, flush=True)
+                terminal.say(text, file=self._file)
 
     def close(self) -> None:
         """End the line; a bar that is not full stays as it is."""

@@ -20,15 +20,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from corefit import __version__, show
+from corefit import __version__, show, terminal
 from corefit.data.arena import Arena
 from corefit.data.block import Block, gains
-from corefit.durable import write_whole
+from corefit.durable import read_json, write_whole
 from corefit.errors import RecipeError, UserError, system_words
 from corefit.prepare import Prepared, arena_key, identity, make_arena, prepare, resolve, tally, walk, without_out
 from corefit.recipe import Recipe, flat, load_recipe, run_and_step
 from corefit.registry import Registry
-from corefit.report import read_json, read_lines
+from corefit.report import read_lines
 
 LIMITS = re.compile(r"(train\.(epochs|max_steps)|val\.(every_steps|patience)|checkpoint\..*|sample\..*|run\..*)$")
 """Recipe keys that may change where a run goes on."""
@@ -164,7 +164,7 @@ def train(
     resume: bool | str = False,
     allow_changes: bool = False,
     sets: Sequence[str] = (),
-    say: Say = print,
+    say: Say = terminal.say,
 ) -> Run:
     """Train, as ``corefit train`` does, and give the run folder. Never exits the interpreter.
 
@@ -201,7 +201,7 @@ def train_from(
     resume: bool | str = False,
     allow_changes: bool = False,
     own_process: bool = False,
-    say: Say = print,
+    say: Say = terminal.say,
 ) -> Run:
     """Train as recipe and flags say; see ``train``. ``own_process``: a second ctrl-C may end the process at once."""
     registry, say = Registry.load(), _unfailing(say)
@@ -355,10 +355,11 @@ def inspect_from(
     plan = _plan(recipe_name, flags, sets, tokenizer)
     if as_json:
         for item, sample in walk(plan):
-            print(json.dumps(show.as_json(item, sample, plan.tokenizer.decode(sample.input_ids)), ensure_ascii=False))
+            found = show.as_json(item, sample, plan.tokenizer.decode(sample.input_ids))
+            terminal.write(json.dumps(found, ensure_ascii=sys.stdout.isatty()))
         return
     for line in plan.choices:
-        print(line)
+        terminal.say(line)
     chosen, lengths, generator = [], [], random.Random(plan.recipe.train.seed)
     for number, (_, sample) in enumerate(islice(walk(plan), INSPECTED)):
         lengths.append(len(sample.input_ids))
@@ -369,15 +370,17 @@ def inspect_from(
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for number, sample in sorted(chosen, key=lambda pair: pair[0]):
         sizes = f"{len(sample.input_ids):,} tokens, {sample.n_supervised:,} supervised"
-        print(f"\n--- sample {number + 1}: {sample.origin}, {sizes}")
-        print(show.marked(sample, plan.tokenizer, colour=colour))
+        terminal.say(f"\n--- sample {number + 1}: {sample.origin}, {sizes}")
+        terminal.write(show.marked(sample, plan.tokenizer, colour=colour))
     if lengths:
-        print(f"\nlengths in tokens ({len(lengths):,} samples{' looked at' if len(lengths) == INSPECTED else ''}):")
-        print("\n".join(show.histogram(lengths)))
+        terminal.say(
+            f"\nlengths in tokens ({len(lengths):,} samples{' looked at' if len(lengths) == INSPECTED else ''}):"
+        )
+        terminal.say("\n".join(show.histogram(lengths)))
     fill, ledger = tally(plan, INSPECTED)
-    print(f"\nfill: {fill:.1f} % of {plan.recipe.pack.max_length} slots a pack")
-    print("ledger:")
-    print("\n".join(show.ledger_lines(ledger)))
+    terminal.say(f"\nfill: {fill:.1f} % of {plan.recipe.pack.max_length} slots a pack")
+    terminal.say("ledger:")
+    terminal.say("\n".join(show.ledger_lines(ledger)))
 
 
 def pack_from(
@@ -387,7 +390,7 @@ def pack_from(
     *,
     out: str,
     tokenizer: str | None = None,
-    say: Say = print,
+    say: Say = terminal.say,
 ) -> None:
     """Encode the data of a recipe into the arena ``out``, unless that is there and still good."""
     plan = _plan(recipe_name, flags, sets, tokenizer)
@@ -431,18 +434,21 @@ def chat_with(
     model: str | None = None,
     quantizer: str | None = None,
     max_tokens: int = 512,
+    trust_remote_code: bool = False,
 ) -> None:
     """Talk to a run, an adapter or a model on the terminal."""
     from corefit.chat import Chatter, chat_loop
 
-    chatter = Chatter(target, model=model, quantizer=quantizer, max_tokens=max_tokens)
+    chatter = Chatter(
+        target, model=model, quantizer=quantizer, max_tokens=max_tokens, trust_remote_code=trust_remote_code
+    )
     if prompt is None:
         chat_loop(chatter, system=system, compare=compare)
         return
     messages = [{"role": role, "content": text} for role, text in (("system", system), ("user", prompt)) if text]
     for on in (False, True) if compare else (True,):
         if compare:
-            print(f"adapter {'on:  ' if on else 'off: '}", end="")
+            terminal.answer(f"adapter {'on:  ' if on else 'off: '}")
         for piece in chatter.answer(messages, adapter=on):
-            print(piece, end="", flush=True)
-        print()
+            terminal.answer(piece)
+        terminal.say()

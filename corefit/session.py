@@ -24,16 +24,26 @@ import torch
 from corefit import __version__, show
 from corefit.data.ledger import Ledger
 from corefit.data.stream import Estimate, Source, Stream, encode_validation, split_validation
-from corefit.durable import claim, write_whole
+from corefit.durable import claim, make_folder, read_json, sync, write_whole
 from corefit.engine import attention, checkpoint, evaluate, export, model
 from corefit.engine.loop import Every, LoopState, autocast, progress_at, train
 from corefit.engine.loss import CausalLoss
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_notice
 from corefit.errors import CheckpointError, DataError, LedgerError, ModelError, RecipeError, RunError, system_words
-from corefit.prepare import Prepared, encoding_threads, file_facts, make_stream, without_out
+from corefit.prepare import Prepared, encoding_threads, file_facts, make_stream, secrets, without_out
 from corefit.recipe import Train, to_toml
-from corefit.report import JsonLines, Progress, answers_table, finite, perplexity, read_json, read_lines, summary
-from corefit.types import BadRecord, Batch, Conversation, Message, Quantizer, Record, Scheduler, StepReport
+from corefit.report import JsonLines, Progress, answers_table, finite, perplexity, read_lines, summary
+from corefit.types import (
+    BadRecord,
+    Batch,
+    Conversation,
+    Message,
+    Quantizer,
+    Record,
+    Scheduler,
+    StepReport,
+    Unrenderable,
+)
 
 Say = Callable[[str], None]
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -230,6 +240,9 @@ class Session:
             dropout=recipe.adapter.dropout,
             targets=tuple(recipe.adapter.targets or ()),
             modules_to_save=tuple(recipe.adapter.modules_to_save or ()),
+            dora=recipe.adapter.dora,
+            rslora=recipe.adapter.rslora,
+            start=recipe.adapter.start,
         )
         self.network = network = model.attach_adapter(network, None if full else spec, seed=settings.seed)
         wanted = settings.gradient_checkpointing
@@ -276,6 +289,7 @@ class Session:
             lr=settings.lr,
             betas=(settings.betas[0], settings.betas[1]),
             weight_decay=settings.weight_decay,
+            lr_mult=settings.lr_mult,
         )
         if notice := optimizer_notice(settings.optimizer, self.device):
             self.say(notice)
@@ -335,6 +349,9 @@ class Session:
         except BaseException as error:
             with contextlib.suppress(OSError):
                 self._write_run("failed", error=f"{type(error).__name__}: {error}")
+            if isinstance(error, OSError):
+                where = error.filename or self.folder
+                raise RunError(f"{where}: {system_words(error)}; what is saved is whole, --resume goes on") from error
             raise
         finally:
             self.progress.close()
@@ -349,7 +366,7 @@ class Session:
     def _claim(self) -> int | None:
         """Make the run folder and lock it."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             return claim(self.folder)
         except BlockingIOError:
             raise RecipeError(f"run.out: {self.folder}: another process is training in it") from None
@@ -412,6 +429,7 @@ class Session:
         for file in (self.metrics, self.samples):
             if file.missing:
                 self.say(f"{file.path}: {file.missing:,} bytes that the checkpoint counts on are gone")
+        sync(self.folder)
         if saved is not None:  # the line about this save came after it, so it was cut
             self._write(
                 self.metrics,
@@ -447,9 +465,16 @@ class Session:
             return
         self.sampled.add(step)
         for prompt in self.prompts:
+            try:
+                ids = self.plan.encoder.prompt((Message("user", prompt),)).tolist()
+            except Unrenderable as refusal:
+                self.progress.note(
+                    f"sample: the template can't write this question ({refusal.reason}): {prompt[:80]!r}"
+                )
+                continue
             answer = evaluate.generate(
                 self.network,
-                self.plan.encoder.prompt((Message("user", prompt),)).tolist(),
+                ids,
                 stop_ids=self.plan.encoder.stop_ids,
                 max_tokens=self.recipe.sample.max_tokens,
                 **self.context,
@@ -488,6 +513,8 @@ class Session:
     def _finish(self, reason: str) -> int:
         """Write ledger and status, print answers and summary, and give the exit code."""
         self.progress.close()
+        self.metrics.sync()
+        self.samples.sync()
         ledger = Ledger.from_dict(self.state.as_dict()["stream"]["ledger"])
         ledger.add(self.val_ledger)
         differences = ledger.differences()
@@ -545,6 +572,7 @@ class Session:
                 "base": self.recipe.model.base,
                 "fingerprint": self.fingerprint,
                 "tokenizer": plan.tokenizer.fingerprint,
+                "remote_code": model.remote_code(self.base) if self.recipe.model.trust_remote_code else {},
                 "parameters": self.counts.total,
                 "trainable": self.counts.trainable,
             },
@@ -635,4 +663,7 @@ def before_after(lines: Sequence[Mapping[str, Any]], last: int) -> list[tuple[st
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file in one step: whole, or as it was."""
-    write_whole(path, (json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False)
+    for name, secret in secrets().items():  # a command line and an error may hold one
+        text = text.replace(json.dumps(secret, ensure_ascii=False)[1:-1], f"${name}")
+    write_whole(path, (text + "\n").encode())

@@ -125,15 +125,18 @@ class Encoder:
         """Give the ids after which training taught the model to answer ``messages``: int32 [L].
 
         Raises:
-            Unrenderable: the messages can't be written in this format.
+            Unrenderable: the messages can't be written in this format, or one would yield a control token.
         """
         asked = [m._replace(supervised=False if m.role == "assistant" else None) for m in messages]
         segments = self.segments(Conversation((*asked, Message("assistant", "x", supervised=True))))
         answer = next((i for i, segment in enumerate(segments) if segment.supervised), None)
         if answer is None:
             raise Unrenderable("nothing_supervised")
-        asking = segments[:answer]
-        return self._ids([segment.text for segment in asking], [segment.control for segment in asking])[0]
+        control = [segment.control for segment in segments[:answer]]
+        ids, sizes = self._ids([segment.text for segment in segments[:answer]], control)
+        if (self.forbidden[ids] & ~np.repeat(control, sizes)).any():
+            raise Unrenderable("control_in_content")
+        return ids
 
     def _document(self, item: Document) -> list[Segment]:
         if not item.text:

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 500
 MAX_DIGITS = 4300
+MAX_RATIO, MAX_UNPACKED = 200, 256 * 2**20
+"""A .gz may unpack to this many times its size, and to this many bytes in any case."""
 STDIN_NAME = "stdin.jsonl"
 """The name under which ``spool`` keeps standard input."""
 
@@ -182,10 +184,47 @@ def _open(path: Path, buffering: int | None = None) -> Iterator[tuple[Bytes, boo
             if file.peek(2)[:2] != _GZIP:
                 yield file, file.seekable() and not stdin
             else:
-                with gzip.GzipFile(fileobj=file) as unpacked, BufferedReader(unpacked, _BLOCK) as buffered:
+                with _Unpacked(file, path) as unpacked, BufferedReader(unpacked, _BLOCK) as buffered:
                     yield buffered, False
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: {_why(error)}") from error
+
+
+_T = TypeVar("_T")
+
+
+class _Packed:
+    """A file whose bytes are counted as they are taken."""
+
+    def __init__(self, file: Bytes) -> None:
+        self.file, self.seek, self.taken = file, file.seek, 0
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        self.taken += len(data)
+        return data
+
+
+class _Unpacked(gzip.GzipFile):
+    """What a .gz holds; ends with an error where that is much more than it could honestly be."""
+
+    def __init__(self, file: Bytes, path: Path) -> None:
+        self.path, self.packed = path, _Packed(file)
+        super().__init__(fileobj=cast(Any, self.packed))
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._checked(super().read(size))
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401, which some Pythons don't do by read
+        return self._checked(super().readinto(buffer))
+
+    def _checked(self, done: _T) -> _T:
+        if self.tell() > MAX_UNPACKED + MAX_RATIO * self.packed.taken:
+            raise DataError(
+                f"{self.path}: unpacks to more than {MAX_RATIO} times its size, perhaps to fill memory or disk; if "
+                "that is right, unpack it by hand"
+            )
+        return done
 
 
 def _why(error: Exception) -> str:
@@ -404,9 +443,6 @@ class _File(NamedTuple):
                     return
             else:
                 yield used
-
-
-_T = TypeVar("_T")
 
 
 @contextmanager

@@ -66,8 +66,8 @@ class Tokenizer:
         self._control_pattern = re.compile("|".join(parts[token] for token in longest_first) or "(?!)")
         model = backend.model
         self._natural_unk = backend.token_to_id(getattr(model, "unk_token", None) or "")
-        if self._natural_unk is None:
-            self._natural_unk = getattr(model, "unk_id", None)
+        if self._natural_unk is None and type(model).__name__ == "Unigram":  # its object doesn't give it
+            self._natural_unk = json.loads(backend.to_str())["model"]["unk_id"]
         self.vocab_size: int = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
         self.bos_token, self.eos_token, self.pad_token = map(self._named.get, ("bos_token", "eos_token", "pad_token"))
         self.bos_id, self.eos_id, pad = (
@@ -174,8 +174,9 @@ class Tokenizer:
         named = [token for token in (*self._named.values(), *control) if self.token_id(token) is not None]
         self._backend.add_special_tokens([AddedToken(token, normalized=False) for token in named])
         self._backend.encode_special_tokens = True
-        ids = self.special_ids | {id for token in control if (id := self.token_id(token)) is not None}
-        return ids - {self._natural_unk}  # unknown characters yield it honestly
+        named = [*control, *(token for role, token in self._named.items() if role != "unk_token")]
+        roles = {id for token in named if (id := self.token_id(token)) is not None}
+        return (self.special_ids - {self._natural_unk}) | roles  # unknown characters honestly yield what is only that
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode each text by itself, no BOS or EOS."""

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from corefit.durable import sync, write_whole
+from corefit.durable import make_folder, sync, write_whole
 from corefit.engine.optimizer import load_optimizer_state, optimizer_state
 from corefit.errors import CheckpointError
 
@@ -89,7 +89,8 @@ def save(
     try:
         for litter in folder.glob(".tmp-*"):
             shutil.rmtree(litter) if litter.is_dir() else litter.unlink()
-        aside.mkdir(parents=True)
+        make_folder(folder)
+        aside.mkdir()
         save_file({k: p.detach().cpu().contiguous() for k, p in parameters.items()}, aside / "trainable.safetensors")
         save_file(moments, aside / "optimizer.safetensors")
         save_file(bits, aside / "rng.safetensors")
@@ -214,6 +215,9 @@ def restore(
 
 def torn(path: Path, *, hashes: bool = True) -> str | None:
     """Say what is wrong with a checkpoint folder, in one line; None: it is whole."""
+    for name in ("manifest.json", *FILES):
+        if not (path / name).is_file():  # a pipe or a device would be read without end
+            return f"{path}: torn: no {name}"
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
@@ -224,8 +228,6 @@ def torn(path: Path, *, hashes: bool = True) -> str | None:
                 return f"{path}: torn: {name} has {size} bytes of {expected['size']}"
             if hashes and sha256(path / name) != expected["sha256"]:
                 return f"{path}: torn: {name} is not what was written (SHA-256 differs)"
-    except FileNotFoundError as error:
-        return f"{path}: torn: no {Path(error.filename).name}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{path}: torn: manifest.json: {error!r}"
     return None

@@ -7,6 +7,7 @@ template and the stop ids. Weights are written under the base's names, order, dt
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,9 @@ from safetensors.torch import save_file
 from corefit import __version__
 from corefit.durable import sync
 from corefit.engine import internlm
-from corefit.engine.model import INDEX, weight_files
+from corefit.engine.model import INDEX
+from corefit.engine.model import read_header as read_header
+from corefit.engine.model import weight_files as weight_files
 from corefit.errors import ModelError
 
 EMBEDDED = "corefit-embedded"
@@ -114,6 +117,7 @@ def written_aside(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out}: is not empty; name a new folder")
+    out = Path(os.path.abspath(out))  # "." and ".." have no name of their own
     aside, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -197,8 +201,8 @@ def _readme(facts: Provenance, kind: str, stops: list[int]) -> str:
     if kind == "adapter":
         title, peft = f"LoRA adapter for {facts.name}", "from peft import PeftModel\n"
         load = (
-            f'base = AutoModelForCausalLM.from_pretrained("{facts.name}", dtype="auto"{code})  # or its folder\n'
-            "model = PeftModel.from_pretrained(base, folder)"
+            f'base = AutoModelForCausalLM.from_pretrained({json.dumps(facts.name)}, dtype="auto"{code})'
+            "  # or its folder\nmodel = PeftModel.from_pretrained(base, folder)"
         )
         lines += "corefit chat DIR --model BASE       # where the base model lies elsewhere\n"
         lines += "corefit merge DIR --out MERGED      # one plain model folder for any server\n"
@@ -245,17 +249,6 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- weights
-
-
-def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Give the tensors of a safetensors file (name -> dtype, shape), in the order of their bytes, and its metadata.
-
-    Source: https://github.com/huggingface/safetensors#format
-    """
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    metadata = header.pop("__metadata__", {})
-    return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"])), metadata
 
 
 def write_tensors(
@@ -310,7 +303,7 @@ def rewrite_weights(
                 return change(name, lambda: file.get_tensor(source[name]))
 
             write_tensors(out / path.name, entries, tensor_of, metadata)
-    if (base / INDEX).is_file():
+    if (base / INDEX).is_file() and not (out / "model.safetensors").is_file():
         index = json.loads((base / INDEX).read_bytes())
         index["weight_map"] |= {new: index["weight_map"][old] for new, old in added.items()}
         if added:

@@ -85,7 +85,7 @@ def load(config: Mapping[str, Any], files: Iterable[Path], base: str, **argument
     if dynamic:
         assert scaling is not None
         model.model.rotary_emb = DynamicNTK(llama.head_dim, theta, scaling["factor"], llama.max_position_embeddings)
-    model.config.fused_qkv = layout is not None
+    model.config.wqkv = layout and [layout.queries, layout.groups, layout.head_dim]
     return model, info
 
 
@@ -183,6 +183,32 @@ def layout_of_folder(base: Path) -> Layout | None:
     return layout_of(json.loads((base / "config.json").read_bytes()))
 
 
+def layout_in(model: Any) -> Layout | None:  # noqa: ANN401, a model or a PeftModel
+    """Give the same of a loaded model."""
+    sizes = getattr(model.config, "wqkv", None)
+    return Layout(*sizes) if sizes else None
+
+
+def llama_modules(model: Any, names: Iterable[str]) -> list[str]:  # noqa: ANN401
+    """Give, sorted, the model's names of modules that somebody may call by InternLM 2's."""
+    return sorted({new for name in names for new in (llama_names(name) if layout_in(model) else [name])})
+
+
+def check_adapter(adapted: Any) -> None:  # noqa: ANN401, a PeftModel
+    """Look whether ``adapter_to_published`` will be able to write an adapter.
+
+    Raises:
+        ModelError: rows of ``wqkv`` would have to be written whole, and not all of them are trained.
+    """
+    names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    whole = [published_name(name) for name in names if ".lora_A." not in name and ".lora_B." not in name]
+    if layout_in(adapted) and any(whole.count(name) != 3 for name in whole if ".wqkv." in name):
+        raise ModelError(
+            "adapter: q_proj, k_proj and v_proj are one matrix, wqkv, in this base's files; modules_to_save, and "
+            "targets with dora, can name all three or none"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How InternLM 2 puts q, k and v together."""
@@ -227,14 +253,27 @@ class Layout:
     def adapter_to_llama(
         self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Give adapter_config.json and tensors of an adapter on the published names, for LLaMA's; it acts the same."""
-        config = dict(config)
+        """Give adapter_config.json and tensors of an adapter on the published names, for LLaMA's; it acts the same.
+
+        What ``adapter_to_published`` made comes back as it was; of a ``wqkv`` that was trained as one, q, k and v share
+        A.
+        """
+        config, found, r = dict(config), self.to_llama(tensors, where), config["r"]
         for key in ("target_modules", "modules_to_save"):
             if isinstance(config.get(key), list):
                 config[key] = [new for name in config[key] for new in llama_names(name)]
+        folded = [b for name, b in tensors.items() if ".wqkv.lora_B." in name]
+        if _patterns(config).items() <= config.items() and all(self._is_folded(b, r) for b in folded):
+            config |= {"rank_pattern": {}, "alpha_pattern": {}}
+            for i, part in enumerate(QKV):
+                for name, tensor in found.items():
+                    if f".{part}.lora_A." in name:
+                        found[name] = tensor[i * r : (i + 1) * r]
+                    elif f".{part}.lora_B." in name:
+                        found[name] = tensor[:, i * r : (i + 1) * r]
         for key in ("rank_pattern", "alpha_pattern"):
             config[key] = {new: value for name, value in (config.get(key) or {}).items() for new in llama_names(name)}
-        return config, self.to_llama(tensors, where)
+        return config, found
 
     def adapter_to_published(
         self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
@@ -242,6 +281,7 @@ class Layout:
         """Give adapter_config.json and tensors of a LoRA adapter, for the published names; it acts the same.
 
         q, k and v of rank r become ``wqkv`` of rank 3r: their A's are stacked, each B has its own rows and columns.
+        What of the three is not adapted is zero.
         """
         config = dict(config)
         for key in ("target_modules", "modules_to_save"):
@@ -252,31 +292,31 @@ class Layout:
             part = next((part for part in name.split(".") if part in QKV), "")
             parts.setdefault(published_name(name), {})[part] = tensor
         found = {name: of[""] if "" in of else self._fold(name, of) for name, of in parts.items()}
-        ranks = {
-            name.partition(".lora_A.")[0].removeprefix("base_model.model."): len(tensor)
-            for name, tensor in found.items()
-            if ".wqkv.lora_A." in name
-        }
-        if len(set(ranks.values())) == 1:
-            ranks = {"wqkv": max(ranks.values())}
-        times = {name: rank // config["r"] for name, rank in ranks.items()}
-        if any(n > 1 for n in times.values()):
-            root = bool(config.get("use_rslora"))  # the scale, alpha / r or alpha / sqrt(r), stays as it is
-            config["rank_pattern"] = ranks
-            config["alpha_pattern"] = {
-                name: config["lora_alpha"] * (math.sqrt(n) if root else n) for name, n in times.items()
-            }
-        return config, found
+        return config | (_patterns(config) if any(".wqkv.lora_A." in name for name in found) else {}), found
 
     def _fold(self, name: str, of: Mapping[str, Tensor]) -> Tensor:
         if ".lora_A." in name:
-            return torch.cat([of[part] for part in QKV if part in of])
+            none = torch.zeros_like(next(iter(of.values())))
+            return torch.cat([of.get(part, none) for part in QKV])
         if ".lora_B." in name:
             rows = (self.groups * self.queries * self.head_dim, *[self.groups * self.head_dim] * 2)
-            none = next(iter(of.values())).new_zeros
-            blocks = [of.get(part, none(n, 0)) for part, n in zip(QKV, rows, strict=True)]
+            any_b = next(iter(of.values()))
+            blocks = [of.get(part, any_b.new_zeros(n, any_b.shape[1])) for part, n in zip(QKV, rows, strict=True)]
             return self.fuse(*torch.block_diag(*blocks).split(rows))  # type: ignore[no-untyped-call]
         return self.fuse(*(of[part] for part in QKV))
+
+    def _is_folded(self, b: Tensor, r: int) -> bool:
+        if b.shape[1] != 3 * r:
+            return False
+        parts = self.split(b, "lora_B")
+        blocks = {part: rows[:, i * r : (i + 1) * r] for i, (part, rows) in enumerate(zip(QKV, parts, strict=True))}
+        return torch.equal(self._fold(".lora_B.", blocks), b)
+
+
+def _patterns(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what adapter_config.json says of three adapters in one: the scale, alpha / r or alpha / sqrt(r), stays."""
+    times = math.sqrt(3) if config.get("use_rslora") else 3
+    return {"rank_pattern": {"wqkv": 3 * config["r"]}, "alpha_pattern": {"wqkv": times * config["lora_alpha"]}}
 
 
 class _Published(Mapping[str, Tensor]):

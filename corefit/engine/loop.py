@@ -116,7 +116,7 @@ def train(
         progress = progress_at(state.step + 0.5, (state.epoch + epoch) / 2, max_steps=max_steps, epochs=epochs)
         lr, loss_scale = lr_at(progress), scaler.get_scale()
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_mult", 1.0)
         try:
             loss, norm = take_step(loss_fn, batches, parameters, optimizer, scaler, device, compute_dtype, clip)
         except torch.OutOfMemoryError as error:

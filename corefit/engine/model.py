@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,19 +23,19 @@ from torch import nn
 
 from corefit.engine import internlm
 from corefit.errors import ModelError, UserError, unknown
+from corefit.terminal import notice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from corefit.types import Quantizer
 
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # which huggingface_hub reads when it is imported
+
 INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _unsaid(line: str) -> None:
@@ -50,7 +51,6 @@ def quiet() -> None:
     Called before any of them is imported. What corefit must know from their warnings (missing weights, a fallback) it
     asks for itself.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # int8 logs a line per layer per step, and the import a line about a kernel that isn't needed
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import transformers
@@ -209,7 +209,7 @@ def _cpu_has_bf16() -> bool:
 # --------------------------------------------------------------------------------------------------------- the base
 
 
-def resolve_base(base: str, *, trust_remote_code: bool = False, say: Callable[[str], None] = _say) -> Path:
+def resolve_base(base: str, *, trust_remote_code: bool = False, say: Callable[[str], None] = notice) -> Path:
     """Give the folder of a base: itself, or the local copy of a hub name, downloaded where it isn't there yet.
 
     Only configuration, tokenizer and safetensors files are downloaded (with ``trust_remote_code`` Python files too).
@@ -221,6 +221,8 @@ def resolve_base(base: str, *, trust_remote_code: bool = False, say: Callable[[s
     if path.is_dir():
         return path
     if path.exists():
+        if any(path.match(pattern) for pattern in PICKLES):
+            raise ModelError(f"{base}: a pickle, which corefit never opens; {to_convert(path)}")
         raise ModelError(f"{base}: a file, not a model folder; give the folder that holds config.json")
     if base.startswith((".", "/", "~")) or "\\" in base or base.count("/") > 1:
         near = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
@@ -269,39 +271,58 @@ def _read_config(folder: Path, base: str) -> dict[str, Any]:
     return config
 
 
-def _weight_files(folder: Path, base: str) -> list[Path]:
-    """The safetensors files of a folder, sorted.
+def weight_files(folder: Path, base: str | None = None) -> list[Path]:
+    """Give the safetensors files of a model folder, sorted: the one, those that its index names, else all.
+
+    ``base`` is what the user calls the folder.
 
     Raises:
         ModelError: there are none; pickle files are never opened, because opening one can run any code.
     """
-    found = sorted(folder.glob("*.safetensors"))
-    if found:
+    one, index = folder / "model.safetensors", folder / INDEX
+    base = base or str(folder)
+    if one.is_file():
+        return [one]
+    if index.is_file():
+        return [folder / name for name in sorted(set(read_index(index, ".safetensors").values()))]
+    if found := sorted(folder.glob("*.safetensors")):
         return found
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+    pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
     if pickles:
         raise ModelError(
-            f"{base}: weights only as pickle ({pickles[0]}), which corefit never opens; "
-            "convert them to safetensors where you trust their source, or take a safetensors revision of the model"
+            f"{base}: weights only as pickle ({pickles[0]}), which corefit never opens; {to_convert(folder)}"
         )
     raise ModelError(f"{base}: no *.safetensors weights in this folder")
 
 
-def weight_files(base: Path) -> list[Path]:
-    """Give the safetensors files of a model folder: those that its index names, else all.
+def to_convert(path: Path) -> str:
+    """Give the words for what makes safetensors of a folder's, or a file's, pickles."""
+    path = path if path.name.strip(".") else path.resolve()
+    given, out = (shlex.quote(str(p)) for p in (path, path.with_name(f"{path.name}-safetensors")))
+    return f"this reads their tensors without running anything: corefit safetensors {given} --out {out}"
+
+
+def read_index(path: Path, suffix: str) -> dict[str, str]:
+    """Give the file of every tensor, as an index says.
 
     Raises:
-        ModelError: there are none.
+        ModelError: not an index, or a file in it is no ``suffix`` file beside it.
     """
-    if (base / INDEX).is_file():
-        names = set(json.loads((base / INDEX).read_bytes())["weight_map"].values())
-        return [base / name for name in sorted(names)]
-    one = base / "model.safetensors"
-    return [one] if one.is_file() else _weight_files(base, str(base))
+    try:
+        where: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
+        for name in sorted(set(where.values())):
+            if Path(name).name != name or not name.endswith(suffix):
+                raise ModelError(f"{path}: names the file {name!r}; expected {suffix} files of its own folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path}: not the index of a model's files ({_first_line(error)}); fetch it again") from error
+    return where
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """A safetensors file's header: tensor name -> dtype, shape, data_offsets.
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Give the tensors of a safetensors file (name -> dtype, shape, offsets), in the file's order, and its metadata.
+
+    Raises:
+        ModelError: it isn't one.
 
     Source: https://github.com/huggingface/safetensors#format
     """
@@ -311,9 +332,9 @@ def _header(path: Path) -> dict[str, Any]:
             if not 0 < size < min(100 * 2**20, path.stat().st_size):
                 raise ValueError("no safetensors header")
             header = json.loads(file.read(size))
-        header.pop("__metadata__", None)
-        return dict(header)
-    except (OSError, ValueError, AttributeError) as error:
+        metadata = header.pop("__metadata__", {})
+        return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"])), metadata
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{path.name}: not a whole safetensors file ({_first_line(error)}); fetch it again") from error
 
 
@@ -324,8 +345,8 @@ def base_dtype_of(base: str) -> str:
     """
     folder = resolve_base(base, say=_unsaid)
     sizes: dict[str, int] = {}
-    for path in _weight_files(folder, base):
-        for entry in _header(path).values():
+    for path in weight_files(folder, base):
+        for entry in read_header(path)[0].values():
             if entry["dtype"] in _FLOATS:
                 begin, end = entry["data_offsets"]
                 dtype = _FLOATS[entry["dtype"]]
@@ -341,10 +362,10 @@ def model_fingerprint(base: str) -> str:
     """
     folder = resolve_base(base, say=_unsaid)
     digest = hashlib.sha256(json.dumps(_read_config(folder, base), sort_keys=True).encode())
-    for path in _weight_files(folder, base):
+    for path in weight_files(folder, base):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
-        digest.update(json.dumps(_header(path), sort_keys=True).encode())
+        digest.update(json.dumps(read_header(path)[0], sort_keys=True).encode())
         with path.open("rb") as file:
             for block in range(64):
                 file.seek(max(size - 4096, 0) * block // 63)
@@ -360,7 +381,7 @@ def load_base(
     device: str,
     trust_remote_code: bool = False,
     weights_dtype: str | None = None,
-    say: Callable[[str], None] = _say,
+    say: Callable[[str], None] = notice,
 ) -> PreTrainedModel:
     """Load a base model from a folder or by its hub name, frozen, in eval mode, on ``device``.
 
@@ -383,14 +404,26 @@ def load_base(
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     kind = config.get("model_type")
+    trust_remote_code = trust_remote_code and kind not in internlm.KINDS  # nothing is there to be run
     if kind not in (*internlm.KINDS, *CONFIG_MAPPING) and not trust_remote_code:
         if "auto_map" in config:
             raise ModelError(
-                f"{base}: model type {kind!r} comes with its own Python code, which corefit doesn't run unasked; "
-                "--set model.trust_remote_code=true runs it, if you trust its source"
+                f"{base}: model type {kind!r} comes with its own Python code, which corefit doesn't run unasked; if "
+                "you trust its source: train --set model.trust_remote_code=true, chat --trust-remote-code"
             )
         raise ModelError(f"{base}: config.json: {unknown('model type', str(kind), _near(str(kind), CONFIG_MAPPING))}")
-    _weight_files(folder, base)
+    weight_files(folder, base)
+    if (folder / "adapter_config.json").exists():  # transformers would load the base that it names, not this folder
+        raise ModelError(
+            f"{base}: holds an adapter beside the model; move adapter_config.json into a folder of its own"
+        )
+    if trust_remote_code:
+        if away := [name for name in map(str, (config.get("auto_map") or {}).values()) if "--" in name]:
+            raise ModelError(
+                f"{base}: takes code from another place ({away[0]}); copy that code into the model's folder"
+            )
+        files = ", ".join(f"{name} (sha256 {digest[:16]})" for name, digest in remote_code(folder).items())
+        say(f"model.trust_remote_code: runs Python code from {base}: {files or 'there is none'}")
     has_bitsandbytes = _import_bitsandbytes()
     try:
         quantization = quantizer.config(compute_dtype)
@@ -402,21 +435,21 @@ def load_base(
         )
     if quantization is not None and not has_bitsandbytes and "itsAndBytes" in type(quantization).__name__:
         raise ModelError(f"quantizer {quantizer.name!r}: bitsandbytes is not installed; pip install bitsandbytes")
-    more: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
+    more: dict[str, Any] = {"dtype": getattr(torch, weights_dtype or compute_dtype), "output_loading_info": True}
+    if quantization is not None:
+        more["quantization_config"] = quantization
     if device != "cpu":
         more["device_map"] = {"": device}
 
-    more |= {"dtype": getattr(torch, weights_dtype or compute_dtype), "output_loading_info": True}
-
     def load(attention: str) -> tuple[Any, dict[str, Any]]:
         if kind in internlm.KINDS:
-            return internlm.load(config, weight_files(folder), base, attn_implementation=attention, **more)
+            return internlm.load(config, weight_files(folder, base), base, attn_implementation=attention, **more)
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
-            local_files_only=not trust_remote_code,
+            local_files_only=True,
             **more,
         )
         return model, info
@@ -445,6 +478,12 @@ def load_base(
     model.name_or_path = model.config._name_or_path = base  # what peft writes down; not where the hub's copy lies
     model.requires_grad_(False)
     return model.eval()
+
+
+def remote_code(folder: Path) -> dict[str, str]:
+    """Give the SHA-256 of every Python file of a model folder: what ``trust_remote_code`` lets run."""
+    files = (path for path in sorted(folder.rglob("*.py")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def _check_loaded(base: str, info: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -499,6 +538,11 @@ class AdapterSpec:
     """Names, or ends of dotted names, of linear layers; empty: all linear layers of the decoder."""
     modules_to_save: tuple[str, ...] = ()
     """Modules that are trained whole and stored with the adapter."""
+    dora: bool = False
+    rslora: bool = False
+    """True: the scale is alpha / sqrt(r)."""
+    start: str | None = None
+    """A folder with an adapter of just these settings, whose weights are the first ones."""
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -550,28 +594,26 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
     for module in model.modules():
         if "norm" in type(module).__name__.lower():
             module.float()
-    targets = sorted(set(spec.targets)) or decoder_targets(model)
+    targets, saved = internlm.llama_modules(model, spec.targets), internlm.llama_modules(model, spec.modules_to_save)
+    targets = targets or decoder_targets(model)
     layers, modules = linear_layers(model), [name for name, _ in model.named_modules() if name]
-    for where, names, known in (("targets", targets, list(layers)), ("modules_to_save", spec.modules_to_save, modules)):
+    for where, names, known in (("targets", targets, list(layers)), ("modules_to_save", saved, modules)):
         for wanted in names:
             if not any(name == wanted or name.endswith(f".{wanted}") for name in known):
                 ends = {name.rpartition(".")[2] for name in known}
                 raise ModelError(
                     f"adapter.{where}: {unknown('layer', wanted, {end for end in ends if not end.isdigit()})}"
                 )
-    whole = {name.rpartition(".")[2] for name in spec.modules_to_save} & set(internlm.QKV)
-    if getattr(model.config, "fused_qkv", False) and 0 < len(whole) < 3:
-        raise ModelError(
-            "adapter.modules_to_save: q_proj, k_proj and v_proj are one matrix in this base's files; name all three"
-        )
     config = LoraConfig(
         r=spec.r,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
         target_modules=targets,
-        modules_to_save=sorted(set(spec.modules_to_save)) or None,
+        modules_to_save=saved or None,
         bias="none",
         task_type=TaskType.CAUSAL_LM,
+        use_dora=spec.dora,
+        use_rslora=spec.rslora,
     )
     device = next(model.parameters()).device
     with warnings.catch_warnings(), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -580,10 +622,34 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
         adapted = get_peft_model(model, config)
     # peft keeps a set, whose order changes from process to process, and would write it so
     adapted.peft_config["default"].target_modules = targets
+    internlm.check_adapter(adapted)
+    if spec.start is not None:
+        _load_adapter(adapted, Path(spec.start))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return _checked(adapted.train())
+
+
+def _load_adapter(adapted: Any, folder: Path) -> None:  # noqa: ANN401, a PeftModel
+    """Put an adapter's weights into a new one of the same shape."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    weight_files(folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    if layout := internlm.layout_in(adapted):
+        config = json.loads((folder / "adapter_config.json").read_bytes())
+        _, tensors = layout.adapter_to_llama(config, tensors, str(folder))
+    have = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    want = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    if differ := sorted(name for name in have | want if have.get(name) != want.get(name)):
+        raise ModelError(
+            f"adapter.start: {folder} has {have.get(differ[0], 'nothing')} for {differ[0]}, this base takes "
+            f"{want.get(differ[0], 'nothing')}: an adapter of another base?"
+        )
+    set_peft_model_state_dict(adapted, tensors)
 
 
 def _checked(model: nn.Module) -> nn.Module:

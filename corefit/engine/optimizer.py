@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -36,15 +37,22 @@ def make_optimizer(
     lr: float,
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 0.0,
+    lr_mult: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """Give the optimizer called ``name`` over the parameters sorted by name; bitsandbytes is imported only if needed.
 
+    ``lr_mult``: a regular expression -> by how much the learning rate of the parameters is multiplied in whose name it
+    is found; the first one counts. A group's ``lr_mult`` holds it for whoever sets the rate.
+
     Raises:
-        RecipeError: no optimizer has this name.
+        RecipeError: no optimizer has this name; an expression that finds nothing, or isn't one.
     """
     if name not in OPTIMIZERS:
         raise RecipeError(f"train.optimizer: {unknown('optimizer', name, OPTIMIZERS)}")
-    ordered = [parameters[key] for key in sorted(parameters)]
+    by_mult: dict[float, list[nn.Parameter]] = {}
+    for key, mult in sorted(_multiples(parameters, lr_mult or {}).items()):
+        by_mult.setdefault(mult, []).append(parameters[key])
+    ordered: list[Any] = [{"params": group, "lr_mult": mult} for mult, group in sorted(by_mult.items())]
     if not OPTIMIZERS[name]:
         return torch.optim.AdamW(ordered, lr=lr, betas=betas, weight_decay=weight_decay)
     import bitsandbytes
@@ -54,6 +62,22 @@ def make_optimizer(
     # bitsandbytes warns at the first step of a paged optimizer on a CPU; optimizer_notice says it at the start.
     optimizer._cpu_paged_warned = True  # type: ignore[attr-defined]
     return optimizer
+
+
+def _multiples(parameters: Mapping[str, nn.Parameter], lr_mult: Mapping[str, float]) -> dict[str, float]:
+    """Give the multiple of the learning rate of every parameter."""
+    found = dict.fromkeys(parameters, 1.0)
+    for pattern, mult in reversed(list(lr_mult.items())):
+        try:
+            names = [name for name in parameters if re.search(pattern, name)]
+        except re.error as error:
+            raise RecipeError(f"train.lr_mult: {pattern!r} is no regular expression: {error}") from error
+        if not names:
+            raise RecipeError(
+                f"train.lr_mult: {pattern!r} is in no name of a trained weight, such as {min(parameters)}"
+            )
+        found |= dict.fromkeys(names, float(mult))
+    return found
 
 
 def optimizer_notice(name: str, device: str) -> str | None:
@@ -66,7 +90,7 @@ def optimizer_notice(name: str, device: str) -> str | None:
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Give the state as tensors ``parameter/key`` on the CPU, and as JSON-able ``{"values": ..., "group": ...}``."""
+    """Give the state as tensors ``parameter/key`` on the CPU, and as JSON-able ``{"values": ..., "groups": ...}``."""
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
     for name, parameter in parameters.items():
@@ -76,8 +100,10 @@ def optimizer_state(
             elif key not in CONSTANT:
                 values.setdefault(name, {})[key] = value
     plain = (bool, int, float, str, tuple, list)
-    group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params" and isinstance(v, plain)}
-    return tensors, {"values": values, "group": group}
+    groups = [
+        {k: v for k, v in group.items() if k != "params" and isinstance(v, plain)} for group in optimizer.param_groups
+    ]
+    return tensors, {"values": values, "groups": groups}
 
 
 def load_optimizer_state(
@@ -89,7 +115,7 @@ def load_optimizer_state(
     """Put back what ``optimizer_state`` gave, on each parameter's device, paged where the optimizer pages.
 
     Raises:
-        CheckpointError: the state is of a parameter that is not trained now.
+        CheckpointError: the state is of a parameter that is not trained now, or of other groups.
     """
     state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in scalars["values"].items()}
     for path, tensor in tensors.items():
@@ -114,5 +140,7 @@ def load_optimizer_state(
                 tables = optimizer.name2qmap  # type: ignore[attr-defined]
                 values[key] = tables[table] = tables[table].to(parameter.device)
         optimizer.state[parameter] = values
-    for key, value in scalars["group"].items():
-        optimizer.param_groups[0][key] = tuple(value) if isinstance(value, list) else value
+    if len(scalars["groups"]) != len(optimizer.param_groups):
+        raise CheckpointError("optimizer state of other groups: train.lr_mult is not what it was")
+    for group, saved in zip(optimizer.param_groups, scalars["groups"], strict=True):
+        group |= {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}

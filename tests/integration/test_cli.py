@@ -38,7 +38,8 @@ def test_light_verbs_leave_torch_unimported(arguments: list[str], tmp_path: Path
 def test_help_shows_the_verbs_in_the_order_of_their_use(tmp_path: Path) -> None:
     text = corefit("--help", cwd=tmp_path).stdout
     places = [
-        text.index(f"  {verb}") for verb in ("train", "inspect", "pack", "chat", "merge", "recipes", "copy", "plugins")
+        text.index(f"  {verb}")
+        for verb in ("train", "inspect", "pack", "chat", "merge", "safetensors", "recipes", "copy", "plugins")
     ]
     assert places == sorted(places)
 

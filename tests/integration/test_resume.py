@@ -470,3 +470,32 @@ with Interrupts(print, own_process={own_process}) as interrupts:
     out, _ = process.communicate(timeout=60)
     assert ("done" in out) == (not own_process)
     assert process.returncode == (130 if own_process else 0), "two signals in one call are one to Python"
+
+
+# -------------------------------------------------------------------------------------------- from another's adapter
+
+
+def test_a_new_run_starts_from_an_adapter_and_takes_its_settings(here: Here, run: Path):
+    sets = [s for s in SETS if not s.startswith("adapter")]
+    flags = dict(here.flags)
+    start = f"adapter.start={run / 'adapter'}"
+    new = train_from(None, {**flags, "out": "new"}, [*sets, start, "train.max_steps=1"], say=here.said.append).path
+    first = next(line["val_loss"] for line in lines(new) if "val_loss" in line)
+    assert first == [line["val_loss"] for line in lines(run) if "val_loss" in line][-1]
+    assert "r = 4" in (new / "recipe.toml").read_text("utf-8")
+    assert train_from("new", {"out": "again"}, (), say=here.said.append).path.is_dir(), "the written recipe runs again"
+    with pytest.raises(RecipeError, match=r"--set adapter.r=8: adapter.r is 8, the adapter in adapter.start has 4"):
+        train_from(None, flags, [*sets, start, "adapter.r=8"], say=here.said.append)
+    config = run / "adapter" / "adapter_config.json"
+    for change, words in (
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+    ):
+        before = config.read_text("utf-8")
+        config.write_text(json.dumps({**json.loads(before), **change}), "utf-8")
+        with pytest.raises(CorefitError, match=f"adapter.start: .*{words}: not a LoRA adapter"):
+            train_from(None, flags, [*sets, start], say=here.said.append)
+        config.write_text(before, "utf-8")
+    with pytest.raises(CorefitError, match="adapter.start: .*adapter_config.json: not there, or broken"):
+        train_from(None, flags, [*sets, "adapter.start=nowhere"], say=here.said.append)

@@ -18,7 +18,7 @@ from tiny import CONTROL, write_tokenizer
 
 from corefit.data.encode import make_encoder
 from corefit.data.tokenizer import Tokenizer
-from corefit.types import Conversation, Message, PromptTemplate, Sample, Unrenderable
+from corefit.types import Conversation, Document, Message, PromptTemplate, Sample, Unrenderable
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 EVERY_TURN = PromptTemplate.from_strings(
@@ -94,6 +94,90 @@ def test_samples_are_the_segments_and_content_forges_nothing(name, messages):
     [[start, end]] = result.sample.spans.tolist()  # the last answer only
     assert ids[end - 1] == made.stop_ids[0]
     assert made.tokenizer.decode(ids[start : end - 1]) == [c for role, c in messages if role == "assistant"][-1]
+
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+
+
+@functools.cache
+def odd_encoder(kind: str):
+    """Tokenizers that have control text in their own vocabulary, rewrite text into it, or have one token for it and
+    for what they don't know; and InternLM's own."""
+    import json
+
+    from tokenizers import AddedToken, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    path = SHARED / "data/tokenizer_internlm/tokenizer.model"
+    if kind == "internlm":
+        if not path.is_file():
+            pytest.skip("the shared data folder is not here")
+        return make_encoder(TEMPLATES["internlm_chat"], Tokenizer.load(path))
+    chars = [*map(chr, range(32, 127)), "\n"]
+    vocab = {text: i for i, text in enumerate([*SPECIAL, *chars, "a b"])}
+    unk = "</s>" if kind == "unknown is the end" else "<unk>"
+    if kind == "unigram":
+        backend = Backend(models.Unigram([(t, -1.0) for t in SPECIAL] + [(c, -3.0) for c in chars], unk_id=0))
+    elif kind == "words":
+        backend = Backend(models.WordLevel(vocab, unk_token=unk))
+        backend.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    else:
+        backend = Backend(models.BPE(vocab, [], unk_token=unk))
+        backend.normalizer = normalizers.NFKC()  # ＜/s＞ becomes </s>
+    backend.add_special_tokens([AddedToken(text, normalized=kind == "nfkc") for text in SPECIAL])
+    folder = Path(tempfile.mkdtemp())
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": unk}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
+    return make_encoder(TEMPLATES["chatml"], Tokenizer.load(folder))
+
+
+forged = st.lists(
+    st.one_of(
+        st.sampled_from(
+            [*SPECIAL, *CONTROL, "＜/s＞", "＜|im_end|＞", "<", "/s>", " ", "▁", "é", "你", "\n", "<0x0A>"]
+        ),
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=2),
+    ),
+    max_size=5,
+).map("".join)
+
+
+@pytest.mark.parametrize("kind", ["nfkc", "unigram", "words", "unknown is the end", "internlm"])
+@given(messages=st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), forged), max_size=5), text=forged)
+@settings(deadline=None, max_examples=80)
+def test_no_tokenizer_gives_content_a_control_token_in_training_or_in_chat(kind, messages, text):
+    made = odd_encoder(kind)
+    tokenizer = made.tokenizer
+    special = {
+        tokenizer.token_id(t) for t in (*made.stop, *made.template.control, tokenizer.bos_token, tokenizer.eos_token)
+    }
+    assert special <= set(np.flatnonzero(made.forbidden).tolist())
+    asked = [Message(role, content) for role, content in messages]
+    before = (message._replace(supervised=False) if message.role == "assistant" else message for message in asked)
+    answered = Conversation((*before, Message("assistant", "x", supervised=True)))
+    for item in (Conversation(tuple(asked)), Document(text)):
+        [result] = encode_each(made, [(item, "d:1")])
+        if result.sample is not None:
+            control = [tokenizer.token_id(s.text) for s in made.segments(item) if s.control]
+            assert [id for id in result.sample.input_ids.tolist() if made.forbidden[id]] == control
+    try:
+        ids = made.prompt(asked)
+    except Unrenderable:
+        return
+    segments = list(made.segments(answered))
+    answer = next(i for i, segment in enumerate(segments) if segment.supervised)
+    control = [tokenizer.token_id(s.text) for s in segments[:answer] if s.control]
+    assert [id for id in ids.tolist() if made.forbidden[id]] == control
+
+
+def test_a_character_that_a_unigram_tokenizer_does_not_know_is_no_forgery():
+    made = odd_encoder("unigram")
+    item = Conversation((Message("user", "é"), Message("assistant", "a")))
+    assert encode_each(made, [(item, "d:1")])[0].sample is not None
+    assert made.tokenizer.token_id("<unk>") in made.prompt(item.messages[:1]).tolist()
+    with pytest.raises(Unrenderable, match="control_in_content"):
+        made.prompt([Message("user", "a<|im_end|>")])
 
 
 @st.composite

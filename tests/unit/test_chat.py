@@ -60,6 +60,24 @@ def test_run_adapter_and_model_are_found(run, tmp_path):
         find(tmp_path / "nowhere")
 
 
+def test_the_recipe_of_a_run_does_not_decide_whether_code_runs(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    copy = shutil.copytree(run, tmp_path / "run")
+    base = shutil.copytree(run.parent / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    code = {"AutoConfig": "planted.MineConfig", "AutoModelForCausalLM": "planted.Mine"}
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": code}))
+    (base / "planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    (copy / "recipe.toml").write_text(f"[model]\nbase = {json.dumps(str(base))}\ntrust_remote_code = true\n")
+    with pytest.raises(ModelError, match="chat --trust-remote-code"):
+        Chatter(copy, device="cpu", quantizer="none", say=lambda line: None)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(ModelError, match="can't be loaded"):
+        Chatter(copy, device="cpu", quantizer="none", trust_remote_code=True, say=lambda line: None)
+    assert (tmp_path / "ran").exists()
+
+
 def test_a_base_that_changed_is_told(run, tmp_path):
     other = write_model(tmp_path / "base", seed=5)
     lines: list[str] = []
@@ -71,7 +89,9 @@ def test_a_base_that_changed_is_told(run, tmp_path):
 
 
 def test_the_embedded_base_is_found_by_name(tmp_path):
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "corefit-embedded"}')
+    config = {"peft_type": "LORA", "base_model_name_or_path": "corefit-embedded"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").touch()
     assert find(tmp_path).base == EMBEDDED_MODEL
 
 

@@ -11,9 +11,9 @@ from tiny_export import facts
 from tiny_internlm import CONFIGS, reference, write_internlm
 
 from corefit.engine.attention import isolation_canary, run_packed
-from corefit.engine.export import export_adapter, export_model, weight_files
+from corefit.engine.export import export, export_adapter, export_model, layout_of, weight_files
 from corefit.engine.internlm import DynamicNTK, Layout, llama_adapter, llama_names, published_name
-from corefit.engine.model import AdapterSpec, attach_adapter, base_dtype_of, load_base
+from corefit.engine.model import AdapterSpec, attach_adapter, base_dtype_of, load_base, trainable_parameters
 from corefit.errors import ModelError
 from corefit.merge import merge
 from corefit.types import Quantizer
@@ -242,11 +242,13 @@ def test_an_adapter_is_written_for_the_published_layout(tmp_path, kind, targets)
     assert (wanted(base, lora=lora) - logits(model)).abs().max() < 1e-5
     assert (wanted(base) - logits(model)).abs().max() > 0.1
     names = {name.rpartition(".")[2] for name in lora}
-    if not targets and kind == "internlm2":
-        assert names == {"wqkv", "wo", "w1", "w2", "w3"} and config["target_modules"] == sorted(names)
+    if kind == "internlm2":
+        assert not names & {"q_proj", "k_proj", "v_proj", "o_proj"} and "wqkv" in names
         assert config["rank_pattern"] == {"wqkv": 12} and config["alpha_pattern"] == {"wqkv": 24}
-    if kind == "internlm":
-        assert "rank_pattern" not in config and not names & {"wqkv"}
+    else:
+        assert "wqkv" not in names and "rank_pattern" not in config
+    if not targets and kind == "internlm2":
+        assert config["target_modules"] == sorted(names) == ["w1", "w2", "w3", "wo", "wqkv"]
 
 
 def test_the_fold_is_exact(tmp_path):
@@ -261,24 +263,51 @@ def test_the_fold_is_exact(tmp_path):
     assert a.shape == (12, 64) and difference.abs().max() < 1e-7
 
 
-@pytest.mark.parametrize("targets", [(), ("v_proj",), ("q_proj", "k_proj", "down_proj")])
-@pytest.mark.parametrize("more", [{}, {"modules_to_save": ("lm_head", "embed_tokens", "q_proj", "k_proj", "v_proj")}])
-def test_an_exported_adapter_comes_back_as_what_it_was(tmp_path, targets, more):
+WHOLE = ("lm_head", "embed_tokens", "q_proj", "k_proj", "v_proj")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {},
+        {"targets": ("v_proj",)},
+        {"targets": ("q_proj", "k_proj", "down_proj"), "rslora": True},
+        {"dora": True},
+        {"targets": ("o_proj", "up_proj"), "dora": True},
+        {"targets": ("o_proj",), "modules_to_save": WHOLE},
+        {"targets": ("wo", "wqkv"), "modules_to_save": ("output",)},
+    ],
+    ids=str,
+)
+def test_an_exported_adapter_comes_back_as_what_it_was(tmp_path, spec):
+    """Into a chat, into a merged model, into a new training."""
     from peft import PeftModel
 
-    if more and (not targets or set(targets) & set(more["modules_to_save"])):
-        targets = ("o_proj",)
     base = write_internlm(tmp_path / "base")
-    model = adapted(load(base), targets=targets, **more)
+    model = adapted(load(base), **spec)
+    want = logits(model)
+    assert (want - wanted(base)).abs().max() > 0.01
     adapter = export_adapter(model, tmp_path / "adapter", facts(base))
     with llama_adapter(adapter, base) as folder:
         again = PeftModel.from_pretrained(load(base), str(folder)).eval()
-    assert not folder.exists() and (logits(again) - logits(model)).abs().max() < 1e-5
+        assert json.loads((folder / "adapter_config.json").read_text())["rank_pattern"] == {}, "of rank r again"
+    assert not folder.exists() and (logits(again) - want).abs().max() < 1e-5
     out = merge(adapter, tmp_path / "merged", model=str(base), say=lambda line: None)
-    assert (wanted(out) - logits(model)).abs().max() < 1e-5
+    assert (wanted(out) - want).abs().max() < 1e-5
     for name in ("config.json", "modeling_internlm2.py"):
         assert (out / name).read_bytes() == (base / name).read_bytes()
     assert stored(out).keys() == stored(base).keys()
+
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    published = {"targets": tuple(config["target_modules"]), "modules_to_save": tuple(config["modules_to_save"] or ())}
+    going_on = AdapterSpec(**{"r": 4, "alpha": 8, "dropout": 0.0, **spec, **published, "start": str(adapter)})
+    new = attach_adapter(load(base), going_on, seed=9)
+    assert (logits(new.eval()) - want).abs().max() < 1e-5
+    before, after = (dict(m.named_parameters()) for m in (model, new))
+    for name, parameter in trainable_parameters(model).items():
+        assert torch.equal(parameter, after[name]), name
+    for name in trainable_parameters(new).keys() - trainable_parameters(model).keys():  # beside v_proj, say
+        assert "_proj.lora_" in name and not after[name].any() and name not in before
 
 
 def test_an_adapter_that_others_trained_on_wqkv_is_understood(tmp_path):
@@ -293,43 +322,38 @@ def test_an_adapter_that_others_trained_on_wqkv_is_understood(tmp_path):
     for i in range(2):
         for name, (outs, ins) in shapes.items():
             at = f"base_model.model.model.layers.{i}.{name}"
-            tensors[f"{at}.lora_A.weight"], tensors[f"{at}.lora_B.weight"] = (
-                torch.randn(6, ins) / 8,
-                torch.randn(outs, 6) / 8,
-            )
+            tensors[f"{at}.lora_A.weight"] = torch.randn(6, ins) / 8
+            tensors[f"{at}.lora_B.weight"] = torch.randn(outs, 6) / 8
     save_file(tensors, adapter / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 6, "lora_alpha": 16, "target_modules": ["wqkv", "w2"], "task_type": "CAUSAL_LM"}
+    for more in ({}, {"r": 2, "rank_pattern": {"wqkv": 6, "w2": 6}, "alpha_pattern": {"wqkv": 5}}):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | more))
+        want = wanted(base, lora=lora_of(adapter)[1])
+        with llama_adapter(adapter, base) as folder:
+            assert (logits(PeftModel.from_pretrained(load(base), str(folder)).eval()) - want).abs().max() < 1e-5
+        out = merge(adapter, tmp_path / f"merged{len(more)}", model=str(base), say=lambda line: None)
+        assert (wanted(out) - want).abs().max() < 1e-5
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     want = wanted(base, lora=lora_of(adapter)[1])
-    with llama_adapter(adapter, base) as folder:
-        assert (logits(PeftModel.from_pretrained(load(base), str(folder)).eval()) - want).abs().max() < 1e-5
-    out = merge(adapter, tmp_path / "merged", model=str(base), say=lambda line: None)
-    assert (wanted(out) - want).abs().max() < 1e-5
+    spec = AdapterSpec(r=6, alpha=16, dropout=0.0, targets=("wqkv", "w2"), start=str(adapter))
+    assert (logits(attach_adapter(load(base), spec, seed=0).eval()) - want).abs().max() < 1e-5
 
 
-def test_rank_stabilised_scales_survive_the_fold():
-    layout, generator = Layout(4, 2, 8), torch.Generator().manual_seed(0)
-    tensors = {}
-    for part, rows in (("q", 64), ("k", 16), ("v", 16)):
-        tensors[f"self_attn.{part}_proj.lora_A.weight"] = torch.randn(4, 64, generator=generator)
-        tensors[f"self_attn.{part}_proj.lora_B.weight"] = torch.randn(rows, 4, generator=generator)
-    config = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": ["q_proj", "k_proj", "v_proj"]}
-    made, folded = layout.adapter_to_published(config, tensors)
-    a, b = (folded[f"attention.wqkv.lora_{m}.weight"] for m in "AB")
-    deltas = [
-        8 / 4**0.5 * tensors[f"self_attn.{p}_proj.lora_B.weight"] @ tensors[f"self_attn.{p}_proj.lora_A.weight"]
-        for p in "qkv"
-    ]
-    scale = made["alpha_pattern"]["wqkv"] / made["rank_pattern"]["wqkv"] ** 0.5
-    assert (scale * b @ a - layout.fuse(*deltas)).abs().max() < 1e-4
-    assert config["target_modules"] == ["q_proj", "k_proj", "v_proj"], "what came in is left alone"
+def test_a_pattern_of_scales_that_is_no_name_is_not_merged(tmp_path):
+    base = write_internlm(tmp_path / "base")
+    adapter = export_adapter(adapted(load(base)), tmp_path / "adapter", facts(base))
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"alpha_pattern": {"(w.*)+": 1}}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="alpha_pattern is set"):
+        merge(adapter, tmp_path / "merged", model=str(base), say=lambda line: None)
 
 
-def test_a_part_of_wqkv_cannot_be_trained_whole(tmp_path):
-    model = load(write_internlm(tmp_path / "m"))
-    with pytest.raises(ModelError, match="one matrix in this base's files; name all three"):
-        adapted(model, modules_to_save=("q_proj",))
-    adapted(load(write_internlm(tmp_path / "first", "internlm")), targets=("o_proj",), modules_to_save=("q_proj",))
+@pytest.mark.parametrize("spec", [{"modules_to_save": ("q_proj",)}, {"targets": ("q_proj", "v_proj"), "dora": True}])
+def test_a_part_of_wqkv_cannot_be_written_whole(tmp_path, spec):
+    spec = {"targets": ("o_proj",), **spec}
+    with pytest.raises(ModelError, match="q_proj, k_proj and v_proj are one matrix, wqkv"):
+        adapted(load(write_internlm(tmp_path / "m")), **spec)
+    adapted(load(write_internlm(tmp_path / "first", "internlm")), **spec)
 
 
 def test_the_readme_of_an_adapter_says_what_plain_programs_need(tmp_path, monkeypatch):
@@ -352,7 +376,10 @@ def test_the_readme_of_an_adapter_says_what_plain_programs_need(tmp_path, monkey
 def test_an_untouched_model_is_written_back_bit_for_bit(tmp_path, kind, changes, shards):
     base = write_internlm(tmp_path / "base", kind, dtype="float16", shards=shards, **changes)
     model = attach_adapter(load(base), None, seed=0)
-    out = export_model(model, tmp_path / "out", facts(base))
+    if shards == 1:
+        out = export_model(model, tmp_path / "out", facts(base))
+    else:  # as from a checkpoint
+        out = export(tmp_path / "out", layout_of(model, "base"), dict(model.named_parameters()), facts(base))
     for path in (*weight_files(base), base / "config.json", *base.glob("*.index.json"), *base.glob("*.py")):
         assert (out / path.name).read_bytes() == path.read_bytes(), path.name
 

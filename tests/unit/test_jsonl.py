@@ -843,3 +843,78 @@ def test_content_hash():
     assert content_hash(a) == 0x424B6D2AAFFF6DD5  # it decides which records validate, in every version
     assert 0 <= content_hash(a) < 2**64
     assert content_hash({"x": 1}) != content_hash({"x": 2}) != content_hash({"x": "2"})
+
+
+BOMB = """
+import sys
+from pathlib import Path
+from corefit.data.jsonl import read_jsonl, spool
+from corefit.errors import DataError
+from corefit.types import Sources
+def peak():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+before, found = peak(), "ended"
+try:
+    if sys.argv[1] == "read":
+        found = "; ".join(map(str, read_jsonl(Sources((Path(sys.argv[2]),), int(sys.argv[3])))))
+    else:
+        spool(sys.argv[2], Path(sys.argv[3]))
+except DataError as error:
+    found = str(error)
+print((peak() - before) / 1024, found)
+"""
+
+
+def bomb(path: Path, head: bytes, mebibytes: int) -> Path:
+    """Write a .gz, a thousandth of the size of what it holds: ``head`` and zeros; members follow each other in it."""
+    with open(path, "wb") as file:
+        file.write(gzip.compress(head))
+        member = gzip.compress(bytes(2**24))
+        for _ in range(mebibytes // 16):
+            file.write(member)
+    return path
+
+
+def defuse(*arguments: object, stdin: Path | None = None) -> tuple[float, str]:
+    """MiB that the process grew by, and what it said."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the peak is read from /proc")
+    with open(stdin or os.devnull, "rb") as file:
+        command = [sys.executable, "-c", BOMB, *map(str, arguments)]
+        done = subprocess.run(command, stdin=file, capture_output=True, text=True, check=True)
+    grown, _, said = done.stdout.strip().partition(" ")
+    return float(grown), said
+
+
+@pytest.mark.measured
+@pytest.mark.parametrize("head", [b'{"a": "', b'[{"a": "'], ids=["a line", "a list"])
+def test_a_gzip_bomb_ends_reading_in_bounded_memory(tmp_path, head):
+    limit = 8 * 2**20
+    path = bomb(tmp_path / "bomb.jsonl.gz", head, 1024)
+    assert path.stat().st_size < 1.1 * 2**20
+    grown, said = defuse("read", path, limit)
+    assert f"{path}: unpacks to more than 200 times its size" in said
+    assert grown < 4 * limit / 2**20, said
+
+
+@pytest.mark.measured
+def test_a_line_without_end_in_a_small_gzip_is_a_record_over_the_limit(tmp_path):
+    grown, said = defuse("read", bomb(tmp_path / "a.jsonl.gz", b'{"a": "', 192), 8 * 2**20)
+    assert "over the limit of 8,388,608 (data.max_record_mb)" in said and grown < 32, said
+
+
+@pytest.mark.measured
+@pytest.mark.parametrize("piped", [False, True])
+def test_a_gzip_bomb_is_not_spooled(tmp_path, piped):
+    path = bomb(tmp_path / "bomb.jsonl.gz", b"", 1024)
+    grown, said = defuse("spool", "-" if piped else path, tmp_path / "run", stdin=path if piped else None)
+    assert "unpacks to more than 200 times its size" in said and grown < 16, said
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_text_that_repeats_itself_is_no_bomb(tmp_path):
+    rows = b'{"n": 1}\n' * 2_000_000
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(rows))
+    assert len(rows) > 200 * path.stat().st_size
+    assert spool(path, tmp_path / "run").read_bytes() == rows

@@ -94,6 +94,24 @@ def test_rank_stabilised_scale(tmp_path):
     assert (logits(load(merge(run, tmp_path / "merged"))) - want).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("spec", [{"dora": True}, {"rslora": True}, {"dora": True, "rslora": True}])
+def test_dora_and_rslora_merge_as_peft_computes_them(tmp_path, spec):
+    base, model, run = pair(tmp_path, spec=spec)
+    if "dora" in spec:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "magnitude" in name:
+                    parameter *= 1.3
+        export_adapter(model, run / "adapter", facts(base))
+    from peft import PeftModel
+
+    want = logits(PeftModel.from_pretrained(load(base), run / "adapter").eval())
+    assert (want - logits(model)).abs().max() < 1e-5, "the exported adapter says what it is"
+    plain = logits(adapted(base))
+    assert (want - plain).abs().max() > 0.01
+    assert (logits(load(merge(run, tmp_path / "merged"))) - want).abs().max() < 1e-5
+
+
 def test_modules_trained_whole_replace_the_bases(tmp_path):
     base, model, run = pair(tmp_path, spec={"modules_to_save": ("lm_head", "model.norm")})
     assert (logits(load(merge(run, tmp_path / "merged"))) - logits(model)).abs().max() < 1e-5
@@ -128,7 +146,7 @@ def test_what_cant_be_merged_is_refused_in_one_line(tmp_path):
     base, _, run = pair(tmp_path)
     for folder, changes, word in (
         (base / "config.json", {"quantization_config": {"load_in_4bit": True}}, "unquantised"),
-        (run / "adapter" / "adapter_config.json", {"use_dora": True}, "use_dora"),
+        (run / "adapter" / "adapter_config.json", {"lora_bias": True}, "lora_bias"),
         (run / "adapter" / "adapter_config.json", {"init_lora_weights": "pissa"}, "init_lora_weights"),
         (run / "adapter" / "adapter_config.json", {"peft_type": "IA3"}, "IA3"),
     ):

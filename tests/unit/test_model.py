@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -212,9 +213,82 @@ def test_pickled_weights_are_refused_unopened(tmp_path):
     (folder / "model.safetensors").unlink()
     refused(folder, r"no \*.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    refused(folder, "pickle .*safetensors")
+    line = f"corefit safetensors {folder} --out {folder}-safetensors"
+    assert refused(folder, "pickle").endswith(line), "the exact line that converts it"
+    assert refused(folder / "pytorch_model.bin", "pickle").endswith(f"{folder}/pytorch_model.bin-safetensors")
     with pytest.raises(ModelError, match="pickle"):
         base_dtype_of(str(folder))
+
+
+def test_an_adapter_beside_the_model_is_refused_for_transformers_would_load_the_base_it_names(tmp_path):
+    folder, other = write_model(tmp_path / "model"), write_model(tmp_path / "other", seed=1)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(other)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    refused(folder, "holds an adapter beside the model")
+
+
+PROMPTS = """
+import json, sys
+from pathlib import Path
+from corefit.engine.model import load_base
+from corefit.errors import ModelError
+from corefit.registry import Registry
+from huggingface_hub import constants
+assert constants.HF_HUB_DISABLE_TELEMETRY
+folder, quantizer = Path(sys.argv[1]), Registry.load().quantizer("none")
+config = json.loads((folder / "config.json").read_text())
+for kind in ("llama", "llama_with_code", "other_repository"):
+    where = "owner/other--mine" if kind == "other_repository" else "mine"
+    code = {"AutoConfig": f"{where}.MineConfig", "AutoModelForCausalLM": f"{where}.Mine"}
+    changed = config | {"model_type": "llama" if kind == "llama" else "mine", "auto_map": code}
+    (folder / "config.json").write_text(json.dumps(changed))
+    for trust in (False, True):
+        lines = []
+        try:
+            model = load_base(str(folder), quantizer=quantizer, compute_dtype="float32", device="cpu",
+                              trust_remote_code=trust, say=lines.append)
+            print(kind, trust, type(model).__name__, *lines, sep="|", flush=True)
+        except ModelError as error:
+            print(kind, trust, "refused", error, sep="|", flush=True)
+"""
+
+
+def test_code_that_a_config_names_never_makes_a_prompt_and_runs_only_where_it_is_trusted(tmp_path):
+    pty = pytest.importorskip("pty")
+    folder = write_model(tmp_path / "model")
+    code = (
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
+        "class Mine(LlamaForCausalLM):\n    config_class = MineConfig\n"
+    )
+    (folder / "mine.py").write_text(code)
+    environ = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_TELEMETRY"}
+    ours, theirs = pty.openpty()  # somebody sits there and says nothing: a prompt would wait for ever
+    done = subprocess.run(
+        [sys.executable, "-c", PROMPTS, folder],
+        env={**environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
+        stdin=theirs,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    os.close(ours), os.close(theirs)
+    assert done.returncode == 0, done.stderr
+    sha256 = hashlib.sha256(code.encode()).hexdigest()
+    said = f"model.trust_remote_code: runs Python code from {folder}: mine.py (sha256 {sha256[:16]})"
+    rows = [line.split("|") for line in done.stdout.splitlines()]
+    assert [row[:3] for row in rows] == [
+        ["llama", "False", "LlamaForCausalLM"],
+        ["llama", "True", "Mine"],
+        ["llama_with_code", "False", "refused"],
+        ["llama_with_code", "True", "Mine"],
+        ["other_repository", "False", "refused"],
+        ["other_repository", "True", "refused"],
+    ]
+    assert rows[0][3:] == [] and rows[1][3:] == [said] and rows[3][3:] == [said]
+    assert "own Python code" in rows[2][3] and "owner/other--mine" in rows[5][3]
+    assert model_module.remote_code(folder) == {"mine.py": sha256}
+    assert "trust" not in done.stderr, done.stderr
 
 
 def test_remote_code_is_refused_without_a_prompt(tmp_path, monkeypatch):
@@ -341,6 +415,44 @@ def test_unknown_targets_name_the_nearest(tiny_model):
         attach_adapter(load(tiny_model), AdapterSpec(4, 8, 0.0, targets=("q_porj",)), seed=0)
     with pytest.raises(ModelError, match=r"adapter.modules_to_save: no layer 'lm_haed'; did you mean 'lm_head'\?"):
         attach_adapter(load(tiny_model), AdapterSpec(4, 8, 0.0, modules_to_save=("lm_haed",)), seed=0)
+
+
+@pytest.mark.parametrize("spec", [{}, {"rslora": True}, {"dora": True}, {"modules_to_save": ("lm_head",)}])
+def test_training_goes_on_from_an_adapter_with_its_shape_and_the_new_dropout(tiny_model, tmp_path, spec):
+    from tiny_export import adapted, facts
+
+    from corefit.engine.export import export_adapter
+
+    first = adapted(tiny_model, r=3, alpha=12, **spec)
+    folder = export_adapter(first, tmp_path / "adapter", facts(tiny_model))
+    model = load(tiny_model)
+    going_on = attach_adapter(model, AdapterSpec(r=3, alpha=12, dropout=0.25, start=str(folder), **spec), seed=5)
+    old, new = (dict(m.named_parameters()) for m in (first, going_on))
+    assert old.keys() == new.keys()
+    trained = [name for name, parameter in new.items() if parameter.requires_grad]
+    assert any("lora_B" in name for name in trained)
+    for name in trained:
+        assert torch.equal(old[name], new[name]), name
+    config = going_on.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.inference_mode) == (3, 12, 0.25, False)
+    assert (config.use_dora, config.use_rslora) == ("dora" in spec, "rslora" in spec)
+
+
+def test_an_adapter_of_another_base_or_pickled_is_no_start(tiny_model, tmp_path):
+    from tiny_export import adapted, facts
+
+    from corefit.engine.export import export_adapter
+
+    folder = export_adapter(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
+    start = AdapterSpec(r=4, alpha=8, dropout=0.0, start=str(folder))
+    other = write_model(tmp_path / "other", hidden_size=96)
+    with pytest.raises(
+        ModelError, match=r"adapter.start: .* has \(64, 4\) for .*lora_B.weight, this base takes \(96, 4\)"
+    ):
+        attach_adapter(load(other), start, seed=1)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ModelError, match="pickle"):
+        attach_adapter(load(tiny_model), start, seed=1)
 
 
 def test_the_adapter_needs_no_network(tiny_model, monkeypatch):

@@ -44,8 +44,9 @@ def test_8_bit_state_really_is_8_bits_and_its_tables_are_not_saved():
     assert sorted(tensors) == [f"lora_{m}/{k}" for m in "AB" for k in ("absmax1", "absmax2", "state1", "state2")]
     assert tensors["lora_A/state1"].dtype == torch.uint8
     assert scalars["values"] == {"lora_A": {"step": 1}, "lora_B": {"step": 1}}
-    assert scalars["group"]["betas"] == (0.9, 0.999)
-    assert "params" not in scalars["group"]
+    (group,) = scalars["groups"]
+    assert group["betas"] == (0.9, 0.999)
+    assert "params" not in group
 
 
 def test_state_goes_to_the_parameter_of_its_name_whatever_the_order():
@@ -74,7 +75,7 @@ def test_state_of_a_weight_that_is_not_trained_is_refused():
     parameters = {"a": nn.Parameter(torch.zeros(2))}
     optimizer = make_optimizer("adamw", parameters, lr=0.1)
     with pytest.raises(CheckpointError, match=r"not trained now: b \(1 in all\)"):
-        load_optimizer_state(optimizer, parameters, {"b/exp_avg": torch.zeros(2)}, {"values": {}, "group": {}})
+        load_optimizer_state(optimizer, parameters, {"b/exp_avg": torch.zeros(2)}, {"values": {}, "groups": [{}]})
 
 
 def test_an_unknown_name_gets_the_nearest():
@@ -101,3 +102,26 @@ def test_bitsandbytes_is_imported_only_where_it_is_used():
         "m('adamw', {'a': torch.nn.Parameter(torch.zeros(2))}, lr=0.1); sys.exit('bitsandbytes' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_learning_rates_are_multiplied_by_pattern_and_the_first_one_counts(name):
+    parameters = {key: nn.Parameter(torch.ones(4)) for key in ("a.lora_A", "a.lora_B", "b.lora_B", "head")}
+    optimizer = make_optimizer(name, parameters, lr=1.0, lr_mult={r"^b\.": 0.5, "lora_B": 16.0})
+    of = {id(p): group["lr_mult"] for group in optimizer.param_groups for p in group["params"]}
+    assert {key: of[id(p)] for key, p in parameters.items()} == {
+        "a.lora_A": 1.0,
+        "a.lora_B": 16.0,
+        "b.lora_B": 0.5,
+        "head": 1.0,
+    }
+    _, scalars = optimizer_state(optimizer, parameters)
+    fresh = make_optimizer(name, parameters, lr=7.0, lr_mult={r"^b\.": 0.5, "lora_B": 16.0})
+    load_optimizer_state(fresh, parameters, {}, scalars)
+    assert [(g["lr"], g["lr_mult"]) for g in fresh.param_groups] == [(1.0, 0.5), (1.0, 1.0), (1.0, 16.0)]
+    with pytest.raises(CheckpointError, match="lr_mult is not what it was"):
+        load_optimizer_state(make_optimizer(name, parameters, lr=7.0), parameters, {}, scalars)
+    with pytest.raises(RecipeError, match="'lora_C' is in no name of a trained weight, such as a.lora_A"):
+        make_optimizer(name, parameters, lr=1.0, lr_mult={"lora_C": 2.0})
+    with pytest.raises(RecipeError, match=r"'\(' is no regular expression"):
+        make_optimizer(name, parameters, lr=1.0, lr_mult={"(": 2.0})

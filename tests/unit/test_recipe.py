@@ -74,12 +74,12 @@ def test_sections_and_keys_are_those_of_the_recipe_page():
     keys = {title: " ".join(item.name for item in dataclasses.fields(cls)) for title, cls in SECTIONS.items()}
     assert keys == {
         "model": "base quantizer trust_remote_code",
-        "adapter": "kind r alpha dropout targets modules_to_save",
+        "adapter": "kind r alpha dropout targets modules_to_save dora rslora start",
         "data": "path map reader shuffle ratio repeat first on_bad max_record_mb options",
         "template": "name supervise options",
         "pack": "max_length algorithm held overlong arena",
-        "train": "epochs max_steps packs_per_step micro_batch precision lr scheduler warmup optimizer weight_decay "
-        "betas clip gradient_checkpointing seed",
+        "train": "epochs max_steps packs_per_step micro_batch precision lr lr_mult scheduler warmup optimizer "
+        "weight_decay betas clip gradient_checkpointing seed",
         "val": "data share records every_steps patience",
         "sample": "prompts every_steps max_tokens",
         "checkpoint": "every_steps every_minutes keep keep_best",

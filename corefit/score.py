@@ -1,0 +1,250 @@
+"""What training changed, in numbers: loss and perplexity of held-out records, multiple choice, and exact answers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from corefit import terminal
+from corefit.chat import Chatter
+from corefit.data.stream import Source, encode_validation, split_validation
+from corefit.errors import DataError, UserError
+from corefit.prepare import Prepared, prepare, resolve
+from corefit.recipe import run_and_step
+from corefit.registry import Registry
+from corefit.report import finite, perplexity
+from corefit.types import BadRecord, Conversation, Message, Record
+
+Say = Callable[[str], None]
+LETTERS = "ABCDEFGHIJ"
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Of one source, or of all multiple-choice rows of one subject."""
+
+    what: str
+    records: int
+    tokens: int
+    """Supervised tokens; for multiple choice 0."""
+    tuned: float
+    """Nats per supervised token; for multiple choice the share of right answers."""
+    base: float | None
+    """The same with the adapter off; None where there is no adapter."""
+
+
+def evaluate(
+    target: str,
+    flags: Mapping[str, str],
+    sets: Sequence[str] = (),
+    *,
+    choices: str | None = None,
+    generate: int = 0,
+    records: int = 1000,
+    max_tokens: int = 256,
+    model: str | None = None,
+    out: str | None = None,
+    say: Say = terminal.say,
+) -> list[Score]:
+    """Score a run, an adapter or a model, and print a table.
+
+    Without ``data`` in ``flags`` a run is scored on what it validated on.
+
+    Args:
+        target: as for ``chat``: RUN, RUN@STEP, an adapter or a model.
+        flags: ``data``, ``plugin`` and ``template``, as for ``train``.
+        sets: ``"section.key=value"``.
+        choices: a file of multiple-choice rows: ``question``, ``A`` to ``D`` or ``choices``, ``answer``, ``subject``.
+        generate: answer the last question of so many records and compare with the record's own answer.
+        records: most records of a source.
+        max_tokens: the longest answer.
+        model: the base, where it isn't where training found it.
+        out: a file for scores and answers, one JSON object a line.
+        say: takes lines.
+
+    Raises:
+        UserError: nothing to score on, a row that is not what it should be.
+    """
+    chatter = Chatter(target, model=model, quantizer=flags.get("quantizer"), max_tokens=max_tokens, say=say)
+    written: list[Mapping[str, Any]] = []
+    scores: list[Score] = []
+    if choices is not None:
+        scores += _multiple_choice(chatter, Path(choices), records)
+        say(_table("subject", "right", scores, "{:.1%}".format))
+    if choices is None or "data" in flags or generate:
+        plan = _plan(chatter, target, flags, sets)
+        held_out = _held_out(plan, use_all="data" in flags, records=records)
+        losses = [_loss(chatter, plan, source, rows) for source, rows in held_out]
+        say(_table("source", "loss", losses, lambda nats: f"{nats:.4f} ({perplexity(nats):,.2f})"))
+        scores += losses
+        if generate:
+            answers = list(_answers(chatter, islice((pair for _, rows in held_out for pair in rows), generate)))
+            right = sum(answer["exact"] for answer in answers)
+            say(f"answers: {right:,} of {len(answers):,} are the record's own, word for word")
+            written += answers
+    if out is not None:
+        lines = [*map(asdict, scores), *written]
+        Path(out).write_text("".join(json.dumps(finite(line), ensure_ascii=False) + "\n" for line in lines), "utf-8")
+    return scores
+
+
+def _plan(chatter: Chatter, target: str, flags: Mapping[str, str], sets: Sequence[str]) -> Prepared:
+    """Prepare the run's recipe, or a new one, with the template that training used."""
+    run, _ = run_and_step(target)
+    known = (Path(run) / "recipe.toml").is_file()
+    if not known and "data" not in flags:
+        raise UserError(f"{target}: no run, so --data must say what to score it on")
+    given = {key: value for key, value in flags.items() if key in ("data", "plugin", "template")}
+    if not known and "template" not in given:
+        given["template"] = chatter.encoder.template.name
+    registry = Registry.load()
+    recipe, _, _ = resolve(run if known else None, given, sets, registry, need_model=False)
+    found = chatter.found
+    return prepare(recipe, registry, tokenizer=found.tokenizer_folder, spool_to=Path(run) / "data", again=known)
+
+
+def _held_out(
+    plan: Prepared, *, use_all: bool, records: int
+) -> list[tuple[Source, list[tuple[Source, Record | BadRecord]]]]:
+    """Give the records to score on, by source."""
+    val = plan.recipe.val
+    if use_all or plan.val_sources:
+        sources = plan.sources if use_all else plan.val_sources
+        return [(one, [(one, record) for record in islice(one.read(), records)]) for one in sources]
+    split = split_validation(plan.sources, share=val.share, records=min(val.records, records))
+    if split.reason:
+        raise UserError(f"the run had no validation ({split.reason}); --data says what to score it on")
+    return [(one, [pair for pair in split.records if pair[0] is one]) for one in plan.sources]
+
+
+def _loss(chatter: Chatter, plan: Prepared, source: Source, rows: list[tuple[Source, Record | BadRecord]]) -> Score:
+    from corefit.engine.evaluate import validation_loss
+    from corefit.engine.loss import CausalLoss
+
+    pack = plan.recipe.pack
+    batches, _ = encode_validation(
+        rows,
+        plan.encoder,
+        max_length=pack.max_length,
+        micro_batch=1,
+        overlong=pack.overlong,
+        pad_id=plan.tokenizer.pad_id,
+    )
+    what = ", ".join(path.name for path in source.sources.paths) or source.reader.name
+    if not any(batch.n_supervised for batch in batches):
+        raise DataError(f"{what}: no sample with a supervised token in {len(rows):,} records; corefit inspect says why")
+    loss_fn = CausalLoss(chatter.model)
+    context: dict[str, Any] = dict(device=chatter.device, compute_dtype=chatter.precision.compute_dtype)
+    tuned, tokens = validation_loss(loss_fn, batches, **context)
+    base = None
+    if chatter.found.adapter is not None:
+        with chatter.model.disable_adapter():
+            base, _ = validation_loss(CausalLoss(chatter.model), batches, **context)
+    return Score(what, len(rows), tokens, tuned, base)
+
+
+def _multiple_choice(chatter: Chatter, path: Path, most: int) -> list[Score]:
+    """Choose, for every row, the letter that the model thinks likeliest; count by subject."""
+    right: dict[str, list[tuple[bool, bool]]] = {}
+    reader = Registry.load().reader("jsonl")
+    from corefit.types import Sources
+
+    for record in islice(reader.read(Sources((path,), 2**26), None), most):
+        if isinstance(record, BadRecord):
+            raise DataError(str(record))
+        question, options, answer = _row(record)
+        lines = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+        asked = Message("user", f"{question}\n{lines}\nAnswer with the letter of the right choice.")
+        tuned = _likeliest(chatter, asked, len(options)) == answer
+        base = tuned
+        if chatter.found.adapter is not None:
+            with chatter.model.disable_adapter():
+                base = _likeliest(chatter, asked, len(options)) == answer
+        right.setdefault(str(record.get("subject", path.name)), []).append((tuned, base))
+    if not right:
+        raise DataError(f"{path}: no rows")
+    adapter = chatter.found.adapter is not None
+    return [
+        Score(
+            what,
+            len(rows),
+            0,
+            sum(t for t, _ in rows) / len(rows),
+            sum(b for _, b in rows) / len(rows) if adapter else None,
+        )
+        for what, rows in sorted(right.items())
+    ]
+
+
+def _row(record: Record) -> tuple[str, Sequence[str], int]:
+    """Give question, choices and the number of the right one."""
+    options = record.get("choices") or [record[letter] for letter in LETTERS if letter in record]
+    answer = record.get("answer")
+    if isinstance(answer, str) and len(answer.strip()) == 1:
+        answer = LETTERS.find(answer.strip().upper())
+    good = isinstance(options, list) and all(isinstance(option, str) for option in options) and len(options) > 1
+    if not good or len(options) > len(LETTERS) or not isinstance(record.get("question"), str):
+        keys = ", ".join(sorted(record))
+        raise DataError(
+            f"{record.origin}: expected question, A, B, ... (or choices, a list) and answer; there are {keys}"
+        )
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(options):
+        raise DataError(
+            f"{record.origin}: answer is {record.get('answer')!r}, expected a letter or a number below {len(options)}"
+        )
+    return str(record["question"]), options, answer
+
+
+def _likeliest(chatter: Chatter, asked: Message, n: int) -> int:
+    """Give the number of the answer, one letter and its stop, whose tokens have the least loss."""
+    import torch
+
+    from corefit.engine.evaluate import undisturbed
+    from corefit.engine.loop import autocast
+    from corefit.engine.loss import CausalLoss
+
+    losses = []
+    loss_fn = CausalLoss(chatter.model)
+    for letter in LETTERS[:n]:
+        encoded = chatter.encoder.encode([(Conversation((asked, Message("assistant", letter))), "")])
+        ids = torch.from_numpy(encoded.tokens).long()[None].to(chatter.device)
+        labels = torch.full_like(ids, -100)
+        for begin, end in encoded.spans[:, :2].tolist():
+            labels[0, begin - 1 : end - 1] = ids[0, begin:end]
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        with undisturbed(loss_fn), autocast(chatter.device, chatter.precision.compute_dtype):
+            losses.append(float(loss_fn(ids, positions, labels)))
+    return losses.index(min(losses))
+
+
+def _answers(chatter: Chatter, rows: Iterator[tuple[Source, Record | BadRecord]]) -> Iterator[dict[str, Any]]:
+    """Answer the last question of every record."""
+    for source, record in rows:
+        if not isinstance(record, Record):
+            continue
+        items = [item for item in source.map_function.map(record, source.map_options) if isinstance(item, Conversation)]
+        for item in items[:1]:
+            *asked, last = item.messages
+            if last.role != "assistant" or not asked:
+                continue
+            with contextlib.suppress(UserError):
+                prompt = [{"role": message.role, "content": message.content} for message in asked]
+                answer = "".join(chatter.answer(prompt)).strip()
+                exact = answer == last.content.strip()
+                yield {"origin": record.origin, "answer": answer, "expected": last.content, "exact": exact}
+
+
+def _table(first: str, what: str, scores: Sequence[Score], words: Callable[[float], str]) -> str:
+    """Give a table: a line a score, base and tuned beside each other where there is a base."""
+    rows = [(first, "records", f"base {what}", f"tuned {what}", "difference")]
+    for score in scores:
+        pair = ("", "") if score.base is None else (words(score.base), f"{score.tuned - score.base:+.4f}")
+        rows.append((score.what, f"{score.records:,}", pair[0], words(score.tuned), pair[1]))
+    keep = [k for k in range(5) if any(row[k] for row in rows[1:])]
+    widths = [max(len(row[k]) for row in rows) for k in keep]
+    return "\n".join("  ".join(row[k].ljust(w) for k, w in zip(keep, widths, strict=True)).rstrip() for row in rows)

@@ -1,0 +1,123 @@
+"""corefit eval: what training changed, in numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from corefit.chat import Chatter
+from corefit.errors import DataError, UserError
+from corefit.run import train_from
+from corefit.score import evaluate
+from corefit.types import Message
+
+ROWS = "".join(
+    json.dumps({"text": f"### Human: What is {i}?### Assistant: It is number {i}, {'really ' * (i % 7)}so."}) + "\n"
+    for i in range(40)
+)
+SETS = [
+    *("pack.max_length=128", "train.packs_per_step=2", "sample.max_tokens=4", "adapter.r=4", "train.lr=5e-3"),
+    *("run.threads=1", "run.device=cpu", "train.epochs=2"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("eval")
+    (folder / "rows.jsonl").write_text(ROWS, "utf-8")
+    flags = {"plugin": "oasst1", "template": "chatml", "model": str(tiny_model), "data": str(folder / "rows.jsonl")}
+    return train_from(None, {**flags, "out": str(folder / "run")}, SETS, say=lambda line: None).path
+
+
+def said(*arguments, **more):
+    lines: list[str] = []
+    return evaluate(*arguments, say=lines.append, **more), "\n".join(lines)
+
+
+def test_a_run_is_scored_on_what_it_validated_on_with_the_adapter_off_and_on(run: Path):
+    (score,), table = said(str(run), {})
+    validated = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    losses = [line["val_loss"] for line in validated if "val_loss" in line]
+    assert score.base == pytest.approx(
+        losses[0], rel=2e-3
+    )  # served in the precision that auto chooses, trained in fp32
+    assert score.tuned == pytest.approx(losses[-1], rel=2e-3)
+    assert score.tokens == next(line["val_tokens"] for line in validated if "val_tokens" in line)
+    assert f"{score.tuned - score.base:+.4f}" in table
+    (at_step,), _ = said(f"{run}@latest", {})
+    assert at_step.tuned == pytest.approx(score.tuned, rel=1e-6)
+
+
+def test_data_of_ones_own_and_answers_word_for_word(run: Path, tmp_path: Path):
+    prompt = [{"role": "user", "content": "What is 3?"}]
+    answer = "".join(Chatter(str(run), max_tokens=4, say=lambda line: None).answer(prompt)).strip()
+    rows = [f"### Human: What is 3?### Assistant: {answer}", "### Human: What is 3?### Assistant: no"]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), "utf-8")
+    data = {"data": str(tmp_path / "own.jsonl"), "plugin": "oasst1"}
+    scores, text = said(str(run), data, generate=5, max_tokens=4, out=str(tmp_path / "out.jsonl"))
+    assert [(score.what, score.records) for score in scores] == [("own.jsonl", 2)]
+    assert "answers: 1 of 2 are the record's own, word for word" in text
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
+    assert written[0]["tuned"] == scores[0].tuned
+    assert [line["exact"] for line in written[1:]] == [True, False]
+    adapter, _ = said(str(run / "adapter"), data)
+    assert adapter[0].tuned == pytest.approx(scores[0].tuned, rel=1e-6), "an adapter knows its template"
+    with pytest.raises(UserError, match="no run, so --data"):
+        said(str(run / "adapter"), {})
+    with pytest.raises(DataError, match="no sample with a supervised token in 1 records"):
+        (tmp_path / "own.jsonl").write_text('{"text": "### Human: only a question"}\n', "utf-8")
+        said(str(run), data)
+
+
+def test_multiple_choice_takes_the_letter_that_the_model_thinks_likeliest(run: Path, tmp_path: Path, tiny_model: Path):
+    chatter = Chatter(str(tiny_model), say=lambda line: None)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=chatter.precision.compute_dtype).eval()
+    questions = [f"What is {i}?" for i in range(8)]
+    rows = []
+    for question in questions:
+        text = f"{question}\nA. one\nB. two\nC. three\nAnswer with the letter of the right choice."
+        prompt = chatter.encoder.prompt((Message("user", text),)).tolist()
+        ends = chatter.tokenizer.encode(list("ABC"))
+        stop = list(chatter.encoder.stop_ids)[:1]
+        losses = []
+        for end in ends:
+            ids = torch.tensor([[*prompt, *end, *stop]])
+            with torch.no_grad():
+                logits = model(ids, use_cache=False).logits[0].float().log_softmax(-1)
+            at = range(len(prompt), ids.shape[1])
+            losses.append(-sum(float(logits[i - 1, ids[0, i]]) for i in at))
+        rows.append(
+            {
+                "question": question,
+                "A": "one",
+                "B": "two",
+                "C": "three",
+                "subject": "counting",
+                "answer": "ABC"[losses.index(min(losses))],
+            }
+        )
+    rows[0]["answer"] = "ABC"[("ABC".index(rows[0]["answer"]) + 1) % 3]
+    path = tmp_path / "mc.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    (score,), _ = said(str(tiny_model), {}, choices=str(path))
+    assert (score.what, score.records, score.tuned, score.base) == ("counting", 8, 7 / 8, None)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"question": "q", "A": "a", "answer": "A"}, "expected question, A, B"),
+        ({"question": 1, "A": "a", "B": "b", "answer": "A"}, "expected question, A, B"),
+        ({"question": "q", "A": "a", "B": "b"}, "answer is None, expected a letter or a number below 2"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 2}, "answer is 2, expected a letter or a number below 2"),
+    ],
+)
+def test_a_row_that_is_no_question_is_named_by_its_line(row: dict, words: str, tmp_path: Path, tiny_model: Path):
+    path = tmp_path / "mc.jsonl"
+    path.write_text(json.dumps(row) + "\n", "utf-8")
+    with pytest.raises(DataError, match=f"mc.jsonl:1: .*{words}"):
+        evaluate(str(tiny_model), {}, choices=str(path), say=lambda line: None)
