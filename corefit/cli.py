@@ -187,6 +187,12 @@ def _parser() -> _Parser:
     merge.add_argument("target", metavar="RUN[@STEP]|ADAPTER")
     merge.add_argument("--out", required=True, metavar="DIR", help="the folder to write; must be new or empty")
     merge.add_argument("--model", metavar="PATH", help="the base model, where it moved")
+    merge.add_argument(
+        "--base",
+        choices=["stored", "dequantised"],
+        default="stored",
+        help="merge into the base as it is stored (default), or as training's quantizer rounded it",
+    )
 
     tensors = verb(
         "safetensors",
@@ -283,7 +289,7 @@ def _eval(args: argparse.Namespace) -> int:
 def _merge(args: argparse.Namespace) -> int:
     from corefit.merge import merge
 
-    say(f"merged model: {merge(args.target, args.out, model=args.model)}")
+    say(f"merged model: {merge(args.target, args.out, model=args.model, into=args.base)}")
     return 0
 
 
