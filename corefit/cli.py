@@ -28,6 +28,7 @@ look around:
   recipes [PATTERN]    list the recipes (also: list-cfg -p PATTERN)
   copy NAME [DEST]     copy a recipe to edit it (also: copy-cfg)
   plugins              list every plugin: where it comes from, what it contributes, why it is broken
+  selftest [MODEL]     measure on this machine that packed = unpacked, resumed = straight, merged = adapter and more
 
 corefit <verb> --help shows the options of a verb; corefit --version the version."""
 
@@ -211,6 +212,14 @@ def _parser() -> _Parser:
     copy.add_argument("dest", nargs="?", default=".", metavar="DEST", help="a folder or a file name (default: here)")
 
     verb("plugins", _plugins, "List every plugin: distribution, version, what it contributes, why it is broken.")
+
+    check = verb(
+        "selftest",
+        _selftest,
+        "Measure on this machine the equalities that training rests on; exit code 1 if one fails.",
+    )
+    check.add_argument("model", nargs="?", metavar="MODEL", help="a folder or hub name (default: a tiny model)")
+    check.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where (default: auto)")
     for sub in {id(p): p for p in verbs.choices.values()}.values():
         sub.set_defaults(flags=tuple(s for a in sub._actions for s in a.option_strings))
     return parser
@@ -332,3 +341,9 @@ def _plugins(args: argparse.Namespace) -> int:
     for name in registry.disabled:
         say(f"{name}  (disabled by COREFIT_DISABLE_PLUGINS)")
     return 0
+
+
+def _selftest(args: argparse.Namespace) -> int:
+    from corefit.selftest import selftest
+
+    return selftest(args.model, device=args.device)
