@@ -28,6 +28,7 @@ look around:
   recipes [PATTERN]    list the recipes (also: list-cfg -p PATTERN)
   copy NAME [DEST]     copy a recipe to edit it (also: copy-cfg)
   plugins              list every plugin: where it comes from, what it contributes, why it is broken
+  selftest [MODEL]     measure on this machine that packed = unpacked, resumed = straight, merged = adapter and more
 
 corefit <verb> --help shows the options of a verb; corefit --version the version."""
 
@@ -187,6 +188,12 @@ def _parser() -> _Parser:
     merge.add_argument("target", metavar="RUN[@STEP]|ADAPTER")
     merge.add_argument("--out", required=True, metavar="DIR", help="the folder to write; must be new or empty")
     merge.add_argument("--model", metavar="PATH", help="the base model, where it moved")
+    merge.add_argument(
+        "--base",
+        choices=["stored", "dequantised"],
+        default="stored",
+        help="merge into the base as it is stored (default), or as training's quantizer rounded it",
+    )
 
     tensors = verb(
         "safetensors",
@@ -205,6 +212,14 @@ def _parser() -> _Parser:
     copy.add_argument("dest", nargs="?", default=".", metavar="DEST", help="a folder or a file name (default: here)")
 
     verb("plugins", _plugins, "List every plugin: distribution, version, what it contributes, why it is broken.")
+
+    check = verb(
+        "selftest",
+        _selftest,
+        "Measure on this machine the equalities that training rests on; exit code 1 if one fails.",
+    )
+    check.add_argument("model", nargs="?", metavar="MODEL", help="a folder or hub name (default: a tiny model)")
+    check.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where (default: auto)")
     for sub in {id(p): p for p in verbs.choices.values()}.values():
         sub.set_defaults(flags=tuple(s for a in sub._actions for s in a.option_strings))
     return parser
@@ -283,7 +298,7 @@ def _eval(args: argparse.Namespace) -> int:
 def _merge(args: argparse.Namespace) -> int:
     from corefit.merge import merge
 
-    say(f"merged model: {merge(args.target, args.out, model=args.model)}")
+    say(f"merged model: {merge(args.target, args.out, model=args.model, into=args.base)}")
     return 0
 
 
@@ -326,3 +341,9 @@ def _plugins(args: argparse.Namespace) -> int:
     for name in registry.disabled:
         say(f"{name}  (disabled by COREFIT_DISABLE_PLUGINS)")
     return 0
+
+
+def _selftest(args: argparse.Namespace) -> int:
+    from corefit.selftest import selftest
+
+    return selftest(args.model, device=args.device)

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corefit import terminal
-from corefit.errors import ModelError
+from corefit.errors import ModelError, UserError, unknown
+
+if TYPE_CHECKING:
+    import torch
+
+    from corefit.chat import Found
+    from corefit.data.tokenizer import Tokenizer
+
+BASES = ("stored", "dequantised")
+TEXTS = 24
+"""Records of the embedded data on which ``merge`` measures what merging changed."""
 
 _OTHER_LORA = (
     "lora_bias",
@@ -21,7 +31,13 @@ _OTHER_LORA = (
 
 
 def merge(
-    target: str | Path, out: str | Path, *, model: str | None = None, say: Callable[[str], None] = terminal.say
+    target: str | Path,
+    out: str | Path,
+    *,
+    model: str | None = None,
+    into: str = "stored",
+    measured: int = 2**29,
+    say: Callable[[str], None] = terminal.say,
 ) -> Path:
     """Write base + adapter into the new folder ``out``: the base's files with W + scale * B A, computed in fp32.
 
@@ -29,12 +45,16 @@ def merge(
         target: a run folder or an adapter folder.
         out: a folder that is empty or not there.
         model: the base model, where it isn't where training found it.
+        into: what W is: ``"stored"``, the base's weights; ``"dequantised"``, these weights as training's quantizer
+            rounded them, which is what the adapter was trained on.
+        measured: bytes of base weights up to which it is measured and said how far the answers are from those of the
+            model that was trained, where its base was quantised: that loads the model twice.
         say: takes notices, one line each.
 
     Raises:
-        ModelError: no adapter or base there, a 4-bit base, an adapter that is not plain LoRA, or one of another base.
+        ModelError: no adapter or base there, a 4-bit base, an adapter that is not plain LoRA, or one of another base;
+            nothing to dequantise.
     """
-    import torch
     from safetensors import safe_open
 
     from corefit.chat import find
@@ -49,8 +69,10 @@ def merge(
         write_files,
         written_aside,
     )
-    from corefit.engine.model import model_fingerprint
+    from corefit.engine.model import as_stored, model_fingerprint
 
+    if into not in BASES:
+        raise ModelError(f"--base: {unknown('base', into, BASES)}")
     found = find(target, model=model, say=say)
     if found.adapter is None:
         raise ModelError(f"{target}: a model, not an adapter: there is nothing to merge")
@@ -76,22 +98,32 @@ def merge(
         tied = [name for name in names if name.endswith("embed_tokens.weight")]
         if tied and {tied[0], "lm_head.weight"} & {*factors, *whole}:
             added, changes = {"lm_head.weight": tied[0]}, {"tie_word_embeddings": False}
-    unknown = sorted({*factors, *whole} - names - set(added))
-    if unknown:
+    strange = sorted({*factors, *whole} - names - set(added))
+    if strange:
         raise ModelError(
-            f"{found.adapter}: changes {unknown[0]}, which {base} doesn't have: it belongs to another base"
+            f"{found.adapter}: changes {strange[0]}, which {base} doesn't have: it belongs to another base"
         )
+
+    quantizer = found.facts.get("quantizer", "none")
+    rounded: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, weight: weight  # noqa: E731
+    if into == "dequantised":
+        if quantizer == "none" or not found.facts.get("compute_dtype"):
+            why = "training used the stored weights" if quantizer == "none" else "no compute_dtype"
+            raise ModelError(f"{found.folder / 'corefit.json'}: {why}: merge without --base dequantised")
+        quantised, rounded = as_stored(**_storage(found))
+        if quantised - names:
+            raise ModelError(f"{base}: has no {min(quantised - names)}: merge without --base dequantised")
 
     def change(name: str, read: Callable[[], torch.Tensor]) -> torch.Tensor:
         if name in whole:
             return whole[name]
         if name not in factors:
-            return read()
+            return rounded(name, read())
         pair = factors[name]
         embedding = "embedding_A" in pair
         down, up = (pair[f"embedding_{m}" if embedding else m].float() for m in "AB")
         delta = (up @ down).T if embedding else up @ down
-        weight = read().float()
+        weight = rounded(name, read()).float()
         if delta.shape != weight.shape:
             raise ModelError(f"{found.adapter}: {name} has another shape in {base}: it belongs to another base")
         rank = down.shape[0]
@@ -112,13 +144,106 @@ def merge(
         stop=tuple(found.facts.get("stop", ())),
         stop_ids=tuple(found.stop_ids(tokenizer)),
         supervise=found.facts.get("supervise", "all"),
-        quantizer=found.facts.get("quantizer", "none"),
+        quantizer=quantizer,
+        compute_dtype=found.facts.get("compute_dtype", ""),
+        device=found.facts.get("device", ""),
     )
     with written_aside(Path(out)) as folder:
         files = base_files(base) | serving_files(facts, "model")
-        write_files(folder, files | {"config.json": with_keys(files["config.json"], changes)})
+        files["config.json"] = with_keys(files["config.json"], changes)
+        files["corefit.json"] = with_keys(files["corefit.json"], {"merged_into": into})
+        write_files(folder, files)
         rewrite_weights(base, folder, change, added)
+    if quantizer != "none":
+        device, trained_on = _device(found), facts.device
+        other = "" if trained_on in ("", device) else f", in training on {trained_on}: a few may be rounded otherwise"
+        kept = "and merged into these, dequantised"
+        lost = "merged into the stored ones (--base dequantised merges into what training saw)"
+        how = kept if into == "dequantised" else lost
+        say(f"trained on {quantizer} weights (made on {device}{other}), {how}; {_cost(found, Path(out), measured)}")
     return Path(out)
+
+
+# ------------------------------------------------------------------------------------------- what merging changes
+
+
+def _device(found: Found) -> str:
+    """Give the kind of device that training used, where it is here: another one's kernels may round otherwise."""
+    import torch
+
+    return "cuda" if found.facts.get("device") == "cuda" and torch.cuda.is_available() else "cpu"
+
+
+def _storage(found: Found) -> dict[str, Any]:
+    """Give how training stored the base, or a model its weights, as ``load_base`` and ``as_stored`` take it."""
+    from corefit.registry import Registry
+
+    facts = found.facts if found.adapter else {}
+    return {
+        "base": str(found.base),
+        "quantizer": Registry.load().quantizer(facts.get("quantizer", "none")),
+        "compute_dtype": facts.get("compute_dtype") or "float32",
+        "device": _device(found),
+    }
+
+
+def load(found: Found) -> Any:  # noqa: ANN401, a PeftModel or a language model
+    """Load an adapter on its base, stored as in training, or a model; it multiplies in fp32, whatever training did."""
+    import torch
+
+    from corefit.engine.model import load_base, with_adapter
+
+    network: Any = load_base(**_storage(found))
+    if found.adapter:
+        network = with_adapter(network, found.adapter)
+    for module in network.modules():
+        if hasattr(module, "compute_dtype"):  # of a 4-bit layer: what it multiplies in; what it stores stays
+            module.compute_dtype = torch.float32
+    return network.float().eval()
+
+
+def sample_ids(tokenizer: Tokenizer) -> list[list[int]]:
+    """Give a few real texts, English and Chinese, as ids: those of the embedded demonstration."""
+    from corefit.engine.export import EMBEDDED_MODEL
+
+    lines = (EMBEDDED_MODEL.parent / "data" / "corefit_facts.jsonl").read_text("utf-8").splitlines()
+    return tokenizer.encode([json.loads(line)["text"] for line in lines[:TEXTS]])
+
+
+def logits(network: Any, texts: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:  # noqa: ANN401, as ``load`` gives
+    """Yield a model's logits of each text: [L, V]."""
+    import torch
+
+    from corefit.engine.attention import causal_lm, run_packed
+
+    for text in texts:
+        ids = torch.tensor([text], device=next(network.parameters()).device)
+        with torch.no_grad():  # not around the yield, where it would hold for whoever takes the logits
+            output = run_packed(causal_lm(network), ids, torch.arange(len(text), device=ids.device)[None])
+        yield output.logits[0]
+
+
+def divergence(trained: Any, merged: Any, texts: Sequence[Sequence[int]]) -> str:  # noqa: ANN401, as ``load`` gives
+    """Say KL(trained || merged), the mean over all tokens, and the largest difference of a logit."""
+    kl, delta = 0.0, 0.0
+    for a, b in zip(logits(trained, texts), logits(merged, texts), strict=True):
+        p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
+        kl, delta = kl + float((p.exp() * (p - q)).sum()), max(delta, float((a - b).abs().max()))
+    return f"KL {kl / sum(map(len, texts)):.2g} nats a token, max |delta logit| {delta:.2g}"
+
+
+def _cost(found: Found, merged: Path, limit: int) -> str:
+    """Say how far the merged model's answers are from those of the model that was trained, where that costs little."""
+    from corefit.chat import find
+    from corefit.engine.export import weight_files
+
+    if sum(path.stat().st_size for path in weight_files(found.base)) > limit or not found.facts.get("compute_dtype"):
+        return "corefit selftest measures the difference on a small model"
+    try:
+        said = divergence(load(found), load(find(merged)), sample_ids(found.tokenizer()))
+    except UserError as error:  # of quantizer and memory; the merge is there
+        return f"the difference was not measured: {error}"
+    return f"against the trained model: {said}"
 
 
 def _alpha(config: dict[str, Any], module: str) -> float:

@@ -264,6 +264,8 @@ class Session:
             stop_ids=plan.encoder.stop_ids,
             supervise=recipe.template.supervise,
             quantizer=recipe.model.quantizer,
+            compute_dtype=str(self.precision.compute_dtype).removeprefix("torch."),
+            device=self.device.partition(":")[0],
         )
         self.say(
             f"model: {counts.total / 1e6:,.1f}M parameters, base weights {quantizer.name}, "

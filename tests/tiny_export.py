@@ -20,7 +20,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def facts(base: Path, *, jinja: str | None = JINJA) -> Provenance:
+def facts(base: Path, *, jinja: str | None = JINJA, **more: str) -> Provenance:
     return Provenance(
         base=str(base),
         base_folder=base,
@@ -31,7 +31,7 @@ def facts(base: Path, *, jinja: str | None = JINJA) -> Provenance:
         stop=("<eoa>",),
         stop_ids=(3 + CONTROL.index("<eoa>"),),
         supervise="last",
-        quantizer="nf4",
+        **{"quantizer": "nf4", **more},
     )
 
 

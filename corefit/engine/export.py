@@ -67,6 +67,11 @@ class Provenance:
     stop_ids: tuple[int, ...]
     supervise: str = "all"
     quantizer: str = "none"
+    """How training stored the base's weights; with the next two ``as_stored`` stores them so again."""
+    compute_dtype: str = ""
+    """As ``load_base`` takes it; empty: unknown."""
+    device: str = ""
+    """``"cpu"`` or ``"cuda"``; empty: unknown."""
 
     @property
     def name(self) -> str:
@@ -181,6 +186,8 @@ def serving_files(facts: Provenance, kind: str) -> dict[str, bytes]:
             "stop_ids": list(facts.stop_ids),
             "supervise": facts.supervise,
             "quantizer": facts.quantizer,
+            "compute_dtype": facts.compute_dtype,
+            "device": facts.device,
         }
     )
     files["README.md"] = _readme(facts, kind, stops).encode()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,9 +72,7 @@ def load(config: Mapping[str, Any], files: Iterable[Path], base: str, **argument
     """
     from transformers import LlamaForCausalLM
 
-    theta, scaling = _rope(config, base)
-    dynamic = scaling is not None and scaling.get("rope_type", scaling.get("type")) == "dynamic"
-    llama = _llama_config(config, base, theta, None if dynamic else scaling)
+    llama, (theta, scaling) = llama_config(config, base), _rope(config, base)
     layout = layout_of(config)
     state: dict[str, Tensor] = {}
     for path in files:
@@ -82,18 +80,17 @@ def load(config: Mapping[str, Any], files: Iterable[Path], base: str, **argument
             tensors = {name: file.get_tensor(name) for name in file.keys() if not name.endswith("inv_freq")}  # noqa: SIM118
         state |= tensors if layout is None else layout.to_llama(tensors, base)
     model, info = LlamaForCausalLM.from_pretrained(None, config=llama, state_dict=state, **arguments)
-    if dynamic:
-        assert scaling is not None
+    if _is_dynamic(scaling):
         model.model.rotary_emb = DynamicNTK(llama.head_dim, theta, scaling["factor"], llama.max_position_embeddings)
     model.config.wqkv = layout and [layout.queries, layout.groups, layout.head_dim]
     return model, info
 
 
-def _rope(config: Mapping[str, Any], base: str) -> tuple[float, dict[str, Any] | None]:
+def _rope(config: Mapping[str, Any], base: str) -> tuple[float, dict[str, Any]]:
     """Give RoPE's base and its scaling. InternLM 1 has words of its own for them, transformers 5 has others."""
     settings = config.get("rope_parameters") or {}
     theta = float(settings.get("rope_theta") or config.get("rope_theta") or 10_000)
-    scaling = config.get("rope_scaling") or settings or None
+    scaling = config.get("rope_scaling") or settings
     if "rotary" in config:
         rotary = config["rotary"]
         if rotary.get("type") not in ("origin", "dynamic"):
@@ -104,15 +101,22 @@ def _rope(config: Mapping[str, Any], base: str) -> tuple[float, dict[str, Any] |
     return theta, scaling
 
 
-def _llama_config(config: Mapping[str, Any], base: str, theta: float, scaling: dict[str, Any] | None) -> Any:  # noqa: ANN401
+def _is_dynamic(scaling: Mapping[str, Any]) -> bool:
+    return "dynamic" in (scaling.get("rope_type"), scaling.get("type"))
+
+
+def llama_config(config: Mapping[str, Any], base: str) -> Any:  # noqa: ANN401, a LlamaConfig
+    """Give LLaMA's config for a published one; of a dynamic RoPE it knows nothing."""
     from transformers import LlamaConfig
 
+    theta, scaling = _rope(config, base)
+    rope = {"rope_theta": theta, "rope_scaling": None if _is_dynamic(scaling) else scaling or None}
     third = config["model_type"] == "internlm3"
     bias = bool(config.get("bias", config.get("mlp_bias", not third)))
     if third and bool(config.get("qkv_bias", config.get("attention_bias", False))) != bias:
         raise ModelError(f"{base}: config.json: bias and qkv_bias differ, which LLaMA's architecture doesn't have")
     kept = {key: config[key] for key in _KEPT if config.get(key) is not None}
-    return LlamaConfig(**kept, attention_bias=bias, mlp_bias=third and bias, rope_theta=theta, rope_scaling=scaling)
+    return LlamaConfig(**kept, attention_bias=bias, mlp_bias=third and bias, **rope)
 
 
 class DynamicNTK(nn.Module):
@@ -246,6 +250,13 @@ class Layout:
                 found |= zip(names, self.split(tensor, f"{where}: {name}"), strict=True)
         return found
 
+    def each(self, change: Callable[[str, Tensor], Tensor], name: str, tensor: Tensor) -> Tensor:
+        """Give a tensor after ``change(name, tensor)`` of what it is by LLaMA's names."""
+        names = llama_names(name)
+        parts = [tensor] if len(names) == 1 else self.split(tensor, name)
+        changed = [change(*pair) for pair in zip(names, parts, strict=True)]
+        return changed[0] if len(names) == 1 else self.fuse(*changed)
+
     def to_published(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Give a whole model's tensors by the published names; each ``wqkv`` is made when it is asked for."""
         return _Published(self, state)
@@ -339,9 +350,9 @@ class _Published(Mapping[str, Tensor]):
 
 
 @contextmanager
-def llama_adapter(adapter: Path, base: Path) -> Iterator[Path]:
-    """Give a folder with an adapter for LLaMA's names: ``adapter`` itself, or one that is there during the block."""
-    layout = layout_of_folder(base)
+def llama_adapter(model: Any, adapter: Path) -> Iterator[Path]:  # noqa: ANN401, a loaded base
+    """Give a folder with an adapter for the model's names: ``adapter`` itself, or one that goes with the block."""
+    layout = layout_in(model)
     if layout is None:
         yield adapter
         return

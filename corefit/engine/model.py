@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -480,6 +481,53 @@ def load_base(
     return model.eval()
 
 
+def as_stored(
+    base: str, *, quantizer: Quantizer, compute_dtype: str, device: str
+) -> tuple[frozenset[str], Callable[[str, torch.Tensor], torch.Tensor]]:
+    """Give the names of the weights that ``load_base`` would quantise, and a function that rounds one as it would.
+
+    The function takes name and weight, and gives the values that the loaded model multiplies with, fp32 on the CPU;
+    other weights as they are. It runs what transformers runs while it loads, for one tensor at a time. ``device``
+    matters: kernels of CPU and GPU may settle ties otherwise. What a quantizer's ``after_load`` changes isn't seen.
+
+    Raises:
+        ModelError: bitsandbytes isn't there, or it isn't what stores these weights, or the model has its own code.
+    """
+    quiet()
+    quantization = quantizer.config(compute_dtype)
+    if not _import_bitsandbytes() or type(quantization).__name__ != "BitsAndBytesConfig":
+        raise ModelError(f"quantizer {quantizer.name!r}: bitsandbytes dequantises what it stored itself, nothing else")
+    from peft.utils.integrations import dequantize_bnb_weight
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    own = _read_config(resolve_base(base, say=_unsaid), base)
+    try:
+        if own.get("model_type") in internlm.KINDS:
+            config = internlm.llama_config(own, base)
+        else:
+            config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{base}: can't be dequantised: {_first_line(error)}") from error
+    method = AutoHfQuantizer.from_config(quantization)
+    method.preprocess_model(skeleton, device_map=None)
+    names = [name for name, _ in skeleton.named_parameters() if method.param_needs_quantization(skeleton, name)]
+
+    def rounded(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if name not in names:
+            return weight
+        value = weight.to(device, getattr(torch, compute_dtype))
+        made = method.get_quantize_ops().convert({name: value}, full_layer_name=name, model=skeleton)[name]
+        values: torch.Tensor = dequantize_bnb_weight(made, made)  # of 8 bits, the scales are the weight's own too
+        return values.float().cpu()
+
+    if layout := internlm.layout_of(own):
+        return frozenset(map(internlm.published_name, names)), functools.partial(layout.each, rounded)
+    return frozenset(names), rounded
+
+
 def remote_code(folder: Path) -> dict[str, str]:
     """Give the SHA-256 of every Python file of a model folder: what ``trust_remote_code`` lets run."""
     files = (path for path in sorted(folder.rglob("*.py")) if path.is_file())
@@ -650,6 +698,15 @@ def _load_adapter(adapted: Any, folder: Path) -> None:  # noqa: ANN401, a PeftMo
             f"{want.get(differ[0], 'nothing')}: an adapter of another base?"
         )
     set_peft_model_state_dict(adapted, tensors)
+
+
+def with_adapter(model: PreTrainedModel, folder: Path) -> Any:  # noqa: ANN401, a PeftModel
+    """Give a loaded base with the adapter in ``folder`` on it."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings(), internlm.llama_adapter(model, folder) as adapter:
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        return PeftModel.from_pretrained(model, str(adapter))
 
 
 def _checked(model: nn.Module) -> nn.Module:

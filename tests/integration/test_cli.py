@@ -39,7 +39,18 @@ def test_help_shows_the_verbs_in_the_order_of_their_use(tmp_path: Path) -> None:
     text = corefit("--help", cwd=tmp_path).stdout
     places = [
         text.index(f"  {verb}")
-        for verb in ("train", "inspect", "pack", "chat", "merge", "safetensors", "recipes", "copy", "plugins")
+        for verb in (
+            "train",
+            "inspect",
+            "pack",
+            "chat",
+            "merge",
+            "safetensors",
+            "recipes",
+            "copy",
+            "plugins",
+            "selftest",
+        )
     ]
     assert places == sorted(places)
 
@@ -63,6 +74,9 @@ def test_help_shows_the_verbs_in_the_order_of_their_use(tmp_path: Path) -> None:
         (["copy", "internlm_chat_7b"], ["internlm_chat_7b_qlora_oasst1_e3"]),
         (["chat", "nowhere"], ["nowhere"]),
         (["merge", "nowhere", "--out", "x"], ["nowhere"]),
+        (["merge", "nowhere", "--out", "x", "--base", "dequantized"], ["'dequantized'", "did you mean 'dequantised'?"]),
+        (["selftest", "nowhere/"], ["nowhere"]),
+        (["selftest", "--device", "gpu"], ["no device 'gpu'", "'cpu'"]),
         (["pack", "--data", "rows.jsonl"], ["corefit pack: the following arguments", "required: --out"]),
         (["chat"], ["corefit chat: the following arguments are required"]),
         (["train", "--on-bad-record", "ignore"], ["--on-bad-record ignore", "known: error, skip"]),

@@ -87,6 +87,10 @@ def test_a_run_folder_holds_what_is_promised_and_repeats(tmp_path: Path, base: l
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= adapter
     config = json.loads((run / "adapter" / "adapter_config.json").read_text("utf-8"))
     assert config["target_modules"] == sorted(config["target_modules"])
+    facts = json.loads((run / "run.json").read_text("utf-8"))
+    dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[facts["precision"]]
+    stored = json.loads((run / "adapter" / "corefit.json").read_text("utf-8"))
+    assert (stored["quantizer"], stored["compute_dtype"], stored["device"]) == ("nf4", dtype, facts["device"])
     for path in (run / "adapter").iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path
     again = corefit("train", run / "recipe.toml", cwd=tmp_path)

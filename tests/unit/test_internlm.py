@@ -12,8 +12,16 @@ from tiny_internlm import CONFIGS, reference, write_internlm
 
 from corefit.engine.attention import isolation_canary, run_packed
 from corefit.engine.export import export, export_adapter, export_model, layout_of, weight_files
-from corefit.engine.internlm import DynamicNTK, Layout, llama_adapter, llama_names, published_name
-from corefit.engine.model import AdapterSpec, attach_adapter, base_dtype_of, load_base, trainable_parameters
+from corefit.engine.internlm import DynamicNTK, Layout, llama_names, published_name
+from corefit.engine.model import (
+    AdapterSpec,
+    as_stored,
+    attach_adapter,
+    base_dtype_of,
+    load_base,
+    trainable_parameters,
+    with_adapter,
+)
 from corefit.errors import ModelError
 from corefit.merge import merge
 from corefit.types import Quantizer
@@ -167,6 +175,19 @@ def test_it_loads_straight_into_few_bits(tmp_path, kind, quantizer, layer):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
+def test_what_the_quantizer_made_of_each_matrix_is_known_by_the_published_names(tmp_path, kind):
+    folder = write_internlm(tmp_path / "m", kind)
+    names, rounded = as_stored(str(folder), quantizer=bits("nf4"), compute_dtype="float32", device="cpu")
+    tensors = stored(folder)
+    linear = {name for name in tensors if name.endswith(("proj.weight", "w1.weight", "w2.weight", "w3.weight"))}
+    assert names == linear | {name for name in tensors if name.endswith(("wqkv.weight", "wo.weight"))}
+    want = logits(load(folder, "nf4"))
+    again = {name: rounded(name, tensor) for name, tensor in tensors.items()}
+    got = reference(json.loads((folder / "config.json").read_text()), again, IDS)
+    assert (got - want).abs().max() < 1e-5 and (wanted(folder) - want).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_no_code_of_the_folder_runs_even_with_trust(tmp_path, kind):
     folder = write_internlm(tmp_path / "m", kind)
     assert type(load(folder, trust_remote_code=True)).__name__ == "LlamaForCausalLM"
@@ -281,17 +302,14 @@ WHOLE = ("lm_head", "embed_tokens", "q_proj", "k_proj", "v_proj")
 )
 def test_an_exported_adapter_comes_back_as_what_it_was(tmp_path, spec):
     """Into a chat, into a merged model, into a new training."""
-    from peft import PeftModel
-
     base = write_internlm(tmp_path / "base")
     model = adapted(load(base), **spec)
     want = logits(model)
     assert (want - wanted(base)).abs().max() > 0.01
     adapter = export_adapter(model, tmp_path / "adapter", facts(base))
-    with llama_adapter(adapter, base) as folder:
-        again = PeftModel.from_pretrained(load(base), str(folder)).eval()
-        assert json.loads((folder / "adapter_config.json").read_text())["rank_pattern"] == {}, "of rank r again"
-    assert not folder.exists() and (logits(again) - want).abs().max() < 1e-5
+    again = with_adapter(load(base), adapter).eval()
+    assert again.peft_config["default"].rank_pattern == {}, "of rank r again"
+    assert (logits(again) - want).abs().max() < 1e-5
     out = merge(adapter, tmp_path / "merged", model=str(base), say=lambda line: None)
     assert (wanted(out) - want).abs().max() < 1e-5
     for name in ("config.json", "modeling_internlm2.py"):
@@ -312,7 +330,6 @@ def test_an_exported_adapter_comes_back_as_what_it_was(tmp_path, spec):
 
 def test_an_adapter_that_others_trained_on_wqkv_is_understood(tmp_path):
     """As peft writes it for the published code: one A for all of wqkv."""
-    from peft import PeftModel
     from safetensors.torch import save_file
 
     base, adapter = write_internlm(tmp_path / "base"), tmp_path / "adapter"
@@ -329,8 +346,7 @@ def test_an_adapter_that_others_trained_on_wqkv_is_understood(tmp_path):
     for more in ({}, {"r": 2, "rank_pattern": {"wqkv": 6, "w2": 6}, "alpha_pattern": {"wqkv": 5}}):
         (adapter / "adapter_config.json").write_text(json.dumps(config | more))
         want = wanted(base, lora=lora_of(adapter)[1])
-        with llama_adapter(adapter, base) as folder:
-            assert (logits(PeftModel.from_pretrained(load(base), str(folder)).eval()) - want).abs().max() < 1e-5
+        assert (logits(with_adapter(load(base), adapter).eval()) - want).abs().max() < 1e-5
         out = merge(adapter, tmp_path / f"merged{len(more)}", model=str(base), say=lambda line: None)
         assert (wanted(out) - want).abs().max() < 1e-5
     (adapter / "adapter_config.json").write_text(json.dumps(config))

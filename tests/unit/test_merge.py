@@ -11,11 +11,17 @@ from safetensors.torch import load_file
 from tiny import write_model
 from tiny_export import IDS, adapted, facts, load
 
+from corefit import merge as merging
+from corefit.chat import find
+from corefit.engine.attention import causal_lm
 from corefit.engine.export import export_adapter, read_header, weight_files
-from corefit.errors import ModelError
+from corefit.engine.model import as_stored, load_base
+from corefit.errors import ModelError, PluginError
 from corefit.merge import merge
+from corefit.registry import Registry
 
 torch.set_num_threads(1)
+NF4 = {"quantizer": "nf4", "compute_dtype": "float32", "device": "cpu"}
 
 
 def logits(model):
@@ -23,11 +29,11 @@ def logits(model):
         return model(IDS).logits
 
 
-def pair(tmp_path: Path, kind: str = "llama", *, spec: dict | None = None, **changes):
-    """A base, an adapter of it in memory, and the same adapter as a run folder."""
+def pair(tmp_path: Path, kind: str = "llama", *, spec: dict | None = None, stored: dict | None = None, **changes):
+    """A base, an adapter of it in memory, and the same adapter as a run folder; ``stored``: how training did it."""
     base = write_model(tmp_path / "base", kind=kind, **changes)
     model = adapted(base, **(spec or {}))
-    export_adapter(model, tmp_path / "run" / "adapter", facts(base))
+    export_adapter(model, tmp_path / "run" / "adapter", facts(base, **(stored or {})))
     (tmp_path / "run" / "recipe.toml").write_text(f"[model]\nbase = {json.dumps(str(base))}\n")
     assert tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())
     return base, model, tmp_path / "run"
@@ -46,8 +52,9 @@ def test_merged_equals_base_and_adapter(tmp_path, kind):
     assert not list(out.glob("adapter*")) and "PeftModel" not in (out / "README.md").read_text()
 
 
-def test_shard_by_shard_with_one_tensor_in_memory(tmp_path, monkeypatch):
-    base, model, run = pair(tmp_path)
+@pytest.mark.parametrize("into", ["stored", "dequantised"])
+def test_shard_by_shard_with_one_tensor_in_memory(tmp_path, monkeypatch, into):
+    base, model, run = pair(tmp_path, stored=NF4)
     load(base).save_pretrained(base, max_shard_size="60KB")
     (base / "model.safetensors").unlink()
     alive, most = 0, 0
@@ -76,10 +83,11 @@ def test_shard_by_shard_with_one_tensor_in_memory(tmp_path, monkeypatch):
         return File()
 
     monkeypatch.setattr("corefit.engine.export.safe_open", counting)
-    out = merge(run, tmp_path / "merged", say=lambda line: None)
+    out = merge(run, tmp_path / "merged", into=into, measured=0, say=lambda line: None)
     assert {p.name for p in weight_files(out)} == {p.name for p in weight_files(base)} and len(weight_files(out)) > 2
     assert most <= 2, "the tensor at hand and the one before it"
-    assert (logits(load(out)) - logits(model)).abs().max() < 1e-5
+    trained = model if into == "stored" else merging.load(find(run))
+    assert (logits(load(out)) - logits(trained)).abs().max() < 1e-5
 
 
 def test_rank_stabilised_scale(tmp_path):
@@ -167,3 +175,135 @@ def test_what_cant_be_merged_is_refused_in_one_line(tmp_path):
         merge(run, tmp_path / "full")
     assert (tmp_path / "full" / "file").read_text() == "mine"
     assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("quantizer", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_weight_is_rounded_to_the_bit_as_loading_it_for_training_rounds_it(tmp_path, quantizer, compute_dtype, kind):
+    from peft.utils.integrations import dequantize_module_weight
+
+    base = write_model(tmp_path, kind=kind, dtype="float16")
+    how = dict(quantizer=Registry.load().quantizer(quantizer), compute_dtype=compute_dtype, device="cpu")
+    stored = load_file(base / "model.safetensors")
+    names, rounded = as_stored(str(base), **how)
+    layers = {
+        f"{n}.weight": m for n, m in load_base(str(base), **how).named_modules() if "bitsandbytes" in f"{type(m)}"
+    }
+    assert names == set(layers) and len(names) == 14
+    for name, layer in layers.items():
+        mine = rounded(name, stored[name])
+        assert torch.equal(mine, dequantize_module_weight(layer).float()), name
+        assert 0.001 < (mine - stored[name].float()).abs().max() < 0.1, "rounded, and not to anything else"
+    for name in set(stored) - names:
+        assert rounded(name, stored[name]) is stored[name]
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "changes"),
+    [
+        ("llama", {}, {}),
+        ("llama_bias", {"targets": ("q_proj", "down_proj")}, {}),
+        ("qwen3", {"dora": True}, {"tie_word_embeddings": True}),
+    ],
+)
+def test_merged_into_the_dequantised_base_is_the_model_that_was_trained(tmp_path, kind, spec, changes):
+    base, _, run = pair(tmp_path, kind, spec=spec, stored=NF4, **changes)
+    trained, said = logits(merging.load(find(run))), []
+    assert {type(m).__name__ for m in causal_lm(merging.load(find(run))).modules()} >= {"Linear4bit"}
+    error = {}
+    for into in ("stored", "dequantised"):
+        out = merge(run, tmp_path / into, into=into, say=said.append)
+        error[into] = float((logits(load(out)) - trained).abs().max())
+        assert read_header(out / "model.safetensors") == read_header(base / "model.safetensors")
+        assert json.loads((out / "corefit.json").read_text())["merged_into"] == into
+    assert error["dequantised"] < 1e-5 and error["stored"] > 0.1, error
+    figures = [(float(line.split("KL ")[1].split()[0]), float(line.split("logit| ")[1].split()[0])) for line in said]
+    assert figures[1][0] < 1e-9 < 1e-3 < figures[0][0]
+    assert figures[1][1] < 1e-4 < 0.1 < figures[0][1]
+    assert said[0].startswith("trained on nf4 weights (made on cpu), merged into the stored ones (--base dequantised ")
+    assert said[1].startswith("trained on nf4 weights (made on cpu), and merged into these, dequantised; against ")
+
+
+def test_in_half_precision_only_the_stored_dtype_is_rounded_to(tmp_path):
+    base, _, run = pair(tmp_path, stored={**NF4, "compute_dtype": "float16"}, dtype="float16")
+    network = merging.load(find(run))
+    layers = [layer for layer in network.modules() if type(layer).__name__ == "Linear4bit" and hasattr(layer, "weight")]
+    kept = {(layer.weight.quant_state.dtype, layer.compute_dtype) for layer in layers if not hasattr(layer, "lora_A")}
+    assert kept == {(torch.float16, torch.float32)}, "weights as in training, products in fp32"
+    trained = logits(network)
+    off = {}
+    for into in ("stored", "dequantised"):
+        merged = merge(run, tmp_path / into, into=into, measured=0, say=lambda line: None)
+        off[into] = float((logits(load(merged)) - trained).abs().max() / trained.abs().max())
+    assert off["dequantised"] < 4 * torch.finfo(torch.float16).eps < 0.05 < off["stored"], off
+
+
+def test_int8_is_dequantised_too(tmp_path):
+    base, _, run = pair(tmp_path, stored={**NF4, "quantizer": "int8"})
+    _, rounded = as_stored(
+        str(base), quantizer=Registry.load().quantizer("int8"), compute_dtype="float32", device="cpu"
+    )
+    plain, merged = (
+        load_file(merge(run, tmp_path / into, into=into, say=lambda line: None) / "model.safetensors")
+        for into in ("stored", "dequantised")
+    )
+    wanted = {name: tensor for name, tensor in load_file(base / "model.safetensors").items()}
+    for name, tensor in wanted.items():
+        assert torch.allclose(merged[name] - plain[name], rounded(name, tensor) - tensor, atol=1e-6), name
+
+
+def test_kl_and_the_largest_difference_are_those_of_a_sum_by_hand(tmp_path):
+    base = write_model(tmp_path / "one")
+    other = write_model(tmp_path / "two", seed=5)
+    texts = [IDS[0, :7].tolist(), IDS[0, 7:20].tolist()]
+    kl, most, tokens = 0.0, 0.0, 0
+    for text in texts:
+        with torch.no_grad():
+            a, b = (load(folder)(torch.tensor([text])).logits[0] for folder in (base, other))
+        kl += float(torch.nn.functional.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="sum"))
+        most, tokens = max(most, float((a - b).abs().max())), tokens + len(text)
+    said = merging.divergence(load(base), load(other), texts)
+    assert said == f"KL {kl / tokens:.2g} nats a token, max |delta logit| {most:.2g}"
+
+
+def test_what_was_not_measured_is_not_claimed(tmp_path, monkeypatch):
+    said = []
+    _, _, run = pair(tmp_path, stored={**NF4, "device": "cuda"})
+    merge(run, tmp_path / "big", measured=0, say=said.append)
+    assert said[0].endswith("; corefit selftest measures the difference on a small model")
+    assert "(made on cpu, in training on cuda: a few may be rounded otherwise)" in said[0]
+    monkeypatch.setattr("corefit.engine.model._import_bitsandbytes", lambda: False)
+    merge(run, tmp_path / "without", say=said.append)
+    assert "the difference was not measured: quantizer 'nf4': bitsandbytes is not installed" in said[1]
+
+
+def test_a_base_that_was_never_quantised_or_nobody_knows_how_is_not_dequantised(tmp_path):
+    for number, (stored, words) in enumerate(
+        [({"quantizer": "none"}, "training used the stored weights"), ({}, "corefit.json: no compute_dtype")]
+    ):
+        said = []
+        _, _, run = pair(tmp_path / str(number), stored=stored)
+        with pytest.raises(ModelError, match=f"{words}: merge without --base dequantised"):
+            merge(run, tmp_path / "merged", into="dequantised", say=said.append)
+        assert not (tmp_path / "merged").exists() and not said
+    with pytest.raises(ModelError, match="no base 'dequantized'; did you mean 'dequantised'?"):
+        merge(run, tmp_path / "merged", into="dequantized")
+
+
+def test_without_the_plugin_of_its_quantizer_an_adapter_is_merged_into_the_stored_base_only(tmp_path):
+    said = []
+    _, model, run = pair(tmp_path, stored={**NF4, "quantizer": "own"})
+    with pytest.raises(PluginError, match="no quantizer 'own'"):
+        merge(run, tmp_path / "merged", into="dequantised", say=said.append)
+    out = merge(run, tmp_path / "merged", say=said.append)
+    assert (logits(load(out)) - logits(model)).abs().max() < 1e-5
+    assert "; the difference was not measured: no quantizer 'own'" in said[0]
+
+
+def test_only_what_bitsandbytes_stored_is_dequantised(tmp_path):
+    from corefit.types import Quantizer
+
+    own = Quantizer(name="own", summary="", config=lambda dtype: object())
+    with pytest.raises(ModelError, match="quantizer 'own': bitsandbytes dequantises what it stored itself"):
+        as_stored(str(write_model(tmp_path)), quantizer=own, compute_dtype="float32", device="cpu")

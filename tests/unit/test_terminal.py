@@ -21,6 +21,7 @@ texts = st.lists(st.one_of(st.sampled_from([*HOSTILE, "\n", "\t", "你", "👩\u
 
 
 @given(texts.map("".join))
+@settings(deadline=None)
 def test_nothing_that_a_terminal_obeys_gets_through_and_the_rest_stays(text):
     shown = visible(text)
     assert not obeyed(shown) and visible(shown) == shown
