@@ -77,7 +77,7 @@ def load(config: Mapping[str, Any], files: Iterable[Path], base: str, **argument
     state: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys() if not name.endswith("inv_freq")}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         state |= tensors if layout is None else layout.to_llama(tensors, base)
     model, info = LlamaForCausalLM.from_pretrained(None, config=llama, state_dict=state, **arguments)
     if _is_dynamic(scaling):
