@@ -22,6 +22,7 @@ from corefit.data.block import RECORD, RECORD_COLUMNS, Block, fit
 from corefit.data.encode import Encoder, make_encoder
 from corefit.data.jsonl import STDIN_NAME, find_files, spool
 from corefit.data.ledger import Ledger
+from corefit.data.source import as_found
 from corefit.data.stream import Source, Stream
 from corefit.data.tokenizer import Tokenizer
 from corefit.durable import read_json
@@ -246,7 +247,7 @@ def _sources(
             reader_options=reader_options,
             map_function=mapper,
             map_options=map_options,
-            sources=Sources(paths, limit, mapper.fields),
+            sources=as_found(Sources(paths, limit, mapper.fields)),
             shuffle=shuffle,
             ratio=entry.ratio,
             repeat=entry.repeat or 1,

@@ -186,8 +186,8 @@ class Session:
         stream = make_stream(plan, epochs=recipe.train.epochs, val_hashes=hashes, threads=threads)
         if recipe.pack.arena:
             self.say(f"arena: samples come from {recipe.pack.arena}, nothing is encoded anew")
-        for line in stream.notices:
-            self.say(line)
+        while stream.notices:
+            self.say(stream.notices.pop(0))
         batches, self.val_ledger = encode_validation(
             held_out,
             plan.encoder,
@@ -449,6 +449,8 @@ class Session:
         self._write(self.metrics, report)
         self.progress.update(report)
 
+        while self.stream.notices:
+            self.progress.note(self.stream.notices.pop(0))
     def _validate(self, step: int) -> None:
         """Write and show the validation loss, once a step; nothing where validation is off."""
         if not self.val_batches or step in self.validated:
