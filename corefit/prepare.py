@@ -22,7 +22,7 @@ from corefit.data.block import RECORD, RECORD_COLUMNS, Block, fit
 from corefit.data.encode import Encoder, make_encoder
 from corefit.data.jsonl import STDIN_NAME, find_files, spool
 from corefit.data.ledger import Ledger
-from corefit.data.source import as_found
+from corefit.data.source import as_found, in_words, map_record, refused
 from corefit.data.stream import Source, Stream
 from corefit.data.tokenizer import Tokenizer
 from corefit.durable import read_json
@@ -230,10 +230,10 @@ def _sources(
         found = find_files(specs, base=Path.cwd())
         train, val = found.train, found.val
     limit = entry.max_record_mb * 2**20
-    lines = []
+    lines: list[str] = []
     name = entry.map
     if name is None:
-        name = _sniff(Sources(train, limit), registry)
+        name, lines = _sniff(Sources(train, limit), registry, entry.on_bad)
         lines.append(f"format: {name} (none was named: recognised from the first records)")
     mapper = registry.map_function(name)
     reader = _reader(entry.reader, name, registry)
@@ -291,22 +291,28 @@ def _split_options(
     )
 
 
-def _sniff(sources: Sources, registry: Registry) -> str:
-    """Give the one map function that recognises the first records.
+def _sniff(sources: Sources, registry: Registry, on_bad: str) -> tuple[str, list[str]]:
+    """Give the one map function that recognises the first records, and lines about those that failed at them.
 
     Raises:
         DataError: none does, or several do; names the keys that are there and the candidates.
     """
     first = list(islice(registry.reader("jsonl").read(sources, None), SNIFFED))
     for record in first:
-        if isinstance(record, BadRecord):
-            raise DataError(str(record))
+        if isinstance(record, BadRecord) and on_bad == "error":
+            raise refused(record)
     records = [record for record in first if isinstance(record, Record)]
     if not records:
-        raise DataError(f"{', '.join(map(str, sources.paths))}: no records")
-    fits = [name for name, m in registry.map_functions.items() if m.sniff is not None and all(map(m.sniff, records))]
+        where, n = ", ".join(map(str, sources.paths)), len(first)
+        raise DataError(f"{where}: none of the first {n} records can be read; --plugin names their format")
+    fits, lines = list[str](), list[str]()
+    for name, function in registry.map_functions.items():
+        try:
+            fits += [name] if function.sniff is not None and all(map(function.sniff, records)) else []
+        except Exception as error:  # harms nobody who doesn't ask for it
+            lines.append(f"map function {name!r} failed at {records[0].origin}: {in_words(error)}")
     if len(fits) == 1:
-        return fits[0]
+        return fits[0], lines
     keys = ", ".join(sorted(records[0]))
     if fits:
         raise DataError(f"{records[0].origin}: several formats fit ({', '.join(fits)}); choose one with --plugin")
@@ -337,10 +343,9 @@ def walk(plan: Prepared) -> Iterator[tuple[Item, Sample]]:
             items: list[tuple[Item, str]] = []
             for record in group:
                 if isinstance(record, Record):
-                    mapped = source.map_function.map(record, source.map_options)
-                    items += [(item, record.origin) for item in mapped if not isinstance(item, Drop)]
+                    items += [(i, record.origin) for i in map_record(source, record) if not isinstance(i, Drop)]
                 elif source.on_bad == "error":
-                    raise DataError(f'{record}; data.on_bad="skip" counts such records and goes on')
+                    raise refused(record)
             encoded = plan.encoder.encode(items)
             rows = np.zeros((len(items), RECORD_COLUMNS), np.int64)  # here every item is a record of its own
             block = Block(rows, encoded.samples, encoded.tokens, encoded.spans, encoded.cuts)

@@ -55,6 +55,8 @@ FETCHED, FETCHED_BYTES = 128, 2**21
 """Records of a shuffled source that are read at a time, at most, and about how many bytes."""
 MIN_RECORDS_TO_SPLIT = 20
 """With fewer records nothing is set aside for validation."""
+MOST = 500
+"""Characters of a record, or of somebody else's exception, that an error shows."""
 ESTIMATE_RECORDS = 200
 """Records from which sizes are estimated."""
 
@@ -81,8 +83,6 @@ class Source:
         return islice(self.reader.read(self.sources, self.reader_options), self.first)
 
 
-def record_row(source: int, index: int, record: Record | BadRecord, weight: int, name: int) -> list[int]:
-    """Give the columns of a record, those that are known when it is read."""
 def as_found(files: Sources) -> Sources:
     """Give the same with the states of the files, which from then on may grow and no more.
 
@@ -94,6 +94,8 @@ def as_found(files: Sources) -> Sources:
     return replace(files, states=tuple(map(file_state, files.paths)))
 
 
+def record_row(source: int, index: int, record: Record | BadRecord, weight: int, name: int) -> list[int]:
+    """Give the columns of a record, those that are known when it is read."""
     return [source, index, record.file, record.line, record.offset, weight, 0, 0, 0, 0, 0, 0, 0, 0, name, 0]
 
 
@@ -133,14 +135,16 @@ def encode_records(
         if isinstance(record, BadRecord):
             drops.append("bad_record")
             if source.on_bad == "error":
-                error = DataError(f'{record}; data.on_bad="skip" counts such records and goes on')
+                error = refused(record)
                 break
         elif hashed:
             row[HASH] = content_hash(record)
             row[VALIDATION] = row[HASH] in val_hashes
         if isinstance(record, Record) and not row[VALIDATION]:
-            mapped: list[Item | Drop] = []
-            if (error := _map(source, record, mapped)) is not None:
+            try:
+                mapped = map_record(source, record)
+            except DataError as failed:
+                error = failed
                 break
             for item in mapped:
                 if isinstance(item, Drop):
@@ -172,23 +176,42 @@ def encode_records(
     return Block(table, samples, encoded.tokens, encoded.spans, encoded.cuts, list(words), names, error)
 
 
-def _map(source: Source, record: Record, items: list[Item | Drop]) -> DataError | None:
-    """Add what the map function makes of a record; give the error that stops the run where it fails."""
+def refused(record: BadRecord) -> DataError:
+    """Give the error for a bad record where such a record ends the run."""
+    return DataError(f'{record}; data.on_bad="skip" counts such records and goes on')
+
+
+def map_record(source: Source, record: Record) -> list[Item | Drop]:
+    """Give what the map function makes of a record.
+
+    Raises:
+        DataError: it failed, or gave something that is no item.
+    """
     function = source.map_function
     try:
-        for item in function.map(record, source.map_options):
+        items = list(function.map(record, source.map_options))
+        for item in items:
             if not isinstance(item, Conversation | Document | Drop):
                 raise TypeError(f"gave a {type(item).__name__}, expected Conversation, Document or Drop")
-            items.append(item)
+            for text in _texts(item):
+                if not isinstance(text, str):
+                    raise TypeError(f"gave a {type(item).__name__} with a {type(text).__name__} where text is expected")
+        return items
     except Exception as error:
-        keys = ", ".join(map(str, record)) or "none"
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        where = f"{record.origin}: map function {function.name!r}"
+        keys, where = (", ".join(map(str, record)) or "none"), f"{record.origin}: map function {function.name!r}"
         what = "keys of the record" if source.sources.fields is None else "of the fields it declares the record has"
-        failure = DataError(f"{where} failed: {why}; {what}: {keys}")
-        failure.__cause__ = error
-        return failure
-    return None
+        raise DataError(f"{where} failed: {in_words(error)}; {what}: {keys[:MOST]}") from error
+
+
+def in_words(error: Exception) -> str:
+    """Give kind and text of somebody else's exception, on one line, as far as a line has room."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:MOST]
+
+
+def _texts(item: Item | Drop) -> list[str]:
+    if isinstance(item, Conversation):
+        return [text for message in item.messages for text in (message.role, message.content)]
+    return [item.reason if isinstance(item, Drop) else item.text]
 
 
 ROUNDS = 4
