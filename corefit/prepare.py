@@ -226,9 +226,8 @@ def _sources(
     train: tuple[Path, ...] = ()
     val: tuple[Path, ...] = ()
     if specs:
-        specs = [_plain(spec, recipe, entry, spool_to, again) for spec in specs]
         found = find_files(specs, base=Path.cwd())
-        train, val = found.train, found.val
+        train, val = tuple(_plain(path, recipe, entry, spool_to, again) for path in found.train), found.val
     limit = entry.max_record_mb * 2**20
     lines: list[str] = []
     name = entry.map
@@ -263,18 +262,17 @@ def _sources(
     return source(train, shuffle=entry.shuffle), (source(val, shuffle=False),) if val else (), lines
 
 
-def _plain(spec: str, recipe: Recipe, entry: Data, spool_to: Path | None, again: bool) -> str:
+def _plain(path: Path, recipe: Recipe, entry: Data, spool_to: Path | None, again: bool) -> Path:
     """Give a path that can be read twice: standard input, and .gz where it is shuffled, are unpacked first."""
-    packed = spec.endswith(".gz") and (entry.shuffle or recipe.train.epochs != 1) and not recipe.pack.arena
-    if spec != "-" and not packed:
-        return spec
+    stdin = path == Path("-")
+    packed = path.suffix == ".gz" and (entry.shuffle or recipe.train.epochs != 1) and not recipe.pack.arena
     if spool_to is None:
-        if spec == "-":
+        if stdin:
             raise RecipeError("--data -: standard input can be read once only; give a file")
-        return spec
-    if spec == "-" and again and (spool_to / STDIN_NAME).is_file():
-        return str(spool_to / STDIN_NAME)
-    return str(spool(spec, spool_to))
+        return path
+    if stdin and again and (spool_to / STDIN_NAME).is_file():
+        return spool_to / STDIN_NAME
+    return spool(path, spool_to) if stdin or packed else path
 
 
 def _split_options(

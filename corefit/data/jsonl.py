@@ -863,16 +863,19 @@ def find_files(spec: str | Sequence[str], *, base: Path) -> Found:
     val: list[Path] = []
     for one in specs:
         path = base / Path(one).expanduser()
-        if one == "-":
-            train.append(Path("-"))
-        elif path.is_dir():
-            found = _in_folder(path)
-            train += found.train
-            val += found.val
-        elif glob.has_magic(one) and not path.exists():
-            train += _in_glob(path)
-        else:
-            train.append(path)
+        try:
+            if one == "-":
+                train.append(Path("-"))
+            elif path.is_dir():
+                found = _in_folder(path)
+                train += found.train
+                val += found.val
+            elif glob.has_magic(one) and not path.exists():
+                train += _in_glob(path)
+            else:
+                train.append(path)
+        except OSError as error:
+            raise DataError(f"{path}: {_why(error)}") from error
     if not train:
         raise DataError("no data is named, expected a file, a folder, a glob or -")
     seen: set[Path] = set()
@@ -922,31 +925,28 @@ def _check(path: Path) -> None:
     if path == Path("-"):
         return
     try:
+        str(path).encode()
         status = path.stat()
     except FileNotFoundError:
+        if path.is_symlink():
+            raise DataError(f"{path}: a link to {os.readlink(path)}, which is not there") from None
         if not path.parent.is_dir():
             raise DataError(f"{path}: no such folder: {path.parent}") from None
         names = [other.name for other in path.parent.iterdir() if other.is_dir() or _is_data(other)]
         near = difflib.get_close_matches(path.name, names, n=20, cutoff=0)
         raise DataError(f"{path}: {unknown('file', path.name, near)}") from None
-    except OSError as error:
+    except UnicodeEncodeError:
+        raise DataError(f"{path}: its name is not UTF-8, so that no recipe can hold it; rename it") from None
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: {_why(error)}") from error
     if not os.access(path, os.R_OK):
         raise DataError(f"{path}: no permission to read it")
-    if stat.S_ISREG(status.st_mode) and status.st_size == 0:
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path}: a pipe or a device, which can be read only once; send it to --data -")
+    if status.st_size == 0:
         raise DataError(f"{path}: the file is empty")
 
 
-def spool(spec: str | Path, folder: Path) -> Path:
-    """Copy ``-`` (standard input) or a ``.gz`` file unpacked into ``folder``; give the plain file, whole or not there.
-
-    The same ``.gz`` is unpacked once: its copy's name holds a hash of where it lies, its size and its time of change.
-    Standard input becomes ``STDIN_NAME``, replacing what was there.
-
-    Raises:
-        DataError: nothing comes in, the archive is damaged, or the copy can't be written.
-    """
-    if str(spec) == "-":
 # --------------------------------------------------------------------------------------- files that change during a run
 
 
@@ -976,6 +976,16 @@ def changed(path: Path, before: int, now: int | None) -> DataError:
     return DataError(f"{path}: changed while the run was reading it: {what}; put it back and --resume, or start anew")
 
 
+def spool(spec: str | Path, folder: Path) -> Path:
+    """Copy ``-`` (standard input) or a ``.gz`` file unpacked into ``folder``; give the plain file, whole or not there.
+
+    The same ``.gz`` is unpacked once: its copy's name holds a hash of where it lies, its size and its time of change.
+    Standard input becomes ``STDIN_NAME``, replacing what was there.
+
+    Raises:
+        DataError: nothing comes in, the archive is damaged, or the copy can't be written.
+    """
+    if str(spec) == "-":
         if sys.stdin is None or sys.stdin.isatty():
             raise DataError("-: standard input is a terminal; pipe the data in or name a file")
         return _copy("-", folder / STDIN_NAME)
