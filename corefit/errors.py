@@ -39,6 +39,9 @@ class RecipeError(UserError):
 class DataError(UserError):
     """A record or a data file; begins with ``path:line:`` where a line is known."""
 
+    def __str__(self) -> str:
+        return super().__str__().replace("\n", "\\n")  # of data and of file names
+
 
 class PluginError(UserError):
     """A plugin that is missing, broken, misspelt or claimed twice; names distribution and version."""

@@ -23,6 +23,7 @@ import torch
 
 from corefit import __version__, show
 from corefit.data.ledger import Ledger
+from corefit.data.source import map_record
 from corefit.data.stream import Estimate, Source, Stream, encode_validation, split_validation
 from corefit.durable import claim, make_folder, read_json, sync, write_whole
 from corefit.engine import attention, checkpoint, evaluate, export, model
@@ -186,8 +187,8 @@ class Session:
         stream = make_stream(plan, epochs=recipe.train.epochs, val_hashes=hashes, threads=threads)
         if recipe.pack.arena:
             self.say(f"arena: samples come from {recipe.pack.arena}, nothing is encoded anew")
-        for line in stream.notices:
-            self.say(line)
+        while stream.notices:
+            self.say(stream.notices.pop(0))
         batches, self.val_ledger = encode_validation(
             held_out,
             plan.encoder,
@@ -448,6 +449,8 @@ class Session:
     def _report(self, report: StepReport) -> None:
         self._write(self.metrics, report)
         self.progress.update(report)
+        while self.stream.notices:
+            self.progress.note(self.stream.notices.pop(0))
 
     def _validate(self, step: int) -> None:
         """Write and show the validation loss, once a step; nothing where validation is off."""
@@ -647,8 +650,8 @@ def questions(records: Sequence[tuple[Source, Record | BadRecord]]) -> tuple[str
     found: list[str] = []
     for source, record in records:
         if len(found) < SAMPLED_PROMPTS and isinstance(record, Record):
-            for item in islice(source.map_function.map(record, source.map_options), 1):
-                if isinstance(item, Conversation) and item.messages[0].role == "user":
+            for item in map_record(source, record)[:1]:
+                if isinstance(item, Conversation) and item.messages and item.messages[0].role == "user":
                     found.append(item.messages[0].content)
     return tuple(found)
 

@@ -33,6 +33,16 @@ class Position(NamedTuple):
     """Bytes from the start of the file."""
 
 
+class FileState(NamedTuple):
+    """What a file was when a run began."""
+
+    size: int
+    """Bytes; of a file that grows since then no more are read."""
+    mtime_ns: int
+    ends: bytes
+    """A digest of its first and its last 4 KiB, which tells whether a file that is longer now only grew."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sources:
     """What a reader is asked to read: files, in order, the limit on one record, and what is wanted of it."""
@@ -41,6 +51,8 @@ class Sources:
     max_record_bytes: int = 64 * 2**20
     fields: tuple[str, ...] | None = None
     """The only keys the records need; a reader may leave out all others. None: all."""
+    states: tuple[FileState, ...] = ()
+    """Of the files, when the run began; (): not known, all that is there is read."""
 
 
 class Record(Mapping[str, Any]):
@@ -296,6 +308,9 @@ class DatasetReader:
     as ``read`` from there would give it first. None: one ``read(start=...)`` each."""
     needs_path: bool = True
     """False: the reader makes its records itself, and ``data.path`` is not asked for."""
+    bounded: bool = False
+    """True: no file is read beyond its size in ``Sources.states`` (``read_jsonl`` and its siblings see to that), so
+    rows may be added to it during a run. False: they end the run, as any other change does."""
     options: type | None = None
     """A frozen dataclass; its fields are the keys of ``data.options``."""
 

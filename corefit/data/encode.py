@@ -155,7 +155,7 @@ class Encoder:
         answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
         if [1 for message in messages if message.supervised and message.role != "assistant"]:
             raise Unrenderable("supervised_not_assistant")
-        ruled, made = answers if self.supervise == "all" else answers[-1:], list(messages)
+        ruled, made = set(answers if self.supervise == "all" else answers[-1:]), list(messages)
         for i in answers:
             if messages[i].supervised is None:
                 made[i] = Message(*messages[i][:-1], i in ruled)  # its last field

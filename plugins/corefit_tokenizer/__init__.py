@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from corefit import Conversation, PromptTemplate, Segment, Tokenizer, Unrenderable
@@ -77,14 +78,11 @@ def _literals(chat: Sequence[dict[str, str]], tokenizer: Tokenizer) -> list[str]
     """Give what the Jinja writes before, between and after the messages: one more than there are messages."""
     everything = "".join(message["content"] for message in chat)
     key = next(key for n in range(len(everything) + 1) if (key := f"corefit{n}x") not in everything)
-    rest = tokenizer.render_chat([{**message, "content": f"{key}{i}x"} for i, message in enumerate(chat)])
-    literals = []
-    for i in range(len(chat)):
-        if rest.count(f"{key}{i}x") != 1:
-            raise Unrenderable("message_not_located")
-        literal, rest = rest.split(f"{key}{i}x")
-        literals.append(literal)
-    return [*literals, rest]
+    text = tokenizer.render_chat([{**message, "content": f"{key}{i}x"} for i, message in enumerate(chat)])
+    parts = re.split(f"{key}([0-9]+)x", text)  # literals and numbers, in turn
+    if parts[1::2] != [str(i) for i in range(len(chat))]:
+        raise Unrenderable("message_not_located")
+    return parts[::2]
 
 
 def _locate(text: str, literals: Sequence[str], contents: Sequence[str]) -> list[str]:
