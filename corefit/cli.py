@@ -130,6 +130,11 @@ def _parser() -> _Parser:
     train.add_argument(
         "--resume", action="store_true", help="continue the newest unfinished run of this recipe, or start it"
     )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="load data and model, prove what must hold, say how long the run would be, and stop: nothing is written",
+    )
 
     pack = verb("pack", _pack, "Encode the data once, ahead of time, for runs with pack.arena. No model is loaded.")
     pack.add_argument("recipe", nargs="?", metavar="RECIPE", help="a .toml file, a recipe's name or a run folder")
@@ -199,7 +204,7 @@ def _train(args: argparse.Namespace) -> int:
     from corefit.run import train_from
 
     flags = _flags(args, "quantizer", "scheduler", "out")
-    return train_from(args.recipe, flags, args.sets, resume=args.resume).exit_code
+    return train_from(args.recipe, flags, args.sets, resume=args.resume, dry_run=args.dry_run).exit_code
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,9 +151,31 @@ def train(
 
 
 def train_from(
-    recipe_name: str | None, flags: Mapping[str, str], sets: Sequence[str], *, resume: bool = False, say: Say = print
+    recipe_name: str | None,
+    flags: Mapping[str, str],
+    sets: Sequence[str],
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    say: Say = print,
 ) -> Run:
-    """Train as recipe and flags say; see ``train``."""
+    """Train as recipe and flags say; see ``train``. ``dry_run``: do all that comes before step 1, and leave nothing."""
+    if not dry_run:
+        return _train(recipe_name, flags, sets, resume=resume, aside=None, say=say)
+    with tempfile.TemporaryDirectory(prefix="corefit-") as aside:
+        return _train(recipe_name, flags, sets, resume=resume, aside=Path(aside), say=say)
+
+
+def _train(
+    recipe_name: str | None,
+    flags: Mapping[str, str],
+    sets: Sequence[str],
+    *,
+    resume: bool,
+    aside: Path | None,
+    say: Say,
+) -> Run:
+    """Train; with ``aside``, where standard input may be spooled to, stop before step 1."""
     registry = Registry.load()
     recipe, name, lines = resolve(recipe_name, flags, sets, registry)
     quantizer, scheduler = registry.quantizer(recipe.model.quantizer), registry.scheduler(recipe.train.scheduler)
@@ -161,7 +184,7 @@ def train_from(
 
     base = resolve_base(str(recipe.model.base), trust_remote_code=recipe.model.trust_remote_code, say=say)
     folder = _new_folder(recipe, name, resume=resume)
-    plan = prepare(recipe, registry, tokenizer=base, spool_to=folder / "data")
+    plan = prepare(recipe, registry, tokenizer=base, spool_to=aside or folder / "data")
     found = _earlier(plan.recipe, name, recipe_name) if resume else None
     if found and _status(found) == "complete":
         say(f"{found} is complete: nothing to do")
@@ -170,6 +193,10 @@ def train_from(
         say(line)
     from corefit.session import Interrupts, Session
 
+    if aside:
+        dry = Session(plan, found or folder, base, quantizer, scheduler, Interrupts(say), say)
+        dry.check(resuming=found is not None)
+        return Run(found or folder)
     with Interrupts(say) as interrupts:
         session = Session(plan, found or folder, base, quantizer, scheduler, interrupts, say)
         return Run(found or folder, session.play(resuming=found is not None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +16,9 @@ from corefit.data.block import (
     FIRST,
     HASH,
     LENGTH,
+    LINE,
     MESSAGES,
+    NAME,
     ORDINAL,
     RECORD,
     RECORD_COLUMNS,
@@ -158,6 +160,31 @@ def encode_records(
     table[:, ENCODED] = np.bincount(samples[:, RECORD], samples[:, LENGTH], minlength=n)
     samples[:, ORDINAL] = np.arange(len(samples)) - table[samples[:, RECORD], FIRST]
     return Block(table, samples, encoded.tokens, encoded.spans, encoded.cuts, list(words), names, error)
+
+
+def items_of(records: Iterable[tuple[Source, Record | BadRecord]]) -> list[tuple[Item, str]]:
+    """Give what the map functions make of records, each item with its origin; bad records and drops give none.
+
+    Raises:
+        DataError: a map function failed.
+    """
+    items: list[tuple[Item, str]] = []
+    for source, record in records:
+        mapped: list[Item | Drop] = []
+        if isinstance(record, Record) and (error := _map(source, record, mapped)) is not None:
+            raise error
+        items += [(item, f"{record.path}:{record.line}") for item in mapped if not isinstance(item, Drop)]
+    return items
+
+
+def encode_items(items: Sequence[tuple[Item, str]], encoder: Encoder) -> tuple[Block, list[str | None]]:
+    """Give the samples of items, each a record of its own, and for each item why it has none."""
+    made = encoder.encode(items)
+    rows = np.zeros((len(items), RECORD_COLUMNS), np.int64)
+    rows[:, NAME] = np.arange(len(items))
+    rows[:, LINE] = [int(origin.rpartition(":")[2]) for _, origin in items]
+    names = [origin.rpartition(":")[0] for _, origin in items]
+    return Block(rows, made.samples, made.tokens, made.spans, made.cuts, names=names), made.drops
 
 
 def _map(source: Source, record: Record, items: list[Item | Drop]) -> DataError | None:
