@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, groupby, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -78,9 +79,9 @@ def data_proofs(plan: Prepared, records: Sequence[tuple[Source, Record | BadReco
                 wanted[i] = want = _expected(item, origin, plan.encoder)
                 if drop and (want.state[1:] == MUST).any():
                     raise MaskError(f"{origin}: mask: left out as {drop}, but it has an answer to learn")
-    mask = _mask(items, wanted, block, fitted, plan.encoder)
+    mask = _mask(items, wanted, block, fitted, plan)
     yield mask
-    yield _supervised(plan, items, wanted, fitted, mask.facts["supervised"])
+    yield _supervised(plan, items, wanted, drops, fitted, mask.facts["supervised"])
     yield _chat_template(plan.encoder)
 
 
@@ -95,6 +96,8 @@ class _Expected(NamedTuple):
     """[L]: NOT, EITHER or MUST."""
     bos: int
     """BOS tokens at its start."""
+    turns: bool
+    """It may be split between turns; else, as a document, anywhere."""
     located: bool
     """The messages were found in the text, so that ``state`` says something."""
     rewritten: set[str]
@@ -102,9 +105,10 @@ class _Expected(NamedTuple):
 
 
 def _mask(
-    items: Sequence[tuple[Item, str]], wanted: dict[int, _Expected], block: Block, fitted: Block, encoder: Encoder
+    items: Sequence[tuple[Item, str]], wanted: dict[int, _Expected], block: Block, fitted: Block, plan: Prepared
 ) -> Proof:
     """Compare every sample with what it must be, before and after it was made to fit."""
+    encoder, split = plan.encoder, plan.recipe.pack.overlong == "split"
     whole: dict[int, tuple[NDArray[np.int64], NDArray[np.bool_], int]] = {}
     for row, (start, number) in enumerate(block.samples[:, [START, RECORD]].tolist()):
         origin, want = items[number][1], wanted[number]
@@ -118,7 +122,8 @@ def _mask(
         begin, end = start - first, start - first + length
         follows = rows[row + 1][0] - first if [r[2] for r in rows[row + 1 : row + 2]] == [number] else len(ids)
         part, state = ids[begin:end].copy(), np.where(target[begin:end], MUST, NOT)
-        if end < follows and target[end - 1] and target[end]:  # an answer is cut here
+        anywhere = split and not wanted[number].turns
+        if end < follows and target[end - 1] and target[end] and not anywhere:  # an answer is cut here
             if target[end - 2]:  # it ends with its stop
                 part[-1] = ids[end + int(np.argmin(np.append(target[end:], False))) - 1]
             else:  # nothing but the stop would be left
@@ -208,11 +213,12 @@ def _expected(item: Item, origin: str, encoder: Encoder) -> _Expected:
     ids, state, rewritten, at = list[int](), list[int](), set[str](), 0
     for segment in segments:
         end, plain = at + len(segment.text), segment.text
-        here = set(characters[at:end].tolist())
+        token = plain.strip() if segment.control and plain.strip() else plain  # without white space that it swallows
+        here = set(characters[at + plain.index(token) :][: len(token)].tolist())
         if {NOT, MUST} <= here:
             raise MaskError(f"{origin}: mask: an answer and what is around it are one segment: {_short(plain)}")
         if segment.control:
-            part = [id for form in (plain, plain.strip()) if (id := tokenizer.token_id(form)) is not None][:1]
+            part = [id for form in (plain, token) if (id := tokenizer.token_id(form)) is not None][:1]
         else:
             part = tokenizer.encode([plain])[0] if plain else []
             rewritten |= _rewritten(plain, tokenizer.decode(part) if part else "", origin, tokenizer)
@@ -224,7 +230,8 @@ def _expected(item: Item, origin: str, encoder: Encoder) -> _Expected:
         at = end
     located = places is not None or isinstance(item, Document)
     bos = encoder.template.bos or (segments[0].control and segments[0].text.strip() == tokenizer.bos_token)
-    return _Expected(np.array(ids, np.int32), np.array(state, np.int8), int(bos), located, rewritten)
+    turns = any(segment.turn for segment in segments)
+    return _Expected(np.array(ids, np.int32), np.array(state, np.int8), int(bos), turns, located, rewritten)
 
 
 def _of_document(item: Document, text: str, origin: str, encoder: Encoder) -> NDArray[np.int8]:
@@ -248,7 +255,7 @@ def _of_conversation(
     answers = [i for i, message in enumerate(item.messages) if message.role == "assistant"]
     ruled = set(answers if encoder.supervise == "all" else answers[-1:])
     before = 0
-    for (i, begin, end), (_, after, _) in zip(places, [*places[1:], (0, len(text), 0)], strict=True):
+    for (i, begin, end), (_, after, _) in zip(places, [*places, (0, len(text), 0)][1:], strict=True):
         message = item.messages[i]
         if message.role == "assistant" and (i in ruled if message.supervised is None else message.supervised):
             if message.reasoning or message.tool_calls:  # the assistant's own too, wherever the format writes them
@@ -343,6 +350,7 @@ def _supervised(
     plan: Prepared,
     items: Sequence[tuple[Item, str]],
     wanted: dict[int, _Expected],
+    drops: Sequence[str | None],
     fitted: Block,
     supervised: int,
 ) -> Proof:
@@ -362,7 +370,10 @@ def _supervised(
             "`corefit inspect` shows them; --set template.min_supervised=0 starts anyway"
         )
     facts = {"share": round(share, 6), "samples": len(sizes), "without": len(without)}
-    line = f"{share:.1%} of the first {total:,} tokens; {none}" if total else "no sample among the first records"
+    line = f"{share:.1%} of the first {total:,} tokens; {none}"
+    if not total:
+        reasons = ", ".join(f"{n} {drop}" for drop, n in Counter(drops).items() if drop)
+        line = f"no sample among the first records ({reasons or 'no items'})"
     return Proof("supervised", facts, f"supervised: {line}")
 
 

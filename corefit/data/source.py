@@ -178,8 +178,18 @@ def items_of(records: Iterable[tuple[Source, Record | BadRecord]]) -> list[tuple
 
 
 def encode_items(items: Sequence[tuple[Item, str]], encoder: Encoder) -> tuple[Block, list[str | None]]:
-    """Give the samples of items, each a record of its own, and for each item why it has none."""
-    made = encoder.encode(items)
+    """Give the samples of items, each a record of its own, and for each item why it has none.
+
+    Raises:
+        DataError: tokenising failed.
+    """
+    try:
+        made = encoder.encode(items)
+    except (CorefitError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # the tokenizer's panics are no Exceptions
+        where = f"{items[0][1]} to {items[-1][1]}"
+        raise DataError(f"{where}: tokenising failed: {type(error).__name__}: {error}") from error
     rows = np.zeros((len(items), RECORD_COLUMNS), np.int64)
     rows[:, NAME] = np.arange(len(items))
     rows[:, LINE] = [int(origin.rpartition(":")[2]) for _, origin in items]

@@ -66,8 +66,8 @@ class Tokenizer:
         self._control_pattern = re.compile("|".join(parts[token] for token in longest_first) or "(?!)")
         model = backend.model
         self._natural_unk = backend.token_to_id(getattr(model, "unk_token", None) or "")
-        if self._natural_unk is None:
-            self._natural_unk = getattr(model, "unk_id", None)
+        if type(model).__name__ == "Unigram" and (found := re.search(rb'"unk_id":(\d+)', model.__getstate__()[:100])):
+            self._natural_unk = int(found[1])  # it has no attribute for it
         self.unk_token: str | None = None if self._natural_unk is None else backend.id_to_token(self._natural_unk)
         self.vocab_size: int = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
         self.bos_token, self.eos_token, self.pad_token = map(self._named.get, ("bos_token", "eos_token", "pad_token"))
