@@ -161,19 +161,13 @@ def train_from(
 ) -> Run:
     """Train as recipe and flags say; see ``train``. ``dry_run``: do all that comes before step 1, and leave nothing."""
     if not dry_run:
-        return _train(recipe_name, flags, sets, resume=resume, aside=None, say=say)
+        return _train(recipe_name, flags, sets, resume, None, say)
     with tempfile.TemporaryDirectory(prefix="corefit-") as aside:
-        return _train(recipe_name, flags, sets, resume=resume, aside=Path(aside), say=say)
+        return _train(recipe_name, flags, sets, resume, Path(aside), say)
 
 
 def _train(
-    recipe_name: str | None,
-    flags: Mapping[str, str],
-    sets: Sequence[str],
-    *,
-    resume: bool,
-    aside: Path | None,
-    say: Say,
+    recipe_name: str | None, flags: Mapping[str, str], sets: Sequence[str], resume: bool, aside: Path | None, say: Say
 ) -> Run:
     """Train; with ``aside``, where standard input may be spooled to, stop before step 1."""
     registry = Registry.load()

@@ -48,7 +48,7 @@ from corefit.types import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from corefit.data.encode import Encoder
+    from corefit.data.encode import Encoded, Encoder
 
 GROUP_RECORDS = 256
 """Records that are encoded by one call, at most."""
@@ -145,7 +145,7 @@ def encode_records(
         said.append((drops, messages, notes))
     n = len(said)
     items, owners = items[: bisect_left(owners, n)], owners[: bisect_left(owners, n)]
-    encoded = encoder.encode(items)
+    encoded = _encoded(items, encoder)
     for i, drop, noticed in zip(owners, encoded.drops, encoded.notes, strict=True):
         said[i][0].extend([drop] if drop else [])
         said[i][2].extend(noticed)
@@ -178,23 +178,23 @@ def items_of(records: Iterable[tuple[Source, Record | BadRecord]]) -> list[tuple
 
 
 def encode_items(items: Sequence[tuple[Item, str]], encoder: Encoder) -> tuple[Block, list[str | None]]:
-    """Give the samples of items, each a record of its own, and for each item why it has none.
-
-    Raises:
-        DataError: tokenising failed.
-    """
-    try:
-        made = encoder.encode(items)
-    except (CorefitError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # the tokenizer's panics are no Exceptions
-        where = f"{items[0][1]} to {items[-1][1]}"
-        raise DataError(f"{where}: tokenising failed: {type(error).__name__}: {error}") from error
+    """Give the samples of items, each a record of its own, and for each item why it has none."""
+    made = _encoded(items, encoder)
     rows = np.zeros((len(items), RECORD_COLUMNS), np.int64)
     rows[:, NAME] = np.arange(len(items))
     rows[:, LINE] = [int(origin.rpartition(":")[2]) for _, origin in items]
     names = [origin.rpartition(":")[0] for _, origin in items]
     return Block(rows, made.samples, made.tokens, made.spans, made.cuts, names=names), made.drops
+
+
+def _encoded(items: Sequence[tuple[Item, str]], encoder: Encoder) -> Encoded:
+    try:
+        return encoder.encode(items)
+    except (CorefitError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # the tokenizer's panics are no Exceptions
+        where = f"{items[0][1]} to {items[-1][1]}"
+        raise DataError(f"{where}: tokenising failed: {type(error).__name__}: {error}") from error
 
 
 def _map(source: Source, record: Record, items: list[Item | Drop]) -> DataError | None:
@@ -205,7 +205,9 @@ def _map(source: Source, record: Record, items: list[Item | Drop]) -> DataError 
             if not isinstance(item, Conversation | Document | Drop):
                 raise TypeError(f"gave a {type(item).__name__}, expected Conversation, Document or Drop")
             items.append(item)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever it does, a plugin doesn't end the process
         keys = ", ".join(map(str, record)) or "none"
         why = " ".join(f"{type(error).__name__}: {error}".split())
         where = f"{record.origin}: map function {function.name!r}"
