@@ -142,6 +142,11 @@ def _parser() -> _Parser:
     train.add_argument(
         "--allow-changes", action="store_true", help="resume although data, recipe, model or a plugin changed"
     )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="load data and model, prove what must hold, say how long the run would be, and stop: nothing is written",
+    )
 
     pack = verb("pack", _pack, "Encode the data once, ahead of time, for runs with pack.arena. No model is loaded.")
     pack.add_argument("recipe", nargs="?", metavar="RECIPE", help="a .toml file, a recipe's name or a run folder")
@@ -250,7 +255,7 @@ def _train(args: argparse.Namespace) -> int:
     from corefit.run import train_from
 
     flags = _flags(args, "quantizer", "scheduler", "out")
-    how = dict(resume=args.resume, allow_changes=args.allow_changes, own_process=True)
+    how = dict(resume=args.resume, allow_changes=args.allow_changes, dry_run=args.dry_run, own_process=True)
     return train_from(args.recipe, flags, args.sets, **how).exit_code
 
 

@@ -10,6 +10,7 @@
     │   └── ModelError           a model, tokenizer or adapter folder
     └── RunError                 exit code 1: the run failed
         ├── IsolationError       documents of one pack see each other
+        ├── MaskError            a sample is not what its messages say
         ├── LedgerError          the ledger does not balance
         └── CheckpointError      a checkpoint that can't be written or read
 """
@@ -57,6 +58,10 @@ class RunError(CorefitError):
 
 class IsolationError(RunError):
     """Documents of one pack see each other: training would learn from the wrong context."""
+
+
+class MaskError(RunError):
+    """A sample is not what its messages say: text lost, a wrong token supervised or masked, a stop or BOS missing."""
 
 
 class LedgerError(RunError):

@@ -15,14 +15,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from corefit.data.arena import Arena, write_arena
-from corefit.data.block import RECORD, RECORD_COLUMNS, Block, fit
+from corefit.data.block import RECORD, Block, fit
 from corefit.data.encode import Encoder, make_encoder
 from corefit.data.jsonl import STDIN_NAME, find_files, spool
 from corefit.data.ledger import Ledger
-from corefit.data.source import as_found, in_words, map_record, refused
+from corefit.data.source import as_found, encode_items, in_words, items_of, refused
 from corefit.data.stream import Source, Stream
 from corefit.data.tokenizer import Tokenizer
 from corefit.durable import read_json
@@ -40,7 +38,7 @@ from corefit.recipe import (
     to_toml,
 )
 from corefit.registry import Registry
-from corefit.types import BadRecord, DatasetReader, Drop, Item, MapFunction, PromptTemplate, Record, Sample, Sources
+from corefit.types import BadRecord, DatasetReader, Item, MapFunction, PromptTemplate, Record, Sample, Sources
 
 EMBEDDED = Path(__file__).parent / "embedded"
 SNIFFED = 32
@@ -338,18 +336,16 @@ def walk(plan: Prepared) -> Iterator[tuple[Item, Sample]]:
     for source in plan.sources:
         records = source.read()
         while group := list(islice(records, 64)):
-            items: list[tuple[Item, str]] = []
             for record in group:
-                if isinstance(record, Record):
-                    items += [(i, record.origin) for i in map_record(source, record) if not isinstance(i, Drop)]
-                elif source.on_bad == "error":
+                if isinstance(record, BadRecord) and source.on_bad == "error":
                     raise refused(record)
-            encoded = plan.encoder.encode(items)
-            rows = np.zeros((len(items), RECORD_COLUMNS), np.int64)  # here every item is a record of its own
-            block = Block(rows, encoded.samples, encoded.tokens, encoded.spans, encoded.cuts)
+            items = items_of((source, record) for record in group)
+            block, _ = encode_items(items, plan.encoder)
             block = fit(block, plan.recipe.pack.max_length, plan.recipe.pack.overlong)
             for i, number in enumerate(block.samples[:, RECORD].tolist()):
                 yield items[number][0], block.sample(i, items[number][1])
+            if block.error is not None:
+                raise block.error
 
 
 def encoding_threads(recipe: Recipe) -> int:

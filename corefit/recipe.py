@@ -114,6 +114,8 @@ class Template:
     """Name of a prompt template; None: the chat template that the tokenizer carries."""
     supervise: Literal["all", "last"] = "all"
     """Which answers of a conversation are targets."""
+    min_supervised: Share = 0.001
+    """Share of the first records' tokens that must be supervised for a run to start, 2 in a pack of 2,048; 0: any."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the template."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,7 +17,9 @@ from corefit.data.block import (
     FIRST,
     HASH,
     LENGTH,
+    LINE,
     MESSAGES,
+    NAME,
     ORDINAL,
     RECORD,
     RECORD_COLUMNS,
@@ -47,7 +49,7 @@ from corefit.types import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from corefit.data.encode import Encoder
+    from corefit.data.encode import Encoded, Encoder
 
 GROUP_RECORDS = 256
 """Records that are encoded by one call, at most."""
@@ -159,7 +161,7 @@ def encode_records(
         said.append((drops, messages, notes))
     n = len(said)
     items, owners = items[: bisect_left(owners, n)], owners[: bisect_left(owners, n)]
-    encoded = encoder.encode(items)
+    encoded = _encoded(items, encoder)
     for i, drop, noticed in zip(owners, encoded.drops, encoded.notes, strict=True):
         said[i][0].extend([drop] if drop else [])
         said[i][2].extend(noticed)
@@ -174,6 +176,16 @@ def encode_records(
     table[:, ENCODED] = np.bincount(samples[:, RECORD], samples[:, LENGTH], minlength=n)
     samples[:, ORDINAL] = np.arange(len(samples)) - table[samples[:, RECORD], FIRST]
     return Block(table, samples, encoded.tokens, encoded.spans, encoded.cuts, list(words), names, error)
+
+
+def _encoded(items: Sequence[tuple[Item, str]], encoder: Encoder) -> Encoded:
+    try:
+        return encoder.encode(items)
+    except (CorefitError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # the tokenizer's panics are no Exceptions
+        where = f"{items[0][1]} to {items[-1][1]}"
+        raise DataError(f"{where}: tokenising failed: {type(error).__name__}: {error}") from error
 
 
 def refused(record: BadRecord) -> DataError:
@@ -212,6 +224,31 @@ def _texts(item: Item | Drop) -> list[str]:
     if isinstance(item, Conversation):
         return [text for message in item.messages for text in (message.role, message.content)]
     return [item.reason if isinstance(item, Drop) else item.text]
+
+
+def items_of(records: Iterable[tuple[Source, Record | BadRecord]]) -> list[tuple[Item, str]]:
+    """Give what the map functions make of records, each item with its origin; bad records and drops give none.
+
+    Raises:
+        DataError: a map function failed.
+    """
+    pairs = [(source, record) for source, record in records if isinstance(record, Record)]
+    return [
+        (item, f"{record.path}:{record.line}")
+        for source, record in pairs
+        for item in map_record(source, record)
+        if not isinstance(item, Drop)
+    ]
+
+
+def encode_items(items: Sequence[tuple[Item, str]], encoder: Encoder) -> tuple[Block, list[str | None]]:
+    """Give the samples of items, each a record of its own, and for each item why it has none."""
+    made = _encoded(items, encoder)
+    rows = np.zeros((len(items), RECORD_COLUMNS), np.int64)
+    rows[:, NAME] = np.arange(len(items))
+    rows[:, LINE] = [int(origin.rpartition(":")[2]) for _, origin in items]
+    names = [origin.rpartition(":")[0] for _, origin in items]
+    return Block(rows, made.samples, made.tokens, made.spans, made.cuts, names=names), made.drops
 
 
 ROUNDS = 4

@@ -60,7 +60,7 @@ from corefit.data.source import (
     record_row,
     split_validation,
 )
-from corefit.errors import CheckpointError, CorefitError, DataError, RecipeError
+from corefit.errors import CheckpointError, DataError, RecipeError
 from corefit.types import BadRecord, Batch, Position, Record
 
 if TYPE_CHECKING:
@@ -350,14 +350,7 @@ class Stream:
         sources = [one.source for one in self._inputs]
         hashed = hashed or bool(self.val_hashes)
         more: dict[str, Any] = dict(names=self._listed, hashed=hashed, val_hashes=self.val_hashes)
-        try:
-            return encode_records(sources, group.records, group.rows, self.encoder, **more)
-        except (CorefitError, KeyboardInterrupt):
-            raise
-        except BaseException as error:  # the tokenizer's panics are no Exceptions
-            first, last = group.records[0], group.records[-1]
-            where = f"{first.path}:{first.line} to {last.path}:{last.line}"
-            raise DataError(f"{where}: tokenising failed: {type(error).__name__}: {error}") from error
+        return encode_records(sources, group.records, group.rows, self.encoder, **more)
 
     def _ahead(self, groups: Iterator[_Group], encode: Callable[[_Group], Block]) -> Iterator[tuple[_Group, Block]]:
         """Encode groups in order; with threads, so many of them ahead that a step need not wait."""

@@ -209,10 +209,13 @@ def test_bad_records_can_be_skipped_and_are_counted(tmp_path):
     assert (records["read"], records["used"], records["dropped"]) == (4, 2, {"bad_record": 2})
 
 
-@pytest.mark.parametrize(("message", "shown"), [("a\nb", "ValueError: a b"), ("", "ValueError:")])
-def test_a_map_function_that_fails_names_the_record_and_its_keys(tmp_path, message, shown):
+@pytest.mark.parametrize(
+    ("kind", "message", "shown"),
+    [(ValueError, "a\nb", "ValueError: a b"), (ValueError, "", "ValueError:"), (SystemExit, "7", "SystemExit: 7")],
+)
+def test_a_map_function_that_fails_names_the_record_and_its_keys(tmp_path, kind, message, shown):
     def fail(record, options):
-        raise ValueError(message)
+        raise kind(message)
         yield
 
     path = write_records(tmp_path / "a.jsonl", [[32]])
@@ -220,7 +223,7 @@ def test_a_map_function_that_fails_names_the_record_and_its_keys(tmp_path, messa
     with pytest.raises(DataError) as caught:
         batches(stream(source(path, map_function=broken)))
     assert str(caught.value) == f"{path}:1: map function 'broken' failed: {shown}; keys of the record: id, parts"
-    assert isinstance(caught.value.__cause__, ValueError)
+    assert isinstance(caught.value.__cause__, kind)
 
 
 def test_a_map_function_must_give_items(tmp_path):
