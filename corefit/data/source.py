@@ -209,13 +209,15 @@ def map_record(source: Source, record: Record) -> list[Item | Drop]:
                 if not isinstance(text, str):
                     raise TypeError(f"gave a {type(item).__name__} with a {type(text).__name__} where text is expected")
         return items
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever it does, a plugin doesn't end the process
         keys, where = (", ".join(map(str, record)) or "none"), f"{record.origin}: map function {function.name!r}"
         what = "keys of the record" if source.sources.fields is None else "of the fields it declares the record has"
         raise DataError(f"{where} failed: {in_words(error)}; {what}: {keys[:MOST]}") from error
 
 
-def in_words(error: Exception) -> str:
+def in_words(error: BaseException) -> str:
     """Give kind and text of somebody else's exception, on one line, as far as a line has room."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:MOST]
 
