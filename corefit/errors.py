@@ -11,13 +11,15 @@
     └── RunError                 exit code 1: the run failed
         ├── IsolationError       documents of one pack see each other
         ├── LedgerError          the ledger does not balance
+        ├── NonFiniteError       loss or gradients are not finite; holds what a replay found
         └── CheckpointError      a checkpoint that can't be written or read
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class CorefitError(Exception):
@@ -58,6 +60,14 @@ class IsolationError(RunError):
 
 class LedgerError(RunError):
     """The ledger does not balance: a record, token or slot is unaccounted for."""
+
+
+class NonFiniteError(RunError):
+    """Loss or gradients that are not finite; ``report``, a JSON-able object, is all that is known of their origin."""
+
+    def __init__(self, line: str, report: Mapping[str, Any]) -> None:
+        super().__init__(line)
+        self.report = report
 
 
 class CheckpointError(RunError):
