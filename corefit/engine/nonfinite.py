@@ -148,7 +148,9 @@ def explain(
 
     try:
         set_random_state(random, device)
-        bad = {i: first for i, batch in enumerate(batches) if batch.n_supervised and (first := replay(batch))}
+        for i, batch in enumerate(batches):
+            if batch.n_supervised and (first := replay(batch)):
+                bad[i] = first
         if bad:
             outcome = "the replay found it"
         elif not finite(nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])):
