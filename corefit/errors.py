@@ -12,13 +12,15 @@
         ├── IsolationError       documents of one pack see each other
         ├── MaskError            a sample is not what its messages say
         ├── LedgerError          the ledger does not balance
+        ├── NonFiniteError       loss or gradients are not finite; holds what a replay found
         └── CheckpointError      a checkpoint that can't be written or read
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class CorefitError(Exception):
@@ -66,6 +68,14 @@ class MaskError(RunError):
 
 class LedgerError(RunError):
     """The ledger does not balance: a record, token or slot is unaccounted for."""
+
+
+class NonFiniteError(RunError):
+    """Loss or gradients that are not finite; ``report``, a JSON-able object, is all that is known of their origin."""
+
+    def __init__(self, line: str, report: Mapping[str, Any]) -> None:
+        super().__init__(line)
+        self.report = report
 
 
 class CheckpointError(RunError):

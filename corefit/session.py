@@ -367,6 +367,8 @@ class Session:
             return self._finish(reason)
         except BaseException as error:
             with contextlib.suppress(OSError):
+                if report := getattr(error, "report", None):  # a NonFiniteError's
+                    write_json(self.folder / "nonfinite.json", report)
                 self._write_run("failed", error=f"{type(error).__name__}: {error}")
             if isinstance(error, OSError):
                 where = error.filename or self.folder

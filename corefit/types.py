@@ -258,8 +258,13 @@ class StepReport:
     """Before clipping, without the loss scale; None where it is not finite."""
     loss_scale: float
     """The scale that this step used; 1 without scaling."""
+    next_loss_scale: float
+    """The scale after it: half of it where gradients overflowed."""
     skipped: bool
     """True: no weight and no optimizer state changed."""
+    cause: str | None
+    """Why it was skipped: ``nothing_supervised``, ``non_finite_gradients``; None: it was not. ``non_finite_loss`` ends
+    the run: the step isn't counted, so it is in no line."""
     tokens: int
     """Slots that are not padding."""
     supervised_tokens: int
@@ -273,15 +278,6 @@ class StepReport:
     """From asking for the step's data to the end of its update; hooks not included."""
     memory_bytes: int | None
     """Peak so far: allocated by torch on CUDA, else resident in the process; None where the system does not say."""
-
-    @property
-    def cause(self) -> str | None:
-        """Why the step was skipped, in snake_case; None: it was not."""
-        if not self.skipped:
-            return None
-        if not self.supervised_tokens:
-            return "nothing_supervised"
-        return "non_finite_loss" if self.loss is None else "non_finite_gradients"
 
 
 # ------------------------------------------------------------------------------------------------------ entries
