@@ -48,7 +48,7 @@ class Case(NamedTuple):
     share: float
     arena: bool
     stops: list  # the run ends after so many batches (of several ranks: after the step), and is resumed
-    at_once: int  # records that are taken at a time where they are encoded already
+    at_once: int  # records that are taken at a time
     twin: bool  # the kernel's
 
 
@@ -80,10 +80,10 @@ def cases(draw):
     return Case(
         files, changes, run, world, packs_per_step, micro_batch,
         share=draw(st.sampled_from([0.0, 0.3])),
-        arena=draw(st.booleans()),
+        arena=draw(st.sampled_from([False, False, True])),
         stops=draw(st.lists(st.integers(1, 9), max_size=3)),
         at_once=draw(st.integers(1, 9)),
-        twin=draw(st.booleans()),
+        twin=draw(st.sampled_from([False, False, True])),
     )  # fmt: skip
 
 
@@ -258,8 +258,10 @@ def built(case):
     """Give what makes a stream of the case, what its records must become, and the hashes of the validation split."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        stack.enter_context(patch("corefit.data.stream.KNOWN_RECORDS", case.at_once))
+        for name in ("KNOWN_RECORDS", "GROUP_RECORDS"):
+            stack.enter_context(patch(f"corefit.data.stream.{name}", case.at_once))
         stack.enter_context(patch("corefit.data.source.MIN_RECORDS_TO_SPLIT", 3))
+        stack.enter_context(patch("corefit.data.rows.MIN_TOKENS", 64))  # what waits often moves to a new buffer
         if case.twin:
             stack.enter_context(patch.object(kernel, "compiled", None))
         sources, known = [], []
@@ -338,7 +340,7 @@ def origin(case, number, i):
     return f"{number}-{places[i][0]}.jsonl:{places[i][1]}:"
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_the_ledger_is_a_naive_recount_to_the_token_wherever_a_run_stops_and_goes_on(case):
     with built(case) as made:
