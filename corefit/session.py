@@ -29,16 +29,7 @@ from corefit.engine import attention, checkpoint, evaluate, export, model
 from corefit.engine.loop import Every, LoopState, autocast, progress_at, train
 from corefit.engine.loss import CausalLoss
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_notice
-from corefit.errors import (
-    CheckpointError,
-    DataError,
-    LedgerError,
-    ModelError,
-    NonFiniteError,
-    RecipeError,
-    RunError,
-    system_words,
-)
+from corefit.errors import CheckpointError, DataError, LedgerError, ModelError, RecipeError, RunError, system_words
 from corefit.prepare import Prepared, encoding_threads, file_facts, make_stream, secrets, without_out
 from corefit.recipe import Train, to_toml
 from corefit.report import JsonLines, Progress, answers_table, finite, perplexity, read_lines, summary
@@ -359,8 +350,8 @@ class Session:
             return self._finish(reason)
         except BaseException as error:
             with contextlib.suppress(OSError):
-                if isinstance(error, NonFiniteError):
-                    write_json(self.folder / "nonfinite.json", error.report)
+                if report := getattr(error, "report", None):  # a NonFiniteError's
+                    write_json(self.folder / "nonfinite.json", report)
                 self._write_run("failed", error=f"{type(error).__name__}: {error}")
             if isinstance(error, OSError):
                 where = error.filename or self.folder

@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTHON_LINES, C_LINES = 9_080, 955
+PYTHON_LINES, C_LINES = 9_310, 955
 """The budget of the engine in lines of code: without blank lines, comments and docstrings.
 
 The design asks for 6,000 lines of Python and 900 of C in all. The first version had 6,259 lines of Python; the tables
 that samples travel in and packing as a pure function brought it to 6,631; the twins of the JSON kernel (200), the arena
 and `corefit pack` (450), mixing known records and encoding ahead (200) to 7,490,
 outliving a power failure (13) to 7,503; `corefit selftest` (270) and
-merging into a dequantised base (130) added 400. The C
+merging into a dequantised base (130) added 400; naming the module and the record that a value which is not finite comes
+from (240). The C
 kernel packs, writes rows and reads JSON in 950 lines. A change that needs more than this
 raises the number here, openly; one that needs less lowers it.
 """
