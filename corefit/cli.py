@@ -23,6 +23,7 @@ fine-tune a chat model:
 look around:
   recipes [PATTERN]    list the recipes (also: list-cfg -p PATTERN)
   copy NAME [DEST]     copy a recipe to edit it (also: copy-cfg)
+  templates [NAME]     list the prompt templates, show one on a sample conversation, or --diff A B
   plugins              list every plugin: where it comes from, what it contributes, why it is broken
 
 corefit <verb> --help shows the options of a verb; corefit --version the version."""
@@ -177,6 +178,12 @@ def _parser() -> _Parser:
     copy.add_argument("name", metavar="NAME")
     copy.add_argument("dest", nargs="?", default=".", metavar="DEST", help="a folder or a file name (default: here)")
 
+    about = "List the prompt templates; show one on a sample conversation; show where two of them differ first."
+    templates = verb("templates", _templates, about)
+    templates.add_argument("pattern", nargs="?", metavar="NAME|PATTERN", help="a template to show, or part of a name")
+    templates.add_argument("--diff", nargs=2, metavar=("A", "B"), help="two templates to compare")
+    templates.add_argument("--tokenizer", metavar="PATH", help="show tokens: a tokenizer folder or a tokenizer.model")
+
     verb("plugins", _plugins, "List every plugin: distribution, version, what it contributes, why it is broken.")
     for sub in {id(p): p for p in verbs.choices.values()}.values():
         sub.set_defaults(flags=tuple(s for a in sub._actions for s in a.option_strings))
@@ -262,6 +269,26 @@ def _copy(args: argparse.Namespace) -> int:
     from corefit.recipe import copy_recipe
 
     print(copy_recipe(args.name, args.dest))
+    return 0
+
+
+def _templates(args: argparse.Namespace) -> int:
+    from corefit import show
+    from corefit.data.tokenizer import Tokenizer
+    from corefit.registry import Registry
+
+    registry = Registry.load()
+    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    names = [name for name in registry.templates if (args.pattern or "") in name]
+    if args.diff:
+        first, second = map(registry.template, args.diff)
+        lines = show.template_difference(first, second, tokenizer, colour=colour)
+    elif args.pattern in names or not names:
+        lines = show.template_sample(registry.template(args.pattern), tokenizer, colour=colour)
+    else:
+        lines = [show.template_summary(registry.template(name)) for name in names]
+    print("\n".join(lines))
     return 0
 
 

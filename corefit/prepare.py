@@ -18,7 +18,7 @@ import numpy as np
 
 from corefit.data.arena import Arena, write_arena
 from corefit.data.block import RECORD, RECORD_COLUMNS, Block, fit
-from corefit.data.encode import Encoder, make_encoder
+from corefit.data.encode import Encoder, make_encoder, parts
 from corefit.data.jsonl import STDIN_NAME, find_files, spool
 from corefit.data.ledger import Ledger
 from corefit.data.stream import Source, Stream
@@ -132,6 +132,11 @@ def prepare(
         choices.append(f"template: {template.name}")
     template_options = options_from(template.options, recipe.template.options, where="template.options")
     encoder = make_encoder(template, tok, template_options=template_options, supervise=recipe.template.supervise)
+    if encoder.rewrites and recipe.template.supervise == "all":
+        choices.append(
+            "template: it writes an answer otherwise once another turn follows, so earlier answers are learnt in that "
+            'form; template.supervise="unroll" makes a sample of every turn, as the model will be asked'
+        )
     sources: list[Source] = []
     val_sources: list[Source] = []
     for entry in recipe.data:
@@ -282,7 +287,9 @@ def walk(plan: Prepared) -> Iterator[tuple[Item, Sample]]:
             for record in group:
                 if isinstance(record, Record):
                     mapped = source.map_function.map(record, source.map_options)
-                    items += [(item, record.origin) for item in mapped if not isinstance(item, Drop)]
+                    for item in mapped:
+                        made = () if isinstance(item, Drop) else parts(item, plan.encoder.supervise)
+                        items += [(part, record.origin) for part in made]
                 elif source.on_bad == "error":
                     raise DataError(f'{record}; data.on_bad="skip" counts such records and goes on')
             encoded = plan.encoder.encode(items)

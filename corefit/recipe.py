@@ -106,8 +106,8 @@ class Template:
 
     name: Text | None = None
     """Name of a prompt template; None: the chat template that the tokenizer carries."""
-    supervise: Literal["all", "last"] = "all"
-    """Which answers of a conversation are targets."""
+    supervise: Literal["all", "last", "unroll"] = "all"
+    """Which answers of a conversation are targets; ``unroll``: each is the last one of a sample of its own."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the template."""
 
