@@ -274,18 +274,16 @@ def _copy(args: argparse.Namespace) -> int:
 
 def _templates(args: argparse.Namespace) -> int:
     from corefit import show
-    from corefit.data.tokenizer import Tokenizer
     from corefit.registry import Registry
 
     registry = Registry.load()
-    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     names = [name for name in registry.templates if (args.pattern or "") in name]
     if args.diff:
         first, second = map(registry.template, args.diff)
-        lines = show.template_difference(first, second, tokenizer, colour=colour)
+        lines = show.template_difference(first, second, args.tokenizer, colour=colour)
     elif args.pattern in names or not names:
-        lines = show.template_sample(registry.template(args.pattern), tokenizer, colour=colour)
+        lines = show.template_sample(registry.template(args.pattern), args.tokenizer, colour=colour)
     else:
         lines = [show.template_summary(registry.template(name)) for name in names]
     print("\n".join(lines))

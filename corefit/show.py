@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -12,8 +12,6 @@ from corefit.types import IGNORE_INDEX, Conversation, Item, Message, PromptTempl
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-    from corefit.data.tokenizer import Tokenizer
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 
@@ -158,18 +156,15 @@ def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- templates
 
 
-def _talk(*contents: str, system: str | None = None) -> Conversation:
-    head = () if system is None else (Message("system", system),)
-    return Conversation((*head, *(Message(("user", "assistant")[i % 2], c) for i, c in enumerate(contents))))
-
-
+_TURN = (Message("user", "Hi! 你好"), Message("assistant", "Hello 🙂"))
+_TURNS = (*_TURN, Message("user", "2 + 2?"), Message("assistant", "4."))
 CONVERSATIONS = {
-    "one turn": _talk("Hi! 你好", "Hello 🙂"),
-    "two turns": _talk("Hi! 你好", "Hello 🙂", "2 + 2?", "4."),
-    "a system message": _talk("Hi! 你好", "Hello 🙂", "2 + 2?", "4.", system="Be brief."),
-    "an empty system message": _talk("Hi! 你好", "Hello 🙂", system=""),
-    "an answer first": Conversation((Message("assistant", "Welcome!"), *_talk("Hi! 你好", "Hello 🙂").messages)),
-    "two questions in a row": Conversation((Message("user", "Hi!"), *_talk("你好", "Hello 🙂").messages)),
+    "one turn": Conversation(_TURN),
+    "two turns": Conversation(_TURNS),
+    "a system message": Conversation((Message("system", "Be brief."), *_TURNS)),
+    "an empty system message": Conversation((Message("system", ""), *_TURN)),
+    "an answer first": Conversation((_TURN[1], *_TURN)),
+    "two questions in a row": Conversation((_TURN[0], *_TURN)),
 }
 """On which templates are compared."""
 
@@ -189,28 +184,33 @@ class _NoTokenizer:
         raise ModelError("this template is the tokenizer's own: name one with --tokenizer PATH")
 
 
-def template_pieces(template: PromptTemplate, item: Conversation, tokenizer: Tokenizer | None) -> list[Piece]:
-    """Give tokens, or segments where there is no tokenizer.
+def template_reader(template: PromptTemplate, tokenizer: str | None) -> Callable[[Conversation], list[Piece]]:
+    """Give what gives tokens, or segments where no tokenizer is named; it raises ``Unrenderable`` as the template does.
 
     Raises:
-        Unrenderable: the template can't write this.
         ModelError: template and tokenizer don't fit, or the template needs a tokenizer.
     """
     options = template.options() if template.options else None
     if tokenizer is None:
-        rendered = template.render(item, _NoTokenizer(), options)
-        return [Piece(segment.text, segment.supervised, segment.control) for segment in rendered]
+        named = _NoTokenizer()
+        return lambda item: [Piece(s.text, s.supervised, s.control) for s in template.render(item, named, options)]
     from corefit.data.encode import make_encoder
+    from corefit.data.tokenizer import Tokenizer
 
-    encoder = make_encoder(template, tokenizer, template_options=options)
-    encoded = encoder.encode([(item, "sample")])
-    if encoded.drops[0]:
-        raise Unrenderable(encoded.drops[0])
-    found, at = [], 0
-    for text, supervised, n in pieces(Sample(encoded.tokens, encoded.spans.astype("int32"), "sample"), tokenizer):
-        found.append(Piece(text, supervised, bool(encoder.forbidden[encoded.tokens[at]]), n))
-        at += n
-    return found
+    loaded = Tokenizer.load(tokenizer)  # each template its own: it protects what another writes as text
+    encoder = make_encoder(template, loaded, template_options=options)
+
+    def read(item: Conversation) -> list[Piece]:
+        encoded = encoder.encode([(item, "sample")])
+        if encoded.drops[0]:
+            raise Unrenderable(encoded.drops[0])
+        found, at = [], 0
+        for text, supervised, n in pieces(Sample(encoded.tokens, encoded.spans.astype("int32"), "sample"), loaded):
+            found.append(Piece(text, supervised, bool(encoder.forbidden[encoded.tokens[at]]), n))
+            at += n
+        return found
+
+    return read
 
 
 def template_summary(template: PromptTemplate) -> str:
@@ -219,8 +219,9 @@ def template_summary(template: PromptTemplate) -> str:
     return f"{template.name}  {template.summary} (stop: {ends}; {template.source or 'no source given'})"
 
 
-def template_sample(template: PromptTemplate, tokenizer: Tokenizer | None, *, colour: bool) -> list[str]:
-    """Give lines that show a template on a sample conversation."""
+def template_sample(template: PromptTemplate, tokenizer: str | None, *, colour: bool) -> list[str]:
+    """Give lines that show a template on a sample conversation; ``tokenizer`` is a path."""
+    read = template_reader(template, tokenizer)
     unit = "segments" if tokenizer is None else "tokens"
     lines = [template_summary(template)]
     for what, words in (
@@ -231,24 +232,24 @@ def template_sample(template: PromptTemplate, tokenizer: Tokenizer | None, *, co
     lines += [f"[+supervised+]  {{control token}}  \u00b7 between {unit}"]
     for name in ("a system message", "two turns"):
         try:
-            return [*lines, "", _marked(template_pieces(template, CONVERSATIONS[name], tokenizer), colour=colour)]
+            return [*lines, "", _marked(read(CONVERSATIONS[name]), colour=colour)]
         except Unrenderable as refusal:
             lines.append(f"it can't write {name} ({refusal.reason})")
     return lines
 
 
 def template_difference(
-    first: PromptTemplate, second: PromptTemplate, tokenizer: Tokenizer | None, *, colour: bool
+    first: PromptTemplate, second: PromptTemplate, tokenizer: str | None, *, colour: bool
 ) -> list[str]:
-    """Give lines that show where two templates differ first, on ``CONVERSATIONS``."""
+    """Give lines that show where two templates differ first, on ``CONVERSATIONS``; ``tokenizer`` is a path."""
+    readers = [template_reader(template, tokenizer) for template in (first, second)]
     both, width = (first, second), max(len(first.name), len(second.name))
     unit = "segment" if tokenizer is None else "token"
     for name, item in CONVERSATIONS.items():
-        found: list[list[Piece]] = []
-        refused = []
-        for template in both:
+        found, refused = list[list[Piece]](), list[str]()
+        for template, read in zip(both, readers, strict=True):
             try:
-                found.append(template_pieces(template, item, tokenizer))
+                found.append(read(item))
             except Unrenderable as refusal:
                 refused.append(f"only {template.name} can't write {name} ({refusal.reason})")
         if len(refused) == 1:

@@ -61,8 +61,9 @@ def render(item: Conversation, tokenizer: Tokenizer, options: object = None) -> 
     starts, ends, turns = dict[int, bool](), set[int](), {0}  # offsets of answers and turns; of a start: is it a target
     answer: Message | None = None  # whose content precedes this literal
     for k, literal in enumerate(literals):
-        cut = len(literal) - len(tails.get(k, ""))
-        parts = [*tokenizer.split_control(literal[:cut]), *tokenizer.split_control(literal[cut:])]
+        tail = tails.get(k, "")
+        parts = tokenizer.split_control(literal.removesuffix(tail) if tail else literal)
+        parts += tokenizer.split_control(tail) if tail else []
         if answer:
             stop = next((i for i, (_, control) in enumerate(parts) if control), None)
             if stop is None or any(part.strip() for part, _ in parts[:stop]):
@@ -80,18 +81,20 @@ def render(item: Conversation, tokenizer: Tokenizer, options: object = None) -> 
         message = messages[pieces[k].message]
         asked = message.role == "assistant"
         if asked and (pieces[k].thought or not (k and pieces[k - 1].message == pieces[k].message)):
-            starts[at - len(tails.get(k, ""))] = message.supervised is not False
+            starts[at - len(tail)] = message.supervised is not False
         answer = message if asked and not pieces[k].thought else None
         runs.append((at, pieces[k].text, False))
         at += len(pieces[k].text)
 
     supervised, joined, turn = False, "", False
+    bounds = {*starts, *ends, *turns}
     for offset, part, control in runs:
-        if joined and (control or offset in starts or offset in ends or offset in turns):
+        if joined and (control or offset in bounds):
             yield Segment(joined, supervised, turn=turn)
             joined, turn = "", False
-        supervised = starts.get(offset, supervised and offset not in ends)
-        turn = turn or offset in turns
+        if offset in bounds:
+            supervised = starts.get(offset, supervised and offset not in ends)
+            turn = turn or offset in turns
         if control:
             yield Segment(part, supervised, control=True, turn=turn)
             turn = False
@@ -151,19 +154,19 @@ def _locate(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list[str
     text = tokenizer.render_chat([_fields(m.role, m.content, m.reasoning) for m in messages])
     at = len(literals[0])
     for k, (piece, literal) in enumerate(zip(pieces, literals[1:], strict=True)):
-        forms = (form(piece.text) for form in _TRIMMED)
-        found = next((form for form in forms if text.startswith(form + literal, at)), None)
-        if found is None:
-            raise Unrenderable("message_not_located")
-        pieces[k] = piece._replace(text=found)
-        at += len(found) + len(literal)
+        if not text.startswith(piece.text + literal, at):
+            forms = (form(piece.text) for form in _TRIMMED)
+            found = next((form for form in forms if text.startswith(form + literal, at)), None)
+            if found is None:
+                raise Unrenderable("message_not_located")
+            pieces[k] = piece = piece._replace(text=found)
+        at += len(piece.text) + len(literal)
     if at != len(text) or not text.startswith(literals[0]):
         raise Unrenderable("message_not_located")
     return literals, pieces, tails
 
 
 _TRIMMED = (
-    str,
     str.strip,
     str.lstrip,
     str.rstrip,

@@ -14,6 +14,7 @@ from corefit.data.tokenizer import Tokenizer
 from corefit.errors import DataError
 from corefit.prepare import prepare, resolve, tally
 from corefit.registry import Registry
+from corefit.show import CONVERSATIONS, template_reader
 
 
 def lines_of(done) -> list[str]:
@@ -94,6 +95,16 @@ def test_diff_shows_the_first_difference(tmp_path, tiny_tokenizer):
     lines = diff("chatml", "tokenizer", "--tokenizer", tiny_tokenizer)  # whose Jinja writes an empty one
     assert lines[0] == "first difference: token 2 of an empty system message"
     assert diff("chatml", "minicpm")[0] == "first difference: segment 1 of one turn"
+
+
+def test_what_one_template_protects_another_may_write_as_text(shared):
+    templates, path = Registry.load().templates, str(shared / "data/tokenizer_internlm/tokenizer.model")
+    readers = [template_reader(templates[name], path) for name in ("internlm_chat", "moss_sft")]
+    pieces = [[piece for piece in read(CONVERSATIONS["one turn"]) if "<eoh>" in piece.text] for read in readers]
+    assert [[(piece.text, piece.control) for piece in some] for some in pieces] == [
+        [("<eoh>", True)],
+        [("<eoh>", False)],
+    ]
 
 
 # ------------------------------------------------------------------------------------------- thinking data, unrolled

@@ -135,9 +135,24 @@ class TestSupervision:
         masked = Message("assistant", "two", supervised=False)
         made = parts(conversation._replace(messages=(*conversation.messages[:4], masked)), "unroll")
         assert [self.supervised(tokenizer, encoder, part) for part in made] == ["one<eoa>"]
+        first, *rest = conversation.messages
+        chosen = Conversation((first, rest[0], rest[1]._replace(supervised=True), *rest[2:]))
+        made = parts(chosen, "unroll")  # what the data asks for is asked for once, too
+        assert [self.supervised(tokenizer, encoder, part) for part in made] == ["one<eoa>", "two<eoa>", "three<eoa>"]
         for whole in (Document("x"), Conversation(()), Conversation((Message("user", "q"), masked))):
             assert parts(whole, "unroll") == (whole,)
         assert parts(conversation, "all") == parts(conversation, "last") == (conversation,)
+
+    @pytest.mark.parametrize("template", [INTERNLM, CHATML], ids=lambda t: t.name)
+    def test_an_empty_think_block_is_context_not_answer(self, tokenizer, template):
+        encoder = make_encoder(template, tokenizer)
+        block, stop = "<think>\n\n</think>\n\n", encoder.stop[0]
+        assert self.supervised(tokenizer, encoder, talk("q", block + "one", "r", f"two {block}")) == (
+            f"one{stop}|two {block}{stop}"
+        )
+        assert block + "one" in tokenizer.decode(encode(encoder, talk("q", block + "one")).sample.input_ids)
+        assert self.supervised(tokenizer, encoder, talk("q", "<think>\nhm\n</think>\n\none")).startswith("<think>")
+        assert self.supervised(tokenizer, encoder, talk("q", block)) == stop
 
     def test_leading_answer_is_kept_and_can_be_masked(self, tokenizer):
         encoder = make_encoder(INTERNLM, tokenizer)

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTHON_LINES, C_LINES = 7_910, 955
+PYTHON_LINES, C_LINES = 8_075, 955
 """The budget of the engine in lines of code: without blank lines, comments and docstrings.
 
 The design asks for 6,000 lines of Python and 900 of C in all. The first version had 6,259 lines of Python; the tables
 that samples travel in and packing as a pure function brought it to 6,631; the twins of the JSON kernel (200), the arena
-and `corefit pack` (450), mixing known records and encoding ahead (200) to 7,490. The C
+and `corefit pack` (450), mixing known records and encoding ahead (200) to 7,490; templates that are
+listed, shown and compared (115), samples of every turn and think blocks (50) came after that. The C
 kernel packs, writes rows and reads JSON in 950 lines. A change that needs more than this
 raises the number here, openly; one that needs less lowers it.
 """
