@@ -40,6 +40,7 @@ Kept although it is odd, because the name promises it: Llama 2's system text in 
 Meta's; a system block for Mistral, DeepSeek-MoE and Gemma, which know none; Vicuna's, WizardLM's and DeepSeek-Coder's
 preambles only where there is a system text; no end token after Zephyr's questions; a BOS before every turn; no default
 system text for Qwen. What the model's makers wrote is ``--template tokenizer``; ``corefit templates --diff`` compares.
+(v0.1.12, and it alone, wrote ``[UNUSED_TOKEN_146]`` and ``[UNUSED_TOKEN_145]`` in ``internlm2_chat``.)
 
 Source: InternLM/xtuner, ``xtuner/utils/templates.py`` (strings), ``xtuner/dataset/map_fns/template_map_fn.py`` and
 ``xtuner/dataset/utils.py`` (what is written around and between turns), tags v0.1.9, v0.1.23 and v0.2.0.
