@@ -27,6 +27,7 @@ fine-tune a chat model:
 look around:
   recipes [PATTERN]    list the recipes (also: list-cfg -p PATTERN)
   copy NAME [DEST]     copy a recipe to edit it (also: copy-cfg)
+  templates [NAME]     list the prompt templates, show one on a sample conversation, or --diff A B
   plugins              list every plugin: where it comes from, what it contributes, why it is broken
   selftest [MODEL]     measure on this machine that packed = unpacked, resumed = straight, merged = adapter and more
 
@@ -216,6 +217,12 @@ def _parser() -> _Parser:
     copy.add_argument("name", metavar="NAME")
     copy.add_argument("dest", nargs="?", default=".", metavar="DEST", help="a folder or a file name (default: here)")
 
+    about = "List the prompt templates; show one on a sample conversation; show where two of them differ first."
+    templates = verb("templates", _templates, about)
+    templates.add_argument("pattern", nargs="?", metavar="NAME|PATTERN", help="a template to show, or part of a name")
+    templates.add_argument("--diff", nargs=2, metavar=("A", "B"), help="two templates to compare")
+    templates.add_argument("--tokenizer", metavar="PATH", help="show tokens: a tokenizer folder or a tokenizer.model")
+
     verb("plugins", _plugins, "List every plugin: distribution, version, what it contributes, why it is broken.")
 
     check = verb(
@@ -326,6 +333,24 @@ def _copy(args: argparse.Namespace) -> int:
     from corefit.recipe import copy_recipe
 
     say(copy_recipe(args.name, args.dest))
+    return 0
+
+
+def _templates(args: argparse.Namespace) -> int:
+    from corefit import show
+    from corefit.registry import Registry
+
+    registry = Registry.load()
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    names = [name for name in registry.templates if (args.pattern or "") in name]
+    if args.diff:
+        first, second = map(registry.template, args.diff)
+        lines = show.template_difference(first, second, args.tokenizer, colour=colour)
+    elif args.pattern in names or not names:
+        lines = show.template_sample(registry.template(args.pattern), args.tokenizer, colour=colour)
+    else:
+        lines = [show.template_summary(registry.template(name)) for name in names]
+    print("\n".join(lines))
     return 0
 
 

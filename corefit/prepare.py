@@ -154,6 +154,11 @@ def prepare(
         choices.append(f"template: {template.name}")
     template_options = options_from(template.options, recipe.template.options, where="template.options")
     encoder = make_encoder(template, tok, template_options=template_options, supervise=recipe.template.supervise)
+    if encoder.rewrites and recipe.template.supervise == "all":
+        choices.append(
+            "template: it writes an answer otherwise once another turn follows, so earlier answers are learnt in that "
+            'form; template.supervise="unroll" makes a sample of every turn, as the model will be asked'
+        )
     sources: list[Source] = []
     val_sources: list[Source] = []
     for entry in recipe.data:
@@ -339,7 +344,7 @@ def walk(plan: Prepared) -> Iterator[tuple[Item, Sample]]:
             for record in group:
                 if isinstance(record, BadRecord) and source.on_bad == "error":
                     raise refused(record)
-            items = items_of((source, record) for record in group)
+            items = items_of(((source, record) for record in group), plan.encoder.supervise)
             block, _ = encode_items(items, plan.encoder)
             block = fit(block, plan.recipe.pack.max_length, plan.recipe.pack.overlong)
             for i, number in enumerate(block.samples[:, RECORD].tolist()):

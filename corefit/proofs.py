@@ -66,7 +66,7 @@ def data_proofs(plan: Prepared, records: Sequence[tuple[Source, Record | BadReco
     Raises:
         MaskError: a sample is not what its messages say. DataError: too little is supervised; a map function failed.
     """
-    items, pack = items_of(records), plan.recipe.pack
+    items, pack = items_of(records, plan.encoder.supervise), plan.recipe.pack
     block, drops = encode_items(items, plan.encoder)
     fitted = fit(block, pack.max_length, pack.overlong)
     if fitted.error is not None:

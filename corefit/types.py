@@ -339,11 +339,11 @@ class PromptTemplate:
     """``render(item, tokenizer, options)``: content verbatim and in order; only answers and their stops supervised.
     An item it can't place exactly raises ``Unrenderable(reason)``, a counted drop."""
     stop: tuple[str, ...] = ()
-    """Strings that end an answer, each one token; empty: the tokenizer's EOS."""
+    """Strings that end an answer, each one token, beside the one that training puts there; empty: that one."""
     control: tuple[str, ...] = ()
     """Tokens that only the template may write: content never yields their ids."""
     bos: bool = False
-    """True: ``render`` begins every conversation with the tokenizer's BOS."""
+    """True: ``render`` begins every conversation with the tokenizer's BOS, where it has one or must have one."""
     chat_template: str | None = None
     """Jinja, equal to the joined segments when rendered by transformers; None: the tokenizer's own is used."""
     forgeable: tuple[str, ...] = ()
@@ -366,6 +366,8 @@ class PromptTemplate:
         stop: Sequence[str] = (),
         control: Sequence[str] = (),
         bos: str = "none",
+        start: Sequence[str] = (),
+        need_bos: bool = True,
         eos: bool = False,
         source: str = "",
         default_system: str | None = None,
@@ -386,11 +388,14 @@ class PromptTemplate:
             stop: strings that end an answer when the model is served; default: ``suffix``, else the EOS token.
             control: the substrings of the above that are single tokens.
             bos: ``"none"``, ``"first"`` (before the conversation) or ``"turn"`` (before every turn).
+            start: the control tokens that are written there; default: the tokenizer's BOS.
+            need_bos: False: with a tokenizer that has no BOS nothing is written there; True: it is refused.
             eos: append the tokenizer's EOS to every answer, supervised.
             source: where the format comes from.
             default_system: the system text where a conversation has none.
 
-        Within a turn, system text, user text and opening are one run of text, cut only at control tokens.
+        Within a turn, system text, user text and opening are one run of text, cut only at control tokens: those named,
+        and whatever else in these strings is a control token of the tokenizer in use, with the white space it swallows.
         Source: the token layout of XTuner v0.1.23 (``encode_fn``, ``template_map_fn``).
         """
         from corefit.templates import template_from_strings
@@ -406,6 +411,8 @@ class PromptTemplate:
             stop=tuple(stop),
             control=tuple(control),
             bos=bos,
+            start=tuple(start),
+            need_bos=need_bos,
             eos=eos,
             source=source,
             default_system=default_system,

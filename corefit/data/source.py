@@ -31,6 +31,7 @@ from corefit.data.block import (
     Words,
     intern,
 )
+from corefit.data.encode import parts
 from corefit.data.jsonl import changed, content_hash, file_state
 from corefit.errors import CorefitError, DataError
 from corefit.types import (
@@ -127,6 +128,7 @@ def encode_records(
     words = {Words(): 0}
     items: list[tuple[Item, str]] = []
     owners: list[int] = []
+    whole: list[bool] = []  # of each item: it is not one of several parts, or the last of them, which holds the others
     said: list[tuple[list[str], list[str], list[str]]] = []  # of each record: drops, messages, notes
     error: CorefitError | None = None
     for i, (row, record) in enumerate(zip(rows, found, strict=True)):
@@ -152,8 +154,10 @@ def encode_records(
                 if isinstance(item, Drop):
                     drops.append(item.reason)
                     continue
-                items.append((item, record.origin))
-                owners.append(i)
+                made = parts(item, encoder.supervise)
+                items += [(part, record.origin) for part in made]
+                owners += [i] * len(made)
+                whole += [*[False] * (len(made) - 1), True]
                 if isinstance(item, Conversation):
                     row[MESSAGES] += len(item.messages) + len(item.dropped)
                     messages += item.dropped
@@ -162,9 +166,9 @@ def encode_records(
     n = len(said)
     items, owners = items[: bisect_left(owners, n)], owners[: bisect_left(owners, n)]
     encoded = _encoded(items, encoder)
-    for i, drop, noticed in zip(owners, encoded.drops, encoded.notes, strict=True):
+    for i, last, drop, noticed in zip(owners, whole[: len(owners)], encoded.drops, encoded.notes, strict=True):
         said[i][0].extend([drop] if drop else [])
-        said[i][2].extend(noticed)
+        said[i][2].extend(noticed if last else ())
     for row, about in zip(rows, said, strict=False):
         if any(about):
             row[WORDS] = intern(words, Words(*map(tuple, about)))
@@ -228,18 +232,19 @@ def _texts(item: Item | Drop) -> list[str]:
     return [item.reason if isinstance(item, Drop) else item.text]
 
 
-def items_of(records: Iterable[tuple[Source, Record | BadRecord]]) -> list[tuple[Item, str]]:
-    """Give what the map functions make of records, each item with its origin; bad records and drops give none.
+def items_of(records: Iterable[tuple[Source, Record | BadRecord]], supervise: str) -> list[tuple[Item, str]]:
+    """Give what is encoded of records, each item with its origin; bad records and drops give none.
 
     Raises:
         DataError: a map function failed.
     """
     pairs = [(source, record) for source, record in records if isinstance(record, Record)]
     return [
-        (item, f"{record.path}:{record.line}")
+        (part, f"{record.path}:{record.line}")
         for source, record in pairs
         for item in map_record(source, record)
         if not isinstance(item, Drop)
+        for part in parts(item, supervise)
     ]
 
 
