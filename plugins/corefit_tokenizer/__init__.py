@@ -130,19 +130,20 @@ def _locate(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list[str
         block = inline["open"] + (thought and f"{key}{i}y") + inline["close"] if inline else ""
         reasoning = None if inline else message.reasoning and f"{key}{i}y"
         chat.append(_fields(message.role, f"{block}{key}{i}x", reasoning))
-    sentinels = rest = tokenizer.render_chat(chat)
+    split = re.split(f"({key}[0-9]+[xy])", tokenizer.render_chat(chat))  # literals and sentinels, in turn
+    there, k = set(split[1::2]), 1
     literals, pieces, tails = list[str](), list[_Piece](), dict[int, str]()
     for sentinel, piece in wanted:
         supervised = messages[piece.message].supervised is not False
-        if piece.thought and sentinel not in sentinels:
+        if piece.thought and sentinel not in there:
             if supervised:
                 raise _left_out(piece.message, messages, sentinel in tokenizer.render_chat(chat[: piece.message + 1]))
             continue
-        if rest.count(sentinel) != 1:
+        if k >= len(split) or split[k] != sentinel:
             raise Unrenderable("message_not_located")
-        literal, rest = rest.split(sentinel)
+        literal = split[k - 1]
         if piece.thought:
-            before = sentinels[: sentinels.index(sentinel)]
+            before = "".join(split[:k])
             prompt = tokenizer.render_chat(chat[: piece.message], add_generation_prompt=True)
             if before.startswith(prompt) and len(before) - len(prompt) <= len(literal):
                 tails[len(literals)] = before[len(prompt) :]
@@ -150,7 +151,10 @@ def _locate(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list[str
                 raise Unrenderable("no_generation_prompt")
         literals.append(literal)
         pieces.append(piece)
-    literals.append(rest)
+        k += 2
+    if k != len(split):
+        raise Unrenderable("message_not_located")
+    literals.append(split[-1])
     text = tokenizer.render_chat([_fields(m.role, m.content, m.reasoning) for m in messages])
     at = len(literals[0])
     for k, (piece, literal) in enumerate(zip(pieces, literals[1:], strict=True)):

@@ -310,7 +310,7 @@ def test_a_template_whose_frame_depends_on_content_is_said_to_be_unproved(tiny_t
 def test_reasoning_before_an_answer_may_be_supervised(tiny_tokenizer):
     def render(item, tokenizer, options=None):
         for segment in CHATML.render(
-            item._replace(messages=tuple(m._replace(reasoning=None) for m in item.messages)), 0
+            item._replace(messages=tuple(m._replace(reasoning=None) for m in item.messages)), tokenizer
         ):
             if segment.supervised and not segment.control:
                 yield Segment("<think>why</think>", supervised=True)
