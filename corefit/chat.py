@@ -9,7 +9,6 @@ import shutil
 import sys
 import tempfile
 import tomllib
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,7 +197,7 @@ class Chatter:
             ModelError: nothing to talk to, no base, no chat template.
         """
         from corefit.data.encode import make_encoder
-        from corefit.engine.model import base_dtype_of, choose_device, choose_precision, load_base
+        from corefit.engine.model import base_dtype_of, choose_device, choose_precision, load_base, with_adapter
         from corefit.registry import Registry
 
         self.found = find(target, model=model, trust_remote_code=trust_remote_code, say=say)
@@ -227,11 +226,7 @@ class Chatter:
             say=say,
         )
         if self.found.adapter is not None:
-            from peft import PeftModel
-
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-                self.model = PeftModel.from_pretrained(self.model, str(self.found.adapter)).eval()
+            self.model = with_adapter(self.model, self.found.adapter).eval()
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Give the ids after which training taught the model to answer; nothing typed becomes a control token.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,6 @@ TEXTS = 24
 """Records of the embedded data on which ``merge`` measures what merging changed."""
 
 _OTHER_LORA = (
-    "alpha_pattern",
     "lora_bias",
     "layer_replication",
     "trainable_token_indices",
@@ -129,7 +127,8 @@ def merge(
         if delta.shape != weight.shape:
             raise ModelError(f"{found.adapter}: {name} has another shape in {base}: it belongs to another base")
         rank = down.shape[0]
-        weight.add_(delta, alpha=config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        alpha = _alpha(config, name.removesuffix(".weight"))
+        weight.add_(delta, alpha=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
         if "magnitude_vector" in pair:  # DoRA: every row has a length of its own
             weight *= (pair["magnitude_vector"].float() / weight.norm(dim=1))[:, None]
         return weight
@@ -192,15 +191,11 @@ def load(found: Found) -> Any:  # noqa: ANN401, a PeftModel or a language model
     """Load an adapter on its base, stored as in training, or a model; it multiplies in fp32, whatever training did."""
     import torch
 
-    from corefit.engine.model import load_base
+    from corefit.engine.model import load_base, with_adapter
 
     network: Any = load_base(**_storage(found))
     if found.adapter:
-        from peft import PeftModel  # after load_base, which imports bitsandbytes with care
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-            network = PeftModel.from_pretrained(network, str(found.adapter))
+        network = with_adapter(network, found.adapter)
     for module in network.modules():
         if hasattr(module, "compute_dtype"):  # of a 4-bit layer: what it multiplies in; what it stores stays
             module.compute_dtype = torch.float32
@@ -251,10 +246,19 @@ def _cost(found: Found, merged: Path, limit: int) -> str:
     return f"against the trained model: {said}"
 
 
+def _alpha(config: dict[str, Any], module: str) -> float:
+    """Give a module's alpha. Source: peft 0.21, ``get_pattern_key``, for keys that are names."""
+    patterns: dict[str, float] = config.get("alpha_pattern") or {}
+    own = (alpha for key, alpha in patterns.items() if f".{module}".endswith(f".{key}"))
+    return float(next(own, config["lora_alpha"]))
+
+
 def _adapter_config(adapter: Path) -> dict[str, Any]:
     path = adapter / "adapter_config.json"
     config: dict[str, Any] = json.loads(path.read_bytes())
     odd = [key for key in _OTHER_LORA if config.get(key)]
+    if not all(key.replace(".", "").isidentifier() for key in config.get("alpha_pattern") or {}):
+        odd.append("alpha_pattern")  # peft takes its keys for regular expressions
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
         odd.append("init_lora_weights")  # the others move a part of the base's weights into the adapter
     if odd:

@@ -197,7 +197,10 @@ def _with_start(recipe: Recipe) -> Recipe:
     if not (config := read_json(path)):
         raise ModelError(f"adapter.start: {path}: not there, or broken; a run's adapter lies in RUN/adapter")
     plain = config.get("init_lora_weights", True) in (True, False, "gaussian", "orthogonal")
-    odd = [key for key in OTHER_LORA if config.get(key)] + ([] if plain else ["init_lora_weights"])
+    r = config.get("r")
+    fused = isinstance(r, int) and config.get("rank_pattern") == {"wqkv": 3 * r}  # InternLM 2's q, k and v, of rank r
+    odd = [key for key in OTHER_LORA if config.get(key) and not (fused and key in ("rank_pattern", "alpha_pattern"))]
+    odd += [] if plain else ["init_lora_weights"]
     if config.get("peft_type") != "LORA" or not isinstance(config.get("target_modules"), list) or odd:
         what = odd[0] if odd else f"peft_type {config.get('peft_type')!r}"
         raise ModelError(f"adapter.start: {path}: {what}: not a LoRA adapter that corefit can train on")

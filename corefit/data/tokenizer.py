@@ -117,15 +117,15 @@ class Tokenizer:
         if "chat_template.jinja" in files:
             config["chat_template"] = files["chat_template.jinja"].decode()
         prefix = ""
+        extra = {int(id): token for id, token in (config.get("added_tokens_decoder") or {}).items()}
         if "tokenizer.json" in files:
             try:
                 backend = Backend.from_buffer(files["tokenizer.json"])
             except Exception as error:
                 raise ModelError(f"{path / 'tokenizer.json'}: not a tokenizer: {error}") from None
         else:
-            backend, named, prefix = read_sentencepiece(files["tokenizer.model"], where=str(path))
+            backend, named, prefix = read_sentencepiece(files["tokenizer.model"], where=str(path), added=extra)
             config = named | config
-        extra = {int(id): token for id, token in (config.get("added_tokens_decoder") or {}).items()}
         extra |= {
             id: {"content": token} for token, id in _json(path, files, "added_tokens.json").items() if id not in extra
         }
@@ -148,9 +148,10 @@ class Tokenizer:
         """Give the tokenizer's files: those that were there byte for byte; what a bare ``.model`` lacks is made."""
         made: dict[str, bytes] = {}
         if "tokenizer.json" not in self._files:
-            made["tokenizer.json"] = (
-                read_sentencepiece(self._files["tokenizer.model"], export=True)[0].to_str().encode()
-            )
+            config = _json(Path(self.name), self._files, "tokenizer_config.json")
+            added = {int(id): token for id, token in (config.get("added_tokens_decoder") or {}).items()}
+            backend, *_ = read_sentencepiece(self._files["tokenizer.model"], added=added, export=True)
+            made["tokenizer.json"] = backend.to_str().encode()
         if "tokenizer_config.json" not in self._files:
             config = {
                 "tokenizer_class": "PreTrainedTokenizerFast",
@@ -361,13 +362,19 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def read_sentencepiece(
-    data: bytes, *, where: str = "tokenizer.model", export: bool = False
+    data: bytes,
+    *,
+    where: str = "tokenizer.model",
+    added: Mapping[int, Mapping[str, Any]] | None = None,
+    export: bool = False,
 ) -> tuple[Any, dict[str, str], str]:
     """Turn a sentencepiece BPE model into a fast tokenizer, needing neither sentencepiece nor protobuf.
 
     Args:
         data: the bytes of the ``.model`` file.
         where: named in errors.
+        added: ``added_tokens_decoder`` of ``tokenizer_config.json``. What it calls by another name than the model does
+            is another token: InternLM 2's ``<|im_start|>`` is the piece ``[UNUSED_TOKEN_146]``.
         export: put the dummy prefix into the tokenizer itself, for others; else the caller prepends what is returned.
 
     Returns:
@@ -397,6 +404,9 @@ def read_sentencepiece(
             raise ValueError("no pieces")
     except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{where}: not a sentencepiece model ({error})") from None
+    for id, token in (added or {}).items():
+        if id < len(pieces) and pieces[id][0] != token["content"]:
+            pieces[id] = (token["content"], 0.0, CONTROL if token.get("special") else USER_DEFINED)
     byte_fallback = bool(trainer[35])
     if byte_fallback:  # sentencepiece itself falls back to the byte here
         pieces = [(text, score, UNUSED if text == "\0" else kind) for text, score, kind in pieces]

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from corefit import __version__
 from corefit.durable import sync
+from corefit.engine import internlm
 from corefit.engine.model import INDEX
 from corefit.engine.model import read_header as read_header
 from corefit.engine.model import weight_files as weight_files
@@ -194,17 +195,21 @@ def serving_files(facts: Provenance, kind: str) -> dict[str, bytes]:
 
 
 def _readme(facts: Provenance, kind: str, stops: list[int]) -> str:
+    code, fast = "", "AutoTokenizer"
+    if "auto_map" in json.loads((facts.base_folder / "config.json").read_bytes()):
+        # plain transformers needs the code that the base brings; its tokenizer it doesn't
+        code, fast = ", trust_remote_code=True", "PreTrainedTokenizerFast"
     title, peft, load = (
         f"{facts.name}, fine-tuned",
         "",
-        'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")',
+        f'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"{code})',
     )
     lines = "corefit chat DIR                    # talk to it; DIR is this folder\n"
     if kind == "adapter":
         title, peft = f"LoRA adapter for {facts.name}", "from peft import PeftModel\n"
         load = (
-            f'base = AutoModelForCausalLM.from_pretrained({json.dumps(facts.name)}, dtype="auto")  # or its folder\n'
-            "model = PeftModel.from_pretrained(base, folder)"
+            f'base = AutoModelForCausalLM.from_pretrained({json.dumps(facts.name)}, dtype="auto"{code})'
+            "  # or its folder\nmodel = PeftModel.from_pretrained(base, folder)"
         )
         lines += "corefit chat DIR --model BASE       # where the base model lies elsewhere\n"
         lines += "corefit merge DIR --out MERGED      # one plain model folder for any server\n"
@@ -219,10 +224,10 @@ def _readme(facts: Provenance, kind: str, stops: list[int]) -> str:
 {lines}```
 
 ```python
-{peft}from transformers import AutoModelForCausalLM, AutoTokenizer
+{peft}from transformers import AutoModelForCausalLM, {fast}
 
 folder = "."  # this folder
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = {fast}.from_pretrained(folder)
 {load}
 chat = [{{"role": "user", "content": "hi"}}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -362,6 +367,8 @@ def _adapter_config(model: Any, base: str) -> dict[str, Any]:  # noqa: ANN401, a
 def _write_adapter(
     out: Path, facts: Provenance, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> Path:
+    if layout := internlm.layout_of_folder(facts.base_folder):
+        config, tensors = layout.adapter_to_published(config, tensors)
     ordered = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     with written_aside(out, replace=True) as folder:
         write_files(folder, serving_files(facts, "adapter"))
@@ -396,6 +403,8 @@ def _write_model(
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     known = {name: entry for path in weight_files(facts.base_folder) for name, entry in read_header(path)[0].items()}
+    if layout := internlm.layout_of_folder(facts.base_folder):
+        state, parameters = layout.to_published(state), set(map(internlm.published_name, parameters))
     with written_aside(out, replace=True) as folder:
         write_files(folder, base_files(facts.base_folder) | serving_files(facts, "model"))
         if parameters <= set(known):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from corefit.engine import internlm
 from corefit.errors import ModelError, RunError, UserError, unknown
 from corefit.terminal import notice
 
@@ -403,7 +405,8 @@ def load_base(
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING and not trust_remote_code:
+    trust_remote_code = trust_remote_code and kind not in internlm.KINDS  # nothing is there to be run
+    if kind not in (*internlm.KINDS, *CONFIG_MAPPING) and not trust_remote_code:
         if "auto_map" in config:
             raise ModelError(
                 f"{base}: model type {kind!r} comes with its own Python code, which corefit doesn't run unasked; if "
@@ -433,19 +436,21 @@ def load_base(
         )
     if quantization is not None and not has_bitsandbytes and "itsAndBytes" in type(quantization).__name__:
         raise ModelError(f"quantizer {quantizer.name!r}: bitsandbytes is not installed; pip install bitsandbytes")
-    more: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
+    more: dict[str, Any] = {"dtype": getattr(torch, weights_dtype or compute_dtype), "output_loading_info": True}
+    if quantization is not None:
+        more["quantization_config"] = quantization
     if device != "cpu":
         more["device_map"] = {"": device}
 
     def load(attention: str) -> tuple[Any, dict[str, Any]]:
+        if kind in internlm.KINDS:
+            return internlm.load(config, weight_files(folder, base), base, attn_implementation=attention, **more)
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=getattr(torch, weights_dtype or compute_dtype),
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
-            output_loading_info=True,
             **more,
         )
         return model, info
@@ -496,8 +501,12 @@ def as_stored(
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.quantizers.auto import AutoHfQuantizer
 
+    own = _read_config(resolve_base(base, say=_unsaid), base)
     try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+        if own.get("model_type") in internlm.KINDS:
+            config = internlm.llama_config(own, base)
+        else:
+            config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -514,6 +523,8 @@ def as_stored(
         values: torch.Tensor = dequantize_bnb_weight(made, made)  # of 8 bits, the scales are the weight's own too
         return values.float().cpu()
 
+    if layout := internlm.layout_of(own):
+        return frozenset(map(internlm.published_name, names)), functools.partial(layout.each, rounded)
     return frozenset(names), rounded
 
 
@@ -631,9 +642,10 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
     for module in model.modules():
         if "norm" in type(module).__name__.lower():
             module.float()
-    targets = sorted(set(spec.targets)) or decoder_targets(model)
+    targets, saved = internlm.llama_modules(model, spec.targets), internlm.llama_modules(model, spec.modules_to_save)
+    targets = targets or decoder_targets(model)
     layers, modules = linear_layers(model), [name for name, _ in model.named_modules() if name]
-    for where, names, known in (("targets", targets, list(layers)), ("modules_to_save", spec.modules_to_save, modules)):
+    for where, names, known in (("targets", targets, list(layers)), ("modules_to_save", saved, modules)):
         for wanted in names:
             if not any(name == wanted or name.endswith(f".{wanted}") for name in known):
                 ends = {name.rpartition(".")[2] for name in known}
@@ -645,7 +657,7 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
         target_modules=targets,
-        modules_to_save=sorted(set(spec.modules_to_save)) or None,
+        modules_to_save=saved or None,
         bias="none",
         task_type=TaskType.CAUSAL_LM,
         use_dora=spec.dora,
@@ -658,6 +670,7 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
         adapted = get_peft_model(model, config)
     # peft keeps a set, whose order changes from process to process, and would write it so
     adapted.peft_config["default"].target_modules = targets
+    internlm.check_adapter(adapted)
     if spec.start is not None:
         _load_adapter(adapted, Path(spec.start))
     for parameter in adapted.parameters():
@@ -673,6 +686,9 @@ def _load_adapter(adapted: Any, folder: Path) -> None:  # noqa: ANN401, a PeftMo
 
     weight_files(folder)
     tensors = load_file(folder / "adapter_model.safetensors")
+    if layout := internlm.layout_in(adapted):
+        config = json.loads((folder / "adapter_config.json").read_bytes())
+        _, tensors = layout.adapter_to_llama(config, tensors, str(folder))
     have = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     want = {name: tuple(tensor.shape) for name, tensor in own.items()}
@@ -682,6 +698,15 @@ def _load_adapter(adapted: Any, folder: Path) -> None:  # noqa: ANN401, a PeftMo
             f"{want.get(differ[0], 'nothing')}: an adapter of another base?"
         )
     set_peft_model_state_dict(adapted, tensors)
+
+
+def with_adapter(model: PreTrainedModel, folder: Path) -> Any:  # noqa: ANN401, a PeftModel
+    """Give a loaded base with the adapter in ``folder`` on it."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings(), internlm.llama_adapter(model, folder) as adapter:
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        return PeftModel.from_pretrained(model, str(adapter))
 
 
 def adapted_layers(model: Any) -> dict[str, int]:  # noqa: ANN401, PeftModel

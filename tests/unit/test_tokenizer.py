@@ -51,6 +51,8 @@ def real_texts(shared: Path) -> list[str]:
         "<0x0A>",
         "\r\n",
     ]
+    texts += [before + chr(code) + "x" for code in (*range(32), *range(127, 160)) for before in ("", "a ", "你")]
+    texts += [chr(code) + mark + "🦜" for code in range(0x1F300, 0x1F650, 7) for mark in ("", "\u200d", "\ufe0f", "🏽")]
     alphabet = "aab  ..-=▁\n01é你𠁓\U0010ffff\0<>eoh"
     dice = random.Random(7)
     texts += ["".join(dice.choice(alphabet) for _ in range(dice.randrange(60))) for _ in range(1000)]
@@ -190,7 +192,8 @@ class TestSentencepiece:
         ours = Tokenizer.load(path)
         ours.protect([])  # sentencepiece reads a typed <s> as text, and a typed <eoa> as the token
         texts = real_texts(shared)
-        assert len(texts) > 5000
+        chars = set("".join(texts))
+        assert len(set(texts)) > 5000 and {"\0", "\x1b", "\x7f", "\x85", "\u200d", "你", "🦜", "\U0010ffff"} <= chars
         differing = [text for text, a, b in zip(texts, ours.encode(texts), theirs.encode(texts), strict=True) if a != b]
         assert differing == []
         assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.pad_id) == (len(theirs), 1, 2, 2)
@@ -198,6 +201,63 @@ class TestSentencepiece:
         for text in texts[:300]:
             [ids] = ours.encode([text])
             assert ours.decode(ids) == text == b"".join(ours.token_bytes(int(id)) for id in ids).decode()
+
+    def test_neither_sentencepiece_nor_protobuf_is_needed(self, shared):
+        """As where neither is installed, nor tiktoken; and transformers takes what is made for a fast tokenizer."""
+        code = """
+import sys
+sys.modules |= dict.fromkeys(["sentencepiece", "google", "google.protobuf", "tiktoken", "transformers"])
+from corefit.data.tokenizer import Tokenizer
+from pathlib import Path
+tokenizer = Tokenizer.load(sys.argv[1])
+print(tokenizer.encode(["def f(x): 你好🦜\\x01<eoa>"])[0])
+for name, data in tokenizer.files().items():
+    (Path(sys.argv[2]) / name).write_bytes(data)
+"""
+        import subprocess
+        import sys
+        import tempfile
+
+        from transformers import PreTrainedTokenizerFast
+
+        model = shared / "data/tokenizer_internlm/tokenizer.model"
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-c", code, str(model), folder]
+            done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
+            theirs = PreTrainedTokenizerFast.from_pretrained(folder)
+        assert theirs.is_fast and str(theirs("def f(x): 你好🦜\x01<eoa>")["input_ids"]) == done.stdout.strip()
+
+    def test_pieces_that_the_config_gives_another_name(self, shared, tmp_path):
+        """As InternLM 2's folders do: tokenizer_config.json calls an unused piece <|im_start|>."""
+        sentencepiece = pytest.importorskip("sentencepiece")
+        from sentencepiece import sentencepiece_model_pb2
+        from transformers import PreTrainedTokenizerFast
+
+        data = (shared / "data/tokenizer_internlm/tokenizer.model").read_bytes()
+        names = {103030: "<|im_start|>", 103031: "<|im_end|>", 103100: "<|plugin|>", 1: "<s>", 2: "</s>"}
+        added = {str(id): {"content": name, "special": True, "normalized": False} for id, name in names.items()}
+        config = {"added_tokens_decoder": added, "bos_token": "<s>", "eos_token": "</s>", "chat_template": CHATML_JINJA}
+        (tmp_path / "tokenizer.model").write_bytes(data)
+        (tmp_path / "tokenizer_config.json").write_text(
+            json.dumps(
+                {**config, "auto_map": {"AutoTokenizer": ["t.T", None]}, "tokenizer_class": "InternLM2Tokenizer"}
+            )
+        )
+        ours = Tokenizer.load(tmp_path)
+        theirs = sentencepiece_model_pb2.ModelProto.FromString(data)
+        for id, name in names.items():
+            theirs.pieces[id].piece = name
+        theirs = sentencepiece.SentencePieceProcessor(model_proto=theirs.SerializeToString())
+        texts = [text for text in real_texts(shared)[::7] if "<s>" not in text and "</s>" not in text]
+        texts += ["<|im_start|>user\n你好<|im_end|>\n", "a<|plugin|>b <TOKENS_UNUSED_3>"]
+        assert ours.encode(texts) == theirs.encode(texts)
+        assert ours.vocab_size == len(theirs) and {103030, 103031, 103100} <= ours.special_ids
+        assert ours.control_tokens == ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|plugin|>")
+        (tmp_path / "tokenizer.json").write_bytes(ours.files()["tokenizer.json"])
+        fast = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+        assert fast(texts[-2:])["input_ids"] == ours.encode(texts[-2:]) == Tokenizer.load(tmp_path).encode(texts[-2:])
+        forbidden = ours.protect(["<|im_end|>"])
+        assert not forbidden & {id for ids in ours.encode(texts[-2:]) for id in ids} and 103030 in forbidden
 
     def test_made_files_load_in_transformers(self, shared, tmp_path):
         from transformers import PreTrainedTokenizerFast
