@@ -48,7 +48,6 @@ def trouble(
 
 
 ASIDE = r"checkpoints/\.tmp-step-\d+"
-LATER = pytest.mark.xfail(strict=True, reason="only a refused save is handled yet, no other write of a run")
 
 
 def case(
@@ -61,21 +60,19 @@ def case(
     ("op", "path", "nth", "fault", "onwards", "codes"),
     [
         case("no permission for the folder", "mkdir", r"\.", 0, errno.EACCES, 2),
-        case("a full disk at the start", "write", r"recipe\.toml.*", 0, errno.ENOSPC, 2, onwards=True),
-        case("read-only from run.json on", "rename", r"run\.json", 0, errno.EROFS, 1, 2, onwards=True, marks=LATER),
+        case("a full disk at the start", "write", r"\.tmp-recipe\.toml", 0, errno.ENOSPC, 2, onwards=True),
+        case("read-only from run.json on", "rename", r"run\.json", 0, errno.EROFS, 1, 2, onwards=True),
         case("no permission for metrics", "open", r"metrics\.jsonl", 0, errno.EACCES, 1, 2),
-        case("a row that can't be written", "write", r"metrics\.jsonl", 2, errno.ENOSPC, 0, marks=LATER),
-        case("metrics that can't be synced", "fsync", r"metrics\.jsonl", 1, errno.EIO, 0, marks=LATER),
-        case("full from a save on", "write", rf"{ASIDE}/.*", 5, errno.ENOSPC, 1, onwards=True, marks=LATER),
+        case("a row that can't be written", "write", r"metrics\.jsonl", 2, errno.ENOSPC, 0),
+        case("metrics that can't be synced", "fsync", r"metrics\.jsonl", 1, errno.EIO, 0),
+        case("full from a save on", "write", rf"{ASIDE}/.*", 5, errno.ENOSPC, 1, onwards=True),
         case("half a write", "write", rf"{ASIDE}/.*", 5, "short", 0),
         case("no permission in a save", "open", rf"{ASIDE}/.*", 6, errno.EACCES, 0),
-        case(
-            "read-only from a save on", "rename", r"checkpoints/step-\d+", 1, errno.EROFS, 1, onwards=True, marks=LATER
-        ),
+        case("read-only from a save on", "rename", r"checkpoints/step-\d+", 1, errno.EROFS, 1, onwards=True),
         case("latest can't follow", "rename", r"checkpoints/latest", 1, errno.EIO, 0),
         case("an old one can't be deleted", "unlink", r"checkpoints/step-\d+/.*", 1, errno.EIO, 0),
-        case("full while exporting", "write", r"\.adapter.*/.*", -1, errno.ENOSPC, 1, marks=LATER),
-        case("full for the ledger", "rename", r"ledger\.json", 0, errno.ENOSPC, 1, onwards=True, marks=LATER),
+        case("full while exporting", "write", r"\.adapter.*/.*", -1, errno.ENOSPC, 1),
+        case("full for the ledger", "rename", r"ledger\.json", 0, errno.ENOSPC, 1, onwards=True),
     ],
 )
 def test_a_fault_is_one_line_or_none_and_the_run_can_be_finished(
@@ -85,16 +82,14 @@ def test_a_fault_is_one_line_or_none_and_the_run_can_be_finished(
     wrong, code, output = trouble(lab, straight, k, fault, onwards=onwards)
     assert not wrong, output
     assert code in codes, output
-    assert fault == "short" or op == "unlink" or os.strerror(fault) in output
+    assert fault == "short" or op == "unlink" or os.strerror(fault).lower() in output.lower()
     if code == 1 and "adapter" in path:
         assert "--resume" in output
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("onwards", [False, True], ids=["once", "from then on"])
-@pytest.mark.parametrize(
-    "fault", [*(pytest.param(number, id=errno.errorcode[number], marks=LATER) for number in ERRNOS), "short"]
-)
+@pytest.mark.parametrize("fault", [*(pytest.param(number, id=errno.errorcode[number]) for number in ERRNOS), "short"])
 def test_every_call_of_the_save_path_fails_in_turn(fault: int | str, onwards: bool, lab: Lab, straight: Any) -> None:
     if onwards and fault not in ONWARDS:
         pytest.skip("passes by itself")
