@@ -371,7 +371,7 @@ def test_the_ledger_is_a_naive_recount_to_the_token_wherever_a_run_stops_and_goe
             assert any(origin(case, *place) in part for place in made.fatal)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_validation_holds_each_of_its_records_once_and_balances(case):
     with built(case) as made:
