@@ -11,7 +11,7 @@ from typing import Any
 
 from corefit import __version__
 from corefit.errors import CorefitError, UserError
-from corefit.terminal import notice, say
+from corefit.terminal import notice, say, write
 
 USAGE = """corefit <verb> [options]
 
@@ -350,7 +350,7 @@ def _templates(args: argparse.Namespace) -> int:
         lines = show.template_sample(registry.template(args.pattern), args.tokenizer, colour=colour)
     else:
         lines = [show.template_summary(registry.template(name)) for name in names]
-    print("\n".join(lines))
+    write("\n".join(lines))
     return 0
 
 

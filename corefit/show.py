@@ -7,6 +7,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from corefit.errors import ModelError
+from corefit.terminal import visible
 from corefit.types import IGNORE_INDEX, Conversation, Item, Message, PromptTemplate, Sample, Unrenderable
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ def template_reader(template: PromptTemplate, tokenizer: str | None) -> Callable
 def template_summary(template: PromptTemplate) -> str:
     """Give one line: what it is, how an answer ends, where it comes from."""
     ends = ", ".join(template.stop) or ("EOS" if template.chat_template else "the tokenizer's")
-    return f"{template.name}  {template.summary} (stop: {ends}; {template.source or 'no source given'})"
+    return visible(f"{template.name}  {template.summary} (stop: {ends}; {template.source or 'no source given'})")
 
 
 def template_sample(template: PromptTemplate, tokenizer: str | None, *, colour: bool) -> list[str]:
@@ -228,7 +229,7 @@ def template_sample(template: PromptTemplate, tokenizer: str | None, *, colour: 
         ("control tokens, which content can't forge", template.control),
         ("markers in plain text, counted where content has them", template.forgeable),
     ):
-        lines += [f"{what}: {'  '.join(words)}"] if words else []
+        lines += [visible(f"{what}: {'  '.join(words)}")] if words else []
     lines += [f"[+supervised+]  {{control token}}  \u00b7 between {unit}"]
     for name in ("a system message", "two turns"):
         try:
