@@ -11,7 +11,7 @@ from typing import Any
 
 from corefit import __version__
 from corefit.errors import CorefitError, UserError
-from corefit.terminal import notice, say
+from corefit.terminal import notice, say, write
 
 USAGE = """corefit <verb> [options]
 
@@ -27,6 +27,7 @@ fine-tune a chat model:
 look around:
   recipes [PATTERN]    list the recipes (also: list-cfg -p PATTERN)
   copy NAME [DEST]     copy a recipe to edit it (also: copy-cfg)
+  templates [NAME]     list the prompt templates, show one on a sample conversation, or --diff A B
   plugins              list every plugin: where it comes from, what it contributes, why it is broken
   selftest [MODEL]     measure on this machine that packed = unpacked, resumed = straight, merged = adapter and more
 
@@ -142,6 +143,11 @@ def _parser() -> _Parser:
     train.add_argument(
         "--allow-changes", action="store_true", help="resume although data, recipe, model or a plugin changed"
     )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="load data and model, prove what must hold, say how long the run would be, and stop: nothing is written",
+    )
 
     pack = verb("pack", _pack, "Encode the data once, ahead of time, for runs with pack.arena. No model is loaded.")
     pack.add_argument("recipe", nargs="?", metavar="RECIPE", help="a .toml file, a recipe's name or a run folder")
@@ -211,6 +217,12 @@ def _parser() -> _Parser:
     copy.add_argument("name", metavar="NAME")
     copy.add_argument("dest", nargs="?", default=".", metavar="DEST", help="a folder or a file name (default: here)")
 
+    about = "List the prompt templates; show one on a sample conversation; show where two of them differ first."
+    templates = verb("templates", _templates, about)
+    templates.add_argument("pattern", nargs="?", metavar="NAME|PATTERN", help="a template to show, or part of a name")
+    templates.add_argument("--diff", nargs=2, metavar=("A", "B"), help="two templates to compare")
+    templates.add_argument("--tokenizer", metavar="PATH", help="show tokens: a tokenizer folder or a tokenizer.model")
+
     verb("plugins", _plugins, "List every plugin: distribution, version, what it contributes, why it is broken.")
 
     check = verb(
@@ -250,7 +262,7 @@ def _train(args: argparse.Namespace) -> int:
     from corefit.run import train_from
 
     flags = _flags(args, "quantizer", "scheduler", "out")
-    how = dict(resume=args.resume, allow_changes=args.allow_changes, own_process=True)
+    how = dict(resume=args.resume, allow_changes=args.allow_changes, dry_run=args.dry_run, own_process=True)
     return train_from(args.recipe, flags, args.sets, **how).exit_code
 
 
@@ -321,6 +333,24 @@ def _copy(args: argparse.Namespace) -> int:
     from corefit.recipe import copy_recipe
 
     say(copy_recipe(args.name, args.dest))
+    return 0
+
+
+def _templates(args: argparse.Namespace) -> int:
+    from corefit import show
+    from corefit.registry import Registry
+
+    registry = Registry.load()
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    names = [name for name in registry.templates if (args.pattern or "") in name]
+    if args.diff:
+        first, second = map(registry.template, args.diff)
+        lines = show.template_difference(first, second, args.tokenizer, colour=colour)
+    elif args.pattern in names or not names:
+        lines = show.template_sample(registry.template(args.pattern), args.tokenizer, colour=colour)
+    else:
+        lines = [show.template_summary(registry.template(name)) for name in names]
+    write("\n".join(lines))
     return 0
 
 

@@ -43,6 +43,7 @@ def corefit_dataset_readers() -> Iterable[DatasetReader]:
         seekable=True,
         index=_index,
         fetch=_fetch,
+        bounded=True,
     )
 
 

@@ -10,14 +10,17 @@
     │   └── ModelError           a model, tokenizer or adapter folder
     └── RunError                 exit code 1: the run failed
         ├── IsolationError       documents of one pack see each other
+        ├── MaskError            a sample is not what its messages say
         ├── LedgerError          the ledger does not balance
+        ├── NonFiniteError       loss or gradients are not finite; holds what a replay found
         └── CheckpointError      a checkpoint that can't be written or read
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class CorefitError(Exception):
@@ -39,6 +42,9 @@ class RecipeError(UserError):
 class DataError(UserError):
     """A record or a data file; begins with ``path:line:`` where a line is known."""
 
+    def __str__(self) -> str:
+        return super().__str__().replace("\n", "\\n")  # of data and of file names
+
 
 class PluginError(UserError):
     """A plugin that is missing, broken, misspelt or claimed twice; names distribution and version."""
@@ -56,8 +62,20 @@ class IsolationError(RunError):
     """Documents of one pack see each other: training would learn from the wrong context."""
 
 
+class MaskError(RunError):
+    """A sample is not what its messages say: text lost, a wrong token supervised or masked, a stop or BOS missing."""
+
+
 class LedgerError(RunError):
     """The ledger does not balance: a record, token or slot is unaccounted for."""
+
+
+class NonFiniteError(RunError):
+    """Loss or gradients that are not finite; ``report``, a JSON-able object, is all that is known of their origin."""
+
+    def __init__(self, line: str, report: Mapping[str, Any]) -> None:
+        super().__init__(line)
+        self.report = report
 
 
 class CheckpointError(RunError):

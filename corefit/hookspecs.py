@@ -116,7 +116,7 @@ def corefit_prompt_templates() -> Iterable[PromptTemplate]:
     from the same strings. A template that needs logic writes ``render(item, tokenizer, options)`` itself: it yields
     ``Segment``s that hold the content verbatim and in order, and only the assistant's content and its stop are
     supervised. A segment with ``control=True`` is exactly one token of the tokenizer. What can't be placed exactly
-    raises ``Unrenderable(reason)``, a counted drop.
+    raises ``Unrenderable(reason)``, a counted drop; a ``DataError`` stops the run instead.
 
     A whole plugin::
 

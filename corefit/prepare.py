@@ -15,13 +15,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from corefit.data.arena import Arena, write_arena
-from corefit.data.block import RECORD, RECORD_COLUMNS, Block, fit
+from corefit.data.block import RECORD, Block, fit
 from corefit.data.encode import Encoder, make_encoder
 from corefit.data.jsonl import STDIN_NAME, find_files, spool
 from corefit.data.ledger import Ledger
+from corefit.data.source import as_found, encode_items, in_words, items_of, refused
 from corefit.data.stream import Source, Stream
 from corefit.data.tokenizer import Tokenizer
 from corefit.durable import read_json
@@ -39,7 +38,7 @@ from corefit.recipe import (
     to_toml,
 )
 from corefit.registry import Registry
-from corefit.types import BadRecord, DatasetReader, Drop, Item, MapFunction, PromptTemplate, Record, Sample, Sources
+from corefit.types import BadRecord, DatasetReader, Item, MapFunction, PromptTemplate, Record, Sample, Sources
 
 EMBEDDED = Path(__file__).parent / "embedded"
 SNIFFED = 32
@@ -155,6 +154,11 @@ def prepare(
         choices.append(f"template: {template.name}")
     template_options = options_from(template.options, recipe.template.options, where="template.options")
     encoder = make_encoder(template, tok, template_options=template_options, supervise=recipe.template.supervise)
+    if encoder.rewrites and recipe.template.supervise == "all":
+        choices.append(
+            "template: it writes an answer otherwise once another turn follows, so earlier answers are learnt in that "
+            'form; template.supervise="unroll" makes a sample of every turn, as the model will be asked'
+        )
     sources: list[Source] = []
     val_sources: list[Source] = []
     for entry in recipe.data:
@@ -228,14 +232,13 @@ def _sources(
     train: tuple[Path, ...] = ()
     val: tuple[Path, ...] = ()
     if specs:
-        specs = [_plain(spec, recipe, entry, spool_to, again) for spec in specs]
         found = find_files(specs, base=Path.cwd())
-        train, val = found.train, found.val
+        train, val = tuple(_plain(path, recipe, entry, spool_to, again) for path in found.train), found.val
     limit = entry.max_record_mb * 2**20
-    lines = []
+    lines: list[str] = []
     name = entry.map
     if name is None:
-        name = _sniff(Sources(train, limit), registry)
+        name, lines = _sniff(Sources(train, limit), registry, entry.on_bad)
         lines.append(f"format: {name} (none was named: recognised from the first records)")
     mapper = registry.map_function(name)
     reader = _reader(entry.reader, name, registry)
@@ -249,7 +252,7 @@ def _sources(
             reader_options=reader_options,
             map_function=mapper,
             map_options=map_options,
-            sources=Sources(paths, limit, mapper.fields),
+            sources=as_found(Sources(paths, limit, mapper.fields)),
             shuffle=shuffle,
             ratio=entry.ratio,
             repeat=entry.repeat or 1,
@@ -265,18 +268,17 @@ def _sources(
     return source(train, shuffle=entry.shuffle), (source(val, shuffle=False),) if val else (), lines
 
 
-def _plain(spec: str, recipe: Recipe, entry: Data, spool_to: Path | None, again: bool) -> str:
+def _plain(path: Path, recipe: Recipe, entry: Data, spool_to: Path | None, again: bool) -> Path:
     """Give a path that can be read twice: standard input, and .gz where it is shuffled, are unpacked first."""
-    packed = spec.endswith(".gz") and (entry.shuffle or recipe.train.epochs != 1) and not recipe.pack.arena
-    if spec != "-" and not packed:
-        return spec
+    stdin = path == Path("-")
+    packed = path.suffix == ".gz" and (entry.shuffle or recipe.train.epochs != 1) and not recipe.pack.arena
     if spool_to is None:
-        if spec == "-":
+        if stdin:
             raise RecipeError("--data -: standard input can be read once only; give a file")
-        return spec
-    if spec == "-" and again and (spool_to / STDIN_NAME).is_file():
-        return str(spool_to / STDIN_NAME)
-    return str(spool(spec, spool_to))
+        return path
+    if stdin and again and (spool_to / STDIN_NAME).is_file():
+        return spool_to / STDIN_NAME
+    return spool(path, spool_to) if stdin or packed else path
 
 
 def _split_options(
@@ -293,22 +295,28 @@ def _split_options(
     )
 
 
-def _sniff(sources: Sources, registry: Registry) -> str:
-    """Give the one map function that recognises the first records.
+def _sniff(sources: Sources, registry: Registry, on_bad: str) -> tuple[str, list[str]]:
+    """Give the one map function that recognises the first records, and lines about those that failed at them.
 
     Raises:
         DataError: none does, or several do; names the keys that are there and the candidates.
     """
     first = list(islice(registry.reader("jsonl").read(sources, None), SNIFFED))
     for record in first:
-        if isinstance(record, BadRecord):
-            raise DataError(str(record))
+        if isinstance(record, BadRecord) and on_bad == "error":
+            raise refused(record)
     records = [record for record in first if isinstance(record, Record)]
     if not records:
-        raise DataError(f"{', '.join(map(str, sources.paths))}: no records")
-    fits = [name for name, m in registry.map_functions.items() if m.sniff is not None and all(map(m.sniff, records))]
+        where, n = ", ".join(map(str, sources.paths)), len(first)
+        raise DataError(f"{where}: none of the first {n} records can be read; --plugin names their format")
+    fits, lines = list[str](), list[str]()
+    for name, function in registry.map_functions.items():
+        try:
+            fits += [name] if function.sniff is not None and all(map(function.sniff, records)) else []
+        except Exception as error:  # harms nobody who doesn't ask for it
+            lines.append(f"map function {name!r} failed at {records[0].origin}: {in_words(error)}")
     if len(fits) == 1:
-        return fits[0]
+        return fits[0], lines
     keys = ", ".join(sorted(records[0]))
     if fits:
         raise DataError(f"{records[0].origin}: several formats fit ({', '.join(fits)}); choose one with --plugin")
@@ -336,19 +344,16 @@ def walk(plan: Prepared) -> Iterator[tuple[Item, Sample]]:
     for source in plan.sources:
         records = source.read()
         while group := list(islice(records, 64)):
-            items: list[tuple[Item, str]] = []
             for record in group:
-                if isinstance(record, Record):
-                    mapped = source.map_function.map(record, source.map_options)
-                    items += [(item, record.origin) for item in mapped if not isinstance(item, Drop)]
-                elif source.on_bad == "error":
-                    raise DataError(f'{record}; data.on_bad="skip" counts such records and goes on')
-            encoded = plan.encoder.encode(items)
-            rows = np.zeros((len(items), RECORD_COLUMNS), np.int64)  # here every item is a record of its own
-            block = Block(rows, encoded.samples, encoded.tokens, encoded.spans, encoded.cuts)
+                if isinstance(record, BadRecord) and source.on_bad == "error":
+                    raise refused(record)
+            items = items_of(((source, record) for record in group), plan.encoder.supervise)
+            block, _ = encode_items(items, plan.encoder)
             block = fit(block, plan.recipe.pack.max_length, plan.recipe.pack.overlong)
             for i, number in enumerate(block.samples[:, RECORD].tolist()):
                 yield items[number][0], block.sample(i, items[number][1])
+            if block.error is not None:
+                raise block.error
 
 
 def encoding_threads(recipe: Recipe) -> int:

@@ -112,8 +112,10 @@ class Template:
 
     name: Text | None = None
     """Name of a prompt template; None: the chat template that the tokenizer carries."""
-    supervise: Literal["all", "last"] = "all"
-    """Which answers of a conversation are targets."""
+    supervise: Literal["all", "last", "unroll"] = "all"
+    """Which answers of a conversation are targets; ``unroll``: each is the last one of a sample of its own."""
+    min_supervised: Share = 0.001
+    """Share of the first records' tokens that must be supervised for a run to start, 2 in a pack of 2,048; 0: any."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the template."""
 

@@ -309,8 +309,8 @@ def _check(entry: object, hook: str, type_: type[Any], function: str) -> None:
     if not isinstance(entry, type_):
         raise PluginError(f"{hook}() yields {_short(entry)}, a {type(entry).__name__}; expected {type_.__name__}")
     name: object = getattr(entry, "name", None)
-    if not (isinstance(name, str) and re.fullmatch(r"\w[\w.+-]*", name)):
-        raise PluginError(f"{hook}() yields the name {_short(name)}; expected letters, digits, '_', '-', '.' or '+'")
+    if not (isinstance(name, str) and re.fullmatch(r"\w[\w.+@-]*", name)):
+        raise PluginError(f"{hook}() yields the name {_short(name)}; expected letters, digits or one of '_-.+@'")
     if not isinstance(entry.summary, str) or "\n" in entry.summary:
         raise PluginError(f"{hook}() yields {name!r} with summary {_short(entry.summary)}; expected one line of text")
     if not callable(getattr(entry, function)):

@@ -13,6 +13,7 @@ import random
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -200,10 +201,32 @@ def train_from(
     *,
     resume: bool | str = False,
     allow_changes: bool = False,
+    dry_run: bool = False,
     own_process: bool = False,
     say: Say = terminal.say,
 ) -> Run:
-    """Train as recipe and flags say; see ``train``. ``own_process``: a second ctrl-C may end the process at once."""
+    """Train as recipe and flags say; see ``train``.
+
+    ``dry_run``: do all that comes before step 1, and leave nothing. ``own_process``: a second ctrl-C may end the
+    process at once.
+    """
+    if not dry_run:
+        return _train(recipe_name, flags, sets, resume, allow_changes, own_process, None, say)
+    with tempfile.TemporaryDirectory(prefix="corefit-") as aside:
+        return _train(recipe_name, flags, sets, resume, allow_changes, own_process, Path(aside), say)
+
+
+def _train(
+    recipe_name: str | None,
+    flags: Mapping[str, str],
+    sets: Sequence[str],
+    resume: bool | str,
+    allow_changes: bool,
+    own_process: bool,
+    aside: Path | None,
+    say: Say,
+) -> Run:
+    """Train; with ``aside``, where standard input may be spooled to, stop before step 1."""
     registry, say = Registry.load(), _unfailing(say)
     source, which = _named(resume)  # the run that is to go on, where one is named
     if isinstance(resume, str) and source is None:
@@ -229,9 +252,11 @@ def train_from(
         _only_newest(source, which)
     else:
         folder = out if resume and out and not fork else _new_folder(recipe, name)
-    plan = prepare(recipe, registry, tokenizer=base, spool_to=(source or folder) / "data", again=source is not None)
+    spool_to = aside if aside and source is None else (source or folder) / "data"
+    plan = prepare(recipe, registry, tokenizer=base, spool_to=spool_to, again=source is not None)
     if resume and source is None and not recipe.run.out and (source := _earlier(plan.recipe, name, say)):
-        shutil.rmtree(folder, ignore_errors=True)  # what was unpacked for a new run
+        if not aside:
+            shutil.rmtree(folder, ignore_errors=True)  # what was unpacked for a new run
         folder = source
     facts = identity(plan, model_fingerprint(str(base)))
     changes: list[tuple[str, str, str]] = []
@@ -252,7 +277,7 @@ def train_from(
         if before.get("status") == "complete" and not fork and not any(key in ENDS for key, *_ in changes):
             say(f"{source} is complete: nothing to do")
             return Run(source)
-        if fork:
+        if fork and not aside:
             _fork(source, which, folder)
     for line in plan.choices:
         say(line)
@@ -260,6 +285,10 @@ def train_from(
         say(f"resume: changed since: {words(changes)}")
     from corefit.session import Interrupts, Session
 
+    if aside:
+        dry = Session(plan, folder, base, quantizer, scheduler, Interrupts(say), say)
+        dry.check(None if source is None or fork else changes)
+        return Run(folder)
     with Interrupts(say, own_process=own_process) as interrupts:
         session = Session(plan, folder, base, quantizer, scheduler, interrupts, say)
         return Run(folder, session.play(identity=facts, resuming=source is not None, changes=changes))

@@ -12,6 +12,7 @@ from typing import Any
 
 from corefit import terminal
 from corefit.chat import Chatter
+from corefit.data.source import map_record
 from corefit.data.stream import Source, encode_validation, split_validation
 from corefit.errors import DataError, UserError
 from corefit.prepare import Prepared, prepare, resolve
@@ -227,7 +228,7 @@ def _answers(chatter: Chatter, rows: Iterator[tuple[Source, Record | BadRecord]]
     for source, record in rows:
         if not isinstance(record, Record):
             continue
-        items = [item for item in source.map_function.map(record, source.map_options) if isinstance(item, Conversation)]
+        items = [item for item in map_record(source, record) if isinstance(item, Conversation) and item.messages]
         for item in items[:1]:
             *asked, last = item.messages
             if last.role != "assistant" or not asked:

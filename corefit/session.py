@@ -23,6 +23,7 @@ import torch
 
 from corefit import __version__, show
 from corefit.data.ledger import Ledger
+from corefit.data.source import map_record
 from corefit.data.stream import Estimate, Source, Stream, encode_validation, split_validation
 from corefit.durable import claim, make_folder, read_json, sync, write_whole
 from corefit.engine import attention, checkpoint, evaluate, export, model
@@ -31,6 +32,7 @@ from corefit.engine.loss import CausalLoss
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_notice
 from corefit.errors import CheckpointError, DataError, LedgerError, ModelError, RecipeError, RunError, system_words
 from corefit.prepare import Prepared, encoding_threads, file_facts, make_stream, secrets, without_out
+from corefit.proofs import Proof, data_proofs, first_records
 from corefit.recipe import Train, to_toml
 from corefit.report import JsonLines, Progress, answers_table, finite, perplexity, read_lines, summary
 from corefit.types import (
@@ -160,10 +162,10 @@ class Session:
         """Load data and model; nothing is written yet, so that a refusal leaves no folder behind."""
         self.plan, self.folder, self.base, self.say, self.interrupts = plan, folder, base, say, interrupts
         self.recipe, self.scheduler = plan.recipe, scheduler
+        self.proofs: dict[str, Any] = {}
         self.stream, self.val_batches, self.prompts = self._data()
         self.patience = Patience(self.recipe.val.patience)
         self.state, self.lengths = LoopState(), {"metrics.jsonl": 0, "samples.jsonl": 0}
-        self.proofs: dict[str, Any] = {}
         self.best = 0  # the step after which the validation loss was lowest
         self.validated: set[int] = set()
         self.sampled: set[int] = set()
@@ -171,8 +173,13 @@ class Session:
 
     # ------------------------------------------------------------------------------------------------------ the start
 
+    def _proved(self, *proofs: Proof) -> None:
+        for proof in proofs:
+            self.proofs[proof.name] = proof.facts
+            self.say(proof.line)
+
     def _data(self) -> tuple[Stream, list[Batch], tuple[str, ...]]:
-        """Give the stream, the validation batches and the questions for samples; say what the run will be."""
+        """Give the stream, the validation batches and the questions for samples; prove and say what the run will be."""
         recipe, plan = self.recipe, self.plan
         held_out: list[tuple[Source, Record | BadRecord]] = []
         hashes, off = frozenset[int](), None
@@ -186,8 +193,8 @@ class Session:
         stream = make_stream(plan, epochs=recipe.train.epochs, val_hashes=hashes, threads=threads)
         if recipe.pack.arena:
             self.say(f"arena: samples come from {recipe.pack.arena}, nothing is encoded anew")
-        for line in stream.notices:
-            self.say(line)
+        while stream.notices:
+            self.say(stream.notices.pop(0))
         batches, self.val_ledger = encode_validation(
             held_out,
             plan.encoder,
@@ -200,6 +207,9 @@ class Session:
             self.say(f"validation: off ({off})")
         elif batches:
             self.say(f"validation: {len(held_out):,} records, {sum(batch.n_samples for batch in batches):,} samples")
+        first = first_records(plan.sources)
+        for proof in data_proofs(plan, first):
+            self._proved(proof)
         for line in forecast(stream.estimate(), recipe.train):
             self.say(line)
         if self.scheduler.decays and not recipe.train.max_steps and not (recipe.train.epochs and stream.total_bytes):
@@ -207,8 +217,7 @@ class Session:
                 f"scheduler {self.scheduler.name!r} must know how long the run is, the size of the data isn't known: "
                 "--set train.max_steps=N, or --scheduler constant"
             )
-        first = ((source, record) for source in plan.sources for record in islice(source.read(), SAMPLED_PROMPTS))
-        return stream, batches, recipe.sample.prompts or questions(held_out or list(first))
+        return stream, batches, recipe.sample.prompts or questions(held_out or first)
 
     def _model(self, quantizer: Quantizer) -> None:
         """Load the model and its adapter, and prove that packed documents don't see each other."""
@@ -228,12 +237,12 @@ class Session:
             weights_dtype="float32" if full else None,
             say=self.say,
         )
-        vocabulary = network.get_input_embeddings().weight.shape[0]
-        if self.plan.tokenizer.vocab_size > vocabulary:
-            raise ModelError(
-                f"{self.base}: its tokenizer has {self.plan.tokenizer.vocab_size:,} tokens, but there are "
-                f"{vocabulary:,} embeddings"
-            )
+        tokenizer, encoder = self.plan.tokenizer, self.plan.encoder
+        special = (*tokenizer.control_tokens, *self.plan.template.control, *encoder.stop)
+        ids = {token: id for token in special if (id := tokenizer.token_id(token)) is not None}
+        sizes = model.check_vocabulary(network, tokenizer.vocab_size, ids)
+        line = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        self._proved(Proof("vocabulary", sizes, f"vocabulary: {line}; all {len(ids)} control tokens are among them"))
         spec = model.AdapterSpec(
             r=recipe.adapter.r,
             alpha=recipe.adapter.alpha,
@@ -248,10 +257,16 @@ class Session:
         wanted = settings.gradient_checkpointing
         if wanted is True or (wanted == "auto" and self.device != "cpu"):
             model.enable_gradient_checkpointing(network)
-        self.parameters = model.trainable_parameters(network)
-        self.counts = counts = model.count_parameters(network)
         self.fingerprint = model.model_fingerprint(str(self.base))
-        how = "all of it" if full else f"LoRA r {spec.r} on {', '.join(network.peft_config['default'].target_modules)}"
+        self.counts = counts = model.count_parameters(network)
+        self.say(f"model: {counts.total / 1e6:,.1f}M parameters, base weights {quantizer.name}")
+        layers = {} if full else model.adapted_layers(network)
+        line = f"LoRA r {spec.r} on {sum(layers.values())} layers: {', '.join(f'{n} {t}' for t, n in layers.items())}"
+        self._proved(Proof("adapter", {"layers": layers}, f"adapter: {'none, all of it trains' if full else line}"))
+        self.parameters = model.check_trainable(network)
+        facts = {"tensors": len(self.parameters), "parameters": counts.trainable, "dtype": "float32"}
+        line = f"trainable: {counts.trainable / 1e6:,.2f}M numbers in {len(self.parameters):,} tensors, all fp32"
+        self._proved(Proof("trainable", facts, line))
         plan = self.plan
         self.provenance = export.Provenance(
             base=str(recipe.model.base),
@@ -267,19 +282,15 @@ class Session:
             compute_dtype=str(self.precision.compute_dtype).removeprefix("torch."),
             device=self.device.partition(":")[0],
         )
-        self.say(
-            f"model: {counts.total / 1e6:,.1f}M parameters, base weights {quantizer.name}, "
-            f"{counts.trainable / 1e6:,.2f}M trainable ({how})"
-        )
         self.context: dict[str, Any] = {"device": self.device, "compute_dtype": self.precision.compute_dtype}
         delta = attention.isolation_canary(
             network,
-            vocab_size=vocabulary,
+            vocab_size=sizes["embeddings"],
             device=self.device,
             autocast=lambda: autocast(self.device, self.precision.compute_dtype),
         )
-        self.proofs["isolation"] = {"max_delta": delta}
-        self.say(f"isolation: documents of one pack don't see each other (max |delta| {delta:g})")
+        line = f"isolation: documents of one pack don't see each other (max |delta| {delta:g})"
+        self._proved(Proof("isolation", {"max_delta": delta}, line))
         self.loss_fn = CausalLoss(network)
         with autocast(self.device, self.precision.compute_dtype):
             why = self.loss_fn.probe()
@@ -301,6 +312,12 @@ class Session:
         np.random.seed(settings.seed % 2**32)
 
     # -------------------------------------------------------------------------------------------------------- the run
+
+    def check(self, changes: Sequence[tuple[str, str, str]] | None) -> None:
+        """Stop before step 1; ``changes``: as for ``play``, of the run whose checkpoint is read first; None: no run."""
+        if changes is not None:
+            self._saved(changes)
+        self.say("dry run: everything holds, nothing was trained")
 
     def play(
         self, *, identity: Mapping[str, str], resuming: bool = False, changes: Sequence[tuple[str, str, str]] = ()
@@ -350,6 +367,8 @@ class Session:
             return self._finish(reason)
         except BaseException as error:
             with contextlib.suppress(OSError):
+                if report := getattr(error, "report", None):  # a NonFiniteError's
+                    write_json(self.folder / "nonfinite.json", report)
                 self._write_run("failed", error=f"{type(error).__name__}: {error}")
             if isinstance(error, OSError):
                 where = error.filename or self.folder
@@ -448,6 +467,8 @@ class Session:
     def _report(self, report: StepReport) -> None:
         self._write(self.metrics, report)
         self.progress.update(report)
+        while self.stream.notices:
+            self.progress.note(self.stream.notices.pop(0))
 
     def _validate(self, step: int) -> None:
         """Write and show the validation loss, once a step; nothing where validation is off."""
@@ -647,8 +668,8 @@ def questions(records: Sequence[tuple[Source, Record | BadRecord]]) -> tuple[str
     found: list[str] = []
     for source, record in records:
         if len(found) < SAMPLED_PROMPTS and isinstance(record, Record):
-            for item in islice(source.map_function.map(record, source.map_options), 1):
-                if isinstance(item, Conversation) and item.messages[0].role == "user":
+            for item in map_record(source, record)[:1]:
+                if isinstance(item, Conversation) and item.messages and item.messages[0].role == "user":
                     found.append(item.messages[0].content)
     return tuple(found)
 

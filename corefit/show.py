@@ -1,11 +1,14 @@
-"""Samples as the model will see them: text with its supervised tokens marked, labels, a histogram of lengths."""
+"""Samples as the model will see them: supervised tokens marked, labels, a histogram of lengths; templates compared."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from corefit.types import IGNORE_INDEX, Conversation, Item, Sample
+from corefit.errors import ModelError
+from corefit.terminal import visible
+from corefit.types import IGNORE_INDEX, Conversation, Item, Message, PromptTemplate, Sample, Unrenderable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,15 +66,29 @@ def pieces(sample: Sample, tokenizer: _Bytes) -> Iterator[tuple[str, bool, int]]
 
 def marked(sample: Sample, tokenizer: _Bytes, *, colour: bool) -> str:
     """Give the sample's text: a dot between tokens, ``[+`` and ``+]`` around supervised runs."""
+    return _marked((Piece(text, supervised, False) for text, supervised, _ in pieces(sample, tokenizer)), colour=colour)
+
+
+class Piece(NamedTuple):
+    """A token, a few that share the bytes of a character, or a segment."""
+
+    text: str
+    supervised: bool
+    control: bool
+    n: int = 1
+    """Tokens, or one segment."""
+
+
+def _marked(pieces: Iterable[Piece], *, colour: bool) -> str:
     out: list[str] = []
     inside = False
-    for text, supervised, _ in pieces(sample, tokenizer):
+    for text, supervised, control, _ in pieces:
         if supervised != inside:
             out.append((GREEN if colour else "") + "[+" if supervised else "+]" + (RESET if colour else ""))
             inside = supervised
         elif out:
             out.append("\u00b7")
-        out.append(_visible(text))
+        out.append("{" + _visible(text) + "}" if control else _visible(text))
     if inside:
         out.append("+]" + (RESET if colour else ""))
     return "".join(out)
@@ -134,4 +151,119 @@ def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
     ):
         if reasons:
             lines.append(f"  {name}: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items())))
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------- templates
+
+
+_TURN = (Message("user", "Hi! 你好"), Message("assistant", "Hello 🙂"))
+_TURNS = (*_TURN, Message("user", "2 + 2?"), Message("assistant", "4."))
+CONVERSATIONS = {
+    "one turn": Conversation(_TURN),
+    "two turns": Conversation(_TURNS),
+    "a system message": Conversation((Message("system", "Be brief."), *_TURNS)),
+    "an empty system message": Conversation((Message("system", ""), *_TURN)),
+    "an answer first": Conversation((_TURN[1], *_TURN)),
+    "two questions in a row": Conversation((_TURN[0], *_TURN)),
+}
+"""On which templates are compared."""
+
+
+class _NoTokenizer:
+    """Stands in where none is named, as far as that goes."""
+
+    bos_token, eos_token, chat_template = "<bos>", "<eos>", None
+
+    def token_id(self, token: str) -> None:
+        return None
+
+    def split_control(self, text: str) -> list[tuple[str, bool]]:
+        return [(text, False)]
+
+    def render_chat(self, *messages: object, **options: object) -> str:
+        raise ModelError("this template is the tokenizer's own: name one with --tokenizer PATH")
+
+
+def template_reader(template: PromptTemplate, tokenizer: str | None) -> Callable[[Conversation], list[Piece]]:
+    """Give what gives tokens, or segments where no tokenizer is named; it raises ``Unrenderable`` as the template does.
+
+    Raises:
+        ModelError: template and tokenizer don't fit, or the template needs a tokenizer.
+    """
+    options = template.options() if template.options else None
+    if tokenizer is None:
+        named = _NoTokenizer()
+        return lambda item: [Piece(s.text, s.supervised, s.control) for s in template.render(item, named, options)]
+    from corefit.data.encode import make_encoder
+    from corefit.data.tokenizer import Tokenizer
+
+    loaded = Tokenizer.load(tokenizer)  # each template its own: it protects what another writes as text
+    encoder = make_encoder(template, loaded, template_options=options)
+
+    def read(item: Conversation) -> list[Piece]:
+        encoded = encoder.encode([(item, "sample")])
+        if encoded.drops[0]:
+            raise Unrenderable(encoded.drops[0])
+        found, at = [], 0
+        for text, supervised, n in pieces(Sample(encoded.tokens, encoded.spans.astype("int32"), "sample"), loaded):
+            found.append(Piece(text, supervised, bool(encoder.forbidden[encoded.tokens[at]]), n))
+            at += n
+        return found
+
+    return read
+
+
+def template_summary(template: PromptTemplate) -> str:
+    """Give one line: what it is, how an answer ends, where it comes from."""
+    ends = ", ".join(template.stop) or ("EOS" if template.chat_template else "the tokenizer's")
+    return visible(f"{template.name}  {template.summary} (stop: {ends}; {template.source or 'no source given'})")
+
+
+def template_sample(template: PromptTemplate, tokenizer: str | None, *, colour: bool) -> list[str]:
+    """Give lines that show a template on a sample conversation; ``tokenizer`` is a path."""
+    read = template_reader(template, tokenizer)
+    unit = "segments" if tokenizer is None else "tokens"
+    lines = [template_summary(template)]
+    for what, words in (
+        ("control tokens, which content can't forge", template.control),
+        ("markers in plain text, counted where content has them", template.forgeable),
+    ):
+        lines += [visible(f"{what}: {'  '.join(words)}")] if words else []
+    lines += [f"[+supervised+]  {{control token}}  \u00b7 between {unit}"]
+    for name in ("a system message", "two turns"):
+        try:
+            return [*lines, "", _marked(read(CONVERSATIONS[name]), colour=colour)]
+        except Unrenderable as refusal:
+            lines.append(f"it can't write {name} ({refusal.reason})")
+    return lines
+
+
+def template_difference(
+    first: PromptTemplate, second: PromptTemplate, tokenizer: str | None, *, colour: bool
+) -> list[str]:
+    """Give lines that show where two templates differ first, on ``CONVERSATIONS``; ``tokenizer`` is a path."""
+    readers = [template_reader(template, tokenizer) for template in (first, second)]
+    both, width = (first, second), max(len(first.name), len(second.name))
+    unit = "segment" if tokenizer is None else "token"
+    for name, item in CONVERSATIONS.items():
+        found, refused = list[list[Piece]](), list[str]()
+        for template, read in zip(both, readers, strict=True):
+            try:
+                found.append(read(item))
+            except Unrenderable as refusal:
+                refused.append(f"only {template.name} can't write {name} ({refusal.reason})")
+        if len(refused) == 1:
+            return refused
+        if refused or found[0] == found[1]:
+            continue
+        k = next(i for i, pair in enumerate(zip_longest(*found)) if pair[0] != pair[1])
+        shown = [_marked(some[max(k - 3, 0) : k + 5], colour=colour).replace("\n", "") for some in found]
+        return [
+            f"first difference: {unit} {1 + sum(piece.n for piece in found[0][:k])} of {name}",
+            *(f"  {t.name:<{width}}  {'... ' if k > 3 else ''}{text}" for t, text in zip(both, shown, strict=True)),
+        ]
+    lines = [f"{first.name} and {second.name} write the same {unit}s, and supervise the same"]
+    if set(first.stop) != set(second.stop):
+        lines += [f"  {t.name:<{width}}  ends an answer at {', '.join(t.stop) or 'EOS'}" for t in both]
     return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 from corefit.types import Conversation, PromptTemplate, Segment, Tokenizer, Unrenderable
 
@@ -24,6 +25,8 @@ def template_from_strings(
     stop: tuple[str, ...],
     control: tuple[str, ...],
     bos: str,
+    start: tuple[str, ...],
+    need_bos: bool,
     eos: bool,
     source: str,
     default_system: str | None,
@@ -33,7 +36,7 @@ def template_from_strings(
     Raises:
         ValueError: strings that do not fit together.
     """
-    opening = assistant or ""
+    opening, control = assistant or "", tuple(dict.fromkeys((*start, *control)))
     if "{content}" not in user or (system and "{content}" not in system):
         raise ValueError(f"template {name}: user and system must say where the message goes with {{content}}")
     if not user.endswith(opening):
@@ -41,14 +44,19 @@ def template_from_strings(
     if bos not in ("none", "first", "turn"):
         raise ValueError(f"template {name}: bos is {bos!r}; known: first, none, turn")
     holes = re.compile("(" + "|".join(map(re.escape, ["{content}", "{round}", *sorted(control, key=len)[::-1]])) + ")")
+    strings = (user.removesuffix(opening), system, opening, suffix, separator)
     user_parts, system_parts, opening_parts, suffix_parts, separator_parts = (
-        [part for part in holes.split(text) if part]
-        for text in (user.removesuffix(opening), system, opening, suffix, separator)
+        [part for part in holes.split(text) if part] for text in strings
     )
-    user_runs, system_runs, opening_runs, suffix_runs, separator_runs = (
-        [(part, part in control) for part in parts]
-        for parts in (user_parts, system_parts, opening_parts, suffix_parts, separator_parts)
-    )
+
+    @lru_cache(maxsize=1)
+    def cut(tokenizer: Tokenizer) -> list[list[Run]]:
+        """Cut the strings at control tokens: those of the format, and those that the tokenizer makes of its text."""
+        return [
+            [(part, own or part in control) for run, own in tokenizer.split_control(text)
+             for part in ([run] if own else holes.split(run)) if part]
+            for text in strings
+        ]  # fmt: skip
 
     def fill(runs: list[Run], content: str, round: int = 0) -> list[Run]:
         values = {"{content}": content, "{round}": str(round)}
@@ -57,18 +65,22 @@ def template_from_strings(
     def render(item: Conversation, tokenizer: Tokenizer, options: object = None) -> Iterator[Segment]:
         if item.tools:
             raise Unrenderable("tools")
+        user_runs, system_runs, opening_runs, suffix_runs, separator_runs = cut(tokenizer)  # type: ignore[arg-type]
+        begin = [(token, True) for token in start or (tokenizer.bos_token,) if token]
         segments: list[Segment] = []
         runs: list[Run] = []
         before, new_turn, round = "", True, 0
         for i, (role, content, _, tool_calls, reasoning, supervised) in enumerate(item.messages):
-            if reason := _refusal(role, before, bool(opening), bool(system)):
+            if reason := _refusal(role, before, bool(opening), bool(system) or not content):
                 raise Unrenderable(reason)
             if tool_calls or reasoning:
                 raise Unrenderable("tool_call" if tool_calls else "reasoning")
             if i == 0 or (before == "assistant" and role != "assistant"):
                 new_turn = True
                 if bos == "turn" or (bos == "first" and i == 0):
-                    runs.append((_named(tokenizer.bos_token, "no_bos_token"), True))
+                    if not begin and need_bos:
+                        raise Unrenderable("no_bos_token")
+                    runs += begin
             if i == 0 and role != "system" and default_system:
                 runs += fill(system_runs, default_system)
             if role == "system":
@@ -79,7 +91,9 @@ def template_from_strings(
             else:
                 segments += join_runs(runs + opening_runs, turn=new_turn)
                 answer = [(content, False), *suffix_runs]
-                answer += [(_named(tokenizer.eos_token, "no_eos_token"), True)] if eos else []
+                if eos and not tokenizer.eos_token:
+                    raise Unrenderable("no_eos_token")
+                answer += [(tokenizer.eos_token or "", True)] if eos else []
                 segments += join_runs(answer, supervised=supervised is not False)
                 segments += join_runs(separator_runs)
                 runs, new_turn = [], False
@@ -94,9 +108,7 @@ def template_from_strings(
     def say(reason: str) -> str:
         return "{{ raise_exception('" + f"template {name}: {reason}" + "') }}"
 
-    system_text = (
-        "{% if message['content'] %}" + write(system_parts) + "{% endif %}" if system else say("system_message")
-    )
+    system_text = "{% if message['content'] %}" + (write(system_parts) or say("system_message")) + "{% endif %}"
     starts = "loop.first" + (
         " or (loop.previtem['role'] == 'assistant' and message['role'] != 'assistant')" if bos == "turn" else ""
     )
@@ -112,7 +124,7 @@ def template_from_strings(
     chat_template = "".join(
         [
             "{% set count = namespace(round=0) %}{% for message in messages %}",
-            "{% if " + starts + " %}{{ bos_token }}{% endif %}" if bos != "none" else "",
+            "{% if " + starts + " %}" + (write([*start]) or "{{ bos_token }}") + "{% endif %}" if bos != "none" else "",
             "{% if loop.first and message['role'] != 'system' %}" + write(first_system) + "{% endif %}"
             if first_system
             else "",
@@ -137,7 +149,7 @@ def template_from_strings(
         render=render,
         stop=stop or ((suffix,) if suffix else ()),
         control=control,
-        bos=bos != "none",
+        bos=bos != "none" and not start,
         chat_template=chat_template,
         forgeable=markers(text for text in texts if text not in (*control, "{content}", "{round}")),
         source=source,
@@ -171,16 +183,13 @@ def markers(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def _refusal(role: str, before: str, has_opening: bool, has_system: bool) -> str | None:
-    """Say why a message can't follow one of role ``before`` (empty: it is the first), None where it can."""
+    """Say why a message can't follow one of role ``before`` (empty: it is the first), None where it can.
+
+    ``has_system``: there is a place for a system message, or it needs none.
+    """
     if role == "system":
         return "system_not_first" if before else None if has_system else "system_message"
     if role not in ("user", "assistant"):
         return "tool_message" if role == "tool" else "unknown_role"
     wrong_order = before == "user" if role == "user" else before != "user"
     return "role_order" if wrong_order and not has_opening else None
-
-
-def _named(token: str | None, reason: str) -> str:
-    if token is None:
-        raise Unrenderable(reason)
-    return token

@@ -33,6 +33,16 @@ class Position(NamedTuple):
     """Bytes from the start of the file."""
 
 
+class FileState(NamedTuple):
+    """What a file was when a run began."""
+
+    size: int
+    """Bytes; of a file that grows since then no more are read."""
+    mtime_ns: int
+    ends: bytes
+    """A digest of its first and its last 4 KiB, which tells whether a file that is longer now only grew."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sources:
     """What a reader is asked to read: files, in order, the limit on one record, and what is wanted of it."""
@@ -41,6 +51,8 @@ class Sources:
     max_record_bytes: int = 64 * 2**20
     fields: tuple[str, ...] | None = None
     """The only keys the records need; a reader may leave out all others. None: all."""
+    states: tuple[FileState, ...] = ()
+    """Of the files, when the run began; (): not known, all that is there is read."""
 
 
 class Record(Mapping[str, Any]):
@@ -246,8 +258,13 @@ class StepReport:
     """Before clipping, without the loss scale; None where it is not finite."""
     loss_scale: float
     """The scale that this step used; 1 without scaling."""
+    next_loss_scale: float
+    """The scale after it: half of it where gradients overflowed."""
     skipped: bool
     """True: no weight and no optimizer state changed."""
+    cause: str | None
+    """Why it was skipped: ``nothing_supervised``, ``non_finite_gradients``; None: it was not. ``non_finite_loss`` ends
+    the run: the step isn't counted, so it is in no line."""
     tokens: int
     """Slots that are not padding."""
     supervised_tokens: int
@@ -261,15 +278,6 @@ class StepReport:
     """From asking for the step's data to the end of its update; hooks not included."""
     memory_bytes: int | None
     """Peak so far: allocated by torch on CUDA, else resident in the process; None where the system does not say."""
-
-    @property
-    def cause(self) -> str | None:
-        """Why the step was skipped, in snake_case; None: it was not."""
-        if not self.skipped:
-            return None
-        if not self.supervised_tokens:
-            return "nothing_supervised"
-        return "non_finite_loss" if self.loss is None else "non_finite_gradients"
 
 
 # ------------------------------------------------------------------------------------------------------ entries
@@ -296,6 +304,9 @@ class DatasetReader:
     as ``read`` from there would give it first. None: one ``read(start=...)`` each."""
     needs_path: bool = True
     """False: the reader makes its records itself, and ``data.path`` is not asked for."""
+    bounded: bool = False
+    """True: no file is read beyond its size in ``Sources.states`` (``read_jsonl`` and its siblings see to that), so
+    rows may be added to it during a run. False: they end the run, as any other change does."""
     options: type | None = None
     """A frozen dataclass; its fields are the keys of ``data.options``."""
 
@@ -328,11 +339,11 @@ class PromptTemplate:
     """``render(item, tokenizer, options)``: content verbatim and in order; only answers and their stops supervised.
     An item it can't place exactly raises ``Unrenderable(reason)``, a counted drop."""
     stop: tuple[str, ...] = ()
-    """Strings that end an answer, each one token; empty: the tokenizer's EOS."""
+    """Strings that end an answer, each one token, beside the one that training puts there; empty: that one."""
     control: tuple[str, ...] = ()
     """Tokens that only the template may write: content never yields their ids."""
     bos: bool = False
-    """True: ``render`` begins every conversation with the tokenizer's BOS."""
+    """True: ``render`` begins every conversation with the tokenizer's BOS, where it has one or must have one."""
     chat_template: str | None = None
     """Jinja, equal to the joined segments when rendered by transformers; None: the tokenizer's own is used."""
     forgeable: tuple[str, ...] = ()
@@ -355,6 +366,8 @@ class PromptTemplate:
         stop: Sequence[str] = (),
         control: Sequence[str] = (),
         bos: str = "none",
+        start: Sequence[str] = (),
+        need_bos: bool = True,
         eos: bool = False,
         source: str = "",
         default_system: str | None = None,
@@ -375,11 +388,14 @@ class PromptTemplate:
             stop: strings that end an answer when the model is served; default: ``suffix``, else the EOS token.
             control: the substrings of the above that are single tokens.
             bos: ``"none"``, ``"first"`` (before the conversation) or ``"turn"`` (before every turn).
+            start: the control tokens that are written there; default: the tokenizer's BOS.
+            need_bos: False: with a tokenizer that has no BOS nothing is written there; True: it is refused.
             eos: append the tokenizer's EOS to every answer, supervised.
             source: where the format comes from.
             default_system: the system text where a conversation has none.
 
-        Within a turn, system text, user text and opening are one run of text, cut only at control tokens.
+        Within a turn, system text, user text and opening are one run of text, cut only at control tokens: those named,
+        and whatever else in these strings is a control token of the tokenizer in use, with the white space it swallows.
         Source: the token layout of XTuner v0.1.23 (``encode_fn``, ``template_map_fn``).
         """
         from corefit.templates import template_from_strings
@@ -395,6 +411,8 @@ class PromptTemplate:
             stop=tuple(stop),
             control=tuple(control),
             bos=bos,
+            start=tuple(start),
+            need_bos=need_bos,
             eos=eos,
             source=source,
             default_system=default_system,

@@ -56,6 +56,8 @@ PARTS = MapFunction(name="parts", summary="", map=map_parts)
 class FakeEncoder:
     """Counts what it is asked to encode."""
 
+    supervise = "all"
+
     def __init__(self):
         self.n_items = 0
         self.largest_call = 0

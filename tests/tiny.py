@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<eoh>", "<eoa>"]
@@ -13,15 +14,17 @@ CHATML_JINJA = (
 )
 
 
-def write_tokenizer(folder: Path, *, texts: list[str] | None = None, vocab_size: int = 512) -> Path:
-    """Write a byte-level BPE tokenizer folder with InternLM's and ChatML's control tokens."""
+def write_tokenizer(
+    folder: Path, *, texts: list[str] | None = None, vocab_size: int = 512, control: Sequence[str] = CONTROL
+) -> Path:
+    """Write a byte-level BPE tokenizer folder; its control tokens are InternLM's and ChatML's where none are named."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     folder.mkdir(parents=True, exist_ok=True)
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
-    specials = ["<unk>", "<s>", "</s>", *CONTROL]
+    specials = ["<unk>", "<s>", "</s>", *control]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[AddedToken(s, special=True, normalized=False) for s in specials],

@@ -35,6 +35,7 @@ from corefit.data.block import (
     moved,
     select,
 )
+from corefit.data.jsonl import changed
 from corefit.data.source import Size
 from corefit.errors import DataError, RecipeError, RunError, system_words
 
@@ -190,6 +191,7 @@ class Arena:
             )
         self.sizes = [Size(*size) for size in header["sizes"]]
         self._bytes: dict[str, memoryview] = {}
+        self._stats: dict[Path, os.stat_result] = {}
         self._crcs = {name: np.array(header["arrays"][name]["crc32"], np.int64) for name in _SHAPES}
         self._checked = {name: np.zeros(len(crcs), np.bool_) for name, crcs in self._crcs.items()}
         arrays: dict[str, Any] = {name: self._open(name, header["arrays"][name]) for name in _SHAPES}
@@ -204,13 +206,31 @@ class Arena:
         size = dtype.itemsize * facts["rows"] * int(np.prod(_SHAPES[name], dtype=np.int64))
         try:
             with path.open("rb") as file:
-                there = file.seek(0, os.SEEK_END)
-                if there != size:
-                    raise DataError(f"{path}: torn: {there:,} bytes, expected {size:,}; `corefit pack` makes it anew")
+                self._stats[path] = found = os.fstat(file.fileno())
+                if found.st_size != size:
+                    words = f"{found.st_size:,} bytes, expected {size:,}"
+                    raise DataError(f"{path}: torn: {words}; `corefit pack` makes it anew")
                 self._bytes[name] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b"")
         except OSError as error:
             raise DataError(f"{path}: {system_words(error)}; `corefit pack` makes it anew") from error
         return np.frombuffer(self._bytes[name], dtype).reshape(-1, *_SHAPES[name])
+
+    def check(self) -> None:
+        """Look whether anybody cut off or edited what is mapped, before it is used: what is cut off kills the process.
+
+        A file that was removed or replaced by another stays mapped as it was.
+
+        Raises:
+            DataError: somebody did.
+        """
+        for path, was in self._stats.items():
+            try:
+                now = path.stat()
+            except OSError:
+                continue
+            same_file = (now.st_dev, now.st_ino) == (was.st_dev, was.st_ino)
+            if same_file and (now.st_size, now.st_mtime_ns) != (was.st_size, was.st_mtime_ns):
+                raise changed(path, was.st_size, now.st_size)
 
     def _check(self, name: str, starts: Table, ends: Table) -> None:
         """Check every MiB that a range of bytes touches, once."""
@@ -242,6 +262,7 @@ class Arena:
         Raises:
             DataError: what is on disk isn't what was written.
         """
+        self.check()
         self._check("records", rows * (8 * RECORD_COLUMNS), (rows + 1) * (8 * RECORD_COLUMNS))
         first, n = self.block.records[rows][:, [FIRST, SAMPLES]].T
         self._check("samples", first * (8 * SAMPLE_COLUMNS), (first + n) * (8 * SAMPLE_COLUMNS))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from corefit.data import kernel
 from corefit.data.block import LENGTH, RECORD, SAMPLE_COLUMNS, SPAN, SPANS, START, STOP, SUPERVISED
-from corefit.errors import ModelError, PluginError
+from corefit.errors import DataError, ModelError, PluginError
 from corefit.templates import markers
 from corefit.types import Conversation, Document, Item, Message, PromptTemplate, Segment, Unrenderable
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 AT_ONCE = 64
 """Segments whose ids are Python lists at the same time."""
+_EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 
 
 class Encoded(NamedTuple):
@@ -40,7 +42,7 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """A template and a tokenizer that fit each other, ready to encode; made by ``make_encoder``."""
+    """A template and a tokenizer that fit each other, ready to encode ``parts``; made by ``make_encoder``."""
 
     template: PromptTemplate
     tokenizer: Tokenizer
@@ -51,6 +53,8 @@ class Encoder:
     forgeable: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
     """Tokens that end an answer, as text."""
+    rewrites: bool = False
+    """The template writes an answer, or what comes before it, otherwise once another turn follows."""
     _control_ids: dict[str, int] = field(default_factory=dict, repr=False)
 
     @property
@@ -106,9 +110,12 @@ class Encoder:
         else:
             conversation = Conversation(self._supervision(item.messages), *item[1:])
             try:
-                segments = list(self.template.render(conversation, self.tokenizer, self.options))
+                rendered = self.template.render(conversation, self.tokenizer, self.options)
+                segments = list(_without_empty_thoughts(rendered))
             except (Unrenderable, ModelError):
                 raise
+            except DataError as error:
+                raise DataError(f"{origin}: {error}") from error
             except Exception as error:
                 raise PluginError(
                     f"{origin}: template {self.template.name!r} failed with {type(error).__name__}: {error}"
@@ -155,7 +162,7 @@ class Encoder:
         answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
         if [1 for message in messages if message.supervised and message.role != "assistant"]:
             raise Unrenderable("supervised_not_assistant")
-        ruled, made = answers if self.supervise == "all" else answers[-1:], list(messages)
+        ruled, made = set(answers if self.supervise == "all" else answers[-1:]), list(messages)
         for i in answers:
             if messages[i].supervised is None:
                 made[i] = Message(*messages[i][:-1], i in ruled)  # its last field
@@ -178,6 +185,28 @@ class Encoder:
         return id
 
 
+def parts(item: Item, supervise: str) -> Sequence[Item]:
+    """Give what is encoded of an item: itself; of a conversation with ``"unroll"`` a part for each answer, up to it."""
+    if supervise != "unroll" or not isinstance(item, Conversation):
+        return (item,)
+    made, masked = [], tuple(m._replace(supervised=False) if m.role == "assistant" else m for m in item.messages)
+    for i, message in enumerate(item.messages):
+        if message.role == "assistant" and message.supervised is not False:
+            made.append(item._replace(messages=(*masked[:i], message._replace(supervised=True))))
+    return made or (item,)
+
+
+def _without_empty_thoughts(segments: Iterable[Segment]) -> Iterator[Segment]:
+    """Mask a think block that holds nothing: it is an answer's beginning that says not to think, not an answer."""
+    for segment in segments:
+        if segment.supervised and not segment.control and (thought := _EMPTY_THOUGHT.match(segment.text)):
+            yield segment._replace(text=thought[0], supervised=False)
+            segment = segment._replace(text=segment.text[thought.end() :], turn=False)
+            if not segment.text:
+                continue
+        yield segment
+
+
 _PROBE = Conversation(
     tuple(Message(("user", "assistant")[i % 2], content) for i, content in enumerate(("q 1", "a 1", "q 2", "a 2")))
 )
@@ -192,15 +221,15 @@ def make_encoder(
         template: the format.
         tokenizer: the run's tokenizer.
         template_options: handed to the template's ``render``.
-        supervise: ``"all"`` answers of a conversation or only the ``"last"``.
+        supervise: ``"all"`` answers of a conversation or only the ``"last"``, which each of its ``parts`` has with
+            ``"unroll"``.
 
     Raises:
         ModelError: a control, stop or BOS token is not one token of the tokenizer, or its own Jinja can't be used.
         PluginError: the template fails on a simple conversation.
     """
-    if template.bos and (tokenizer.bos_token is None or tokenizer.bos_id is None):
-        raise ModelError(_not_one_token("BOS", template, tokenizer))
-    for token in (*template.control, *template.stop):
+    named = (tokenizer.bos_token,) if template.bos and tokenizer.bos_token else ()
+    for token in (*named, *template.control, *template.stop):
         if tokenizer.token_id(token) is None:
             raise ModelError(_not_one_token(token, template, tokenizer))
     control = {*template.control, *template.stop, *(() if template.chat_template else tokenizer.control_tokens)}
@@ -222,13 +251,21 @@ def make_encoder(
             f"({reason}); choose another with --template"
         )
     last = [segment.text.strip() for segment in segments if segment.supervised and segment.control]
-    stop = template.stop or tuple(last[-1:] or [tokenizer.eos_token or ""])
+    trained = last[-1:] or ([] if template.stop else [tokenizer.eos_token or ""])
+    stop = tuple(dict.fromkeys([*template.stop, *trained]))
     if tokenizer.token_id(stop[0]) is None:
         raise ModelError(_not_one_token("EOS", template, tokenizer))
+    try:
+        alone = encoder.segments(Conversation(probe.messages[:-2]), "start")
+    except Unrenderable:
+        alone = []
+    answered = max((i + 1 for i, segment in enumerate(alone) if segment.supervised), default=0)
+    first, whole = ("".join(segment.text for segment in some) for some in (alone[:answered], segments))
     plain = "\n".join(segment.text for segment in segments if not segment.control)
     for message in (system, *_PROBE.messages):
         plain = plain.replace(message.content, "\n")
-    return replace(encoder, stop=stop, forgeable=template.forgeable or markers([plain]))
+    forgeable = [m for m in template.forgeable or markers([plain]) if tokenizer.token_id(m) not in forbidden]
+    return replace(encoder, stop=stop, forgeable=tuple(forgeable), rewrites=not whole.startswith(first))
 
 
 def _not_one_token(token: str, template: PromptTemplate, tokenizer: Tokenizer) -> str:

@@ -6,6 +6,9 @@ validation records.
 What is a bad record here is a bad record in every reader of corefit: anything but one JSON object in UTF-8, NaN and
 Infinity (the words; ``1e999`` is a number), lone surrogates, more than 500 levels, an integer of over 4,300 digits,
 more bytes than ``max_record_bytes``. Of equal keys the last one wins.
+
+A file is read as far as it went when the run began, where the sources say how far that was (``Sources.states``): rows
+may be added to it meanwhile. Whether it changed otherwise the stream sees (``Input.check``).
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from io import BufferedReader
+from io import BufferedReader, FileIO
 from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
@@ -36,7 +39,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
 from corefit.data import kernel
 from corefit.errors import DataError, system_words, unknown
-from corefit.types import BadRecord, Position, Record, Sources
+from corefit.types import BadRecord, FileState, Position, Record, Sources
 
 if TYPE_CHECKING:
     import numpy as np
@@ -174,13 +177,24 @@ def _parse(raw: bytes, decode: Any) -> dict[str, Any]:  # noqa: ANN401, the boun
 # ---------------------------------------------------------------------------------------------------- records in a file
 
 
+class _Until(FileIO):
+    """A file that ends where it did when the run began, whatever has been added since."""
+
+    def __init__(self, path: Path, end: int) -> None:
+        super().__init__(path)
+        self.end = end
+
+    def readinto(self, buffer: Any) -> int | None:  # noqa: ANN401, anything writable
+        return super().readinto(memoryview(buffer)[: max(self.end - self.tell(), 0)])
+
+
 @contextmanager
-def _open(path: Path, buffering: int | None = None) -> Iterator[tuple[Bytes, bool]]:
+def _open(path: Path, buffering: int | None = None, end: int | None = None) -> Iterator[tuple[Bytes, bool]]:
     """Open for reading, unpacked, ``-`` too; whether the file can be read again anywhere; errors become DataError."""
     stdin = str(path) == "-"
     try:
-        opened = open(sys.stdin.fileno() if stdin else path, "rb", buffering or _BLOCK, closefd=not stdin)
-        with cast("Bytes", opened) as file:
+        opened = FileIO(sys.stdin.fileno() if stdin else path, closefd=not stdin) if end is None else _Until(path, end)
+        with BufferedReader(opened, buffering or _BLOCK) as file:
             if file.peek(2)[:2] != _GZIP:
                 yield file, file.seekable() and not stdin
             else:
@@ -388,6 +402,7 @@ class _File(NamedTuple):
     line: int
     first: bool  # before its first record
     limit: int
+    end: int  # what lies beyond isn't read
 
     @property
     def hold(self) -> int:
@@ -449,9 +464,10 @@ class _File(NamedTuple):
 def _file(sources: Sources, number: int, buffering: int | None = None) -> Iterator[_File]:
     if number >= len(sources.paths):
         raise DataError(f"record of file {number + 1} is asked for, but the data is {len(sources.paths)} files now")
-    path = sources.paths[number]
-    with _open(path, buffering) as (file, again):
-        yield _File(number, path, file, again, *_begin(file), True, sources.max_record_bytes)
+    path, end = sources.paths[number], sources.states[number].size if sources.states else None
+    with _open(path, buffering, end) as (file, again):
+        limits = sources.max_record_bytes, sys.maxsize if end is None else end
+        yield _File(number, path, file, again, *_begin(file), True, *limits)
 
 
 def _each_file(sources: Sources, parts: Callable[[_File], Iterator[_T]], start: Position | None = None) -> Iterator[_T]:
@@ -734,7 +750,8 @@ def _fetch_lines(
         before = int(position.offset > f.offset)
         raw, end = b"", 0
         for size in () if position.offset < f.offset else (_SMALL_BLOCK, _BLOCK):
-            raw = os.pread(file, size, position.offset - before)
+            at = position.offset - before
+            raw = os.pread(file, max(min(size, f.end - at), 0), at)
             if end := raw.find(b"\n", before) + 1:
                 break
         if end and (not before or raw[0] == 10) and not raw[before:end].isspace():
@@ -846,16 +863,19 @@ def find_files(spec: str | Sequence[str], *, base: Path) -> Found:
     val: list[Path] = []
     for one in specs:
         path = base / Path(one).expanduser()
-        if one == "-":
-            train.append(Path("-"))
-        elif path.is_dir():
-            found = _in_folder(path)
-            train += found.train
-            val += found.val
-        elif glob.has_magic(one) and not path.exists():
-            train += _in_glob(path)
-        else:
-            train.append(path)
+        try:
+            if one == "-":
+                train.append(Path("-"))
+            elif path.is_dir():
+                found = _in_folder(path)
+                train += found.train
+                val += found.val
+            elif glob.has_magic(one) and not path.exists():
+                train += _in_glob(path)
+            else:
+                train.append(path)
+        except OSError as error:
+            raise DataError(f"{path}: {_why(error)}") from error
     if not train:
         raise DataError("no data is named, expected a file, a folder, a glob or -")
     seen: set[Path] = set()
@@ -905,19 +925,55 @@ def _check(path: Path) -> None:
     if path == Path("-"):
         return
     try:
+        str(path).encode()
         status = path.stat()
     except FileNotFoundError:
+        if path.is_symlink():
+            raise DataError(f"{path}: a link to {os.readlink(path)}, which is not there") from None
         if not path.parent.is_dir():
             raise DataError(f"{path}: no such folder: {path.parent}") from None
         names = [other.name for other in path.parent.iterdir() if other.is_dir() or _is_data(other)]
         near = difflib.get_close_matches(path.name, names, n=20, cutoff=0)
         raise DataError(f"{path}: {unknown('file', path.name, near)}") from None
-    except OSError as error:
+    except UnicodeEncodeError:
+        raise DataError(f"{path}: its name is not UTF-8, so that no recipe can hold it; rename it") from None
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: {_why(error)}") from error
     if not os.access(path, os.R_OK):
         raise DataError(f"{path}: no permission to read it")
-    if stat.S_ISREG(status.st_mode) and status.st_size == 0:
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path}: a pipe or a device, which can be read only once; send it to --data -")
+    if status.st_size == 0:
         raise DataError(f"{path}: the file is empty")
+
+
+# --------------------------------------------------------------------------------------- files that change during a run
+
+
+def file_state(path: Path, size: int | None = None) -> FileState:
+    """Give what a file is now, or its first ``size`` bytes.
+
+    Raises:
+        DataError: it can't be read.
+    """
+    try:
+        with open(path, "rb", 0) as file:
+            found = os.fstat(file.fileno())
+            size = found.st_size if size is None else size
+            some = min(size, _SMALL_BLOCK)
+            ends = hashlib.blake2b(file.read(some), digest_size=16)
+            file.seek(size - some)
+            ends.update(file.read(some))
+    except OSError as error:
+        raise DataError(f"{path}: {_why(error)}") from error
+    return FileState(size, found.st_mtime_ns, ends.digest())
+
+
+def changed(path: Path, before: int, now: int | None) -> DataError:
+    """Give the error for a file whose size in bytes was ``before``, and is ``now`` (None: it is gone)."""
+    what = "it is gone" if now is None else f"{before:,} -> {now:,} bytes"
+    what = f"edited, {now:,} bytes as before" if now == before else what
+    return DataError(f"{path}: changed while the run was reading it: {what}; put it back and --resume, or start anew")
 
 
 def spool(spec: str | Path, folder: Path) -> Path:

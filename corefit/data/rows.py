@@ -169,6 +169,7 @@ class Window:
             held.tolist(), starts.tolist(), firsts.tolist(), strict=True
         ):
             self.tokens[to : to + length] = old_tokens[start : start + length]
-            self.spans[first : first + count] = old_spans[span : span + count] + (to - start)
+            # a piece of a long document shares its span with the others: only what lies in it moves along
+            self.spans[first : first + count] = np.clip(old_spans[span : span + count] - start, 0, length) + to
         held[:, START], held[:, SPAN] = starts, firsts
         return held

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,9 @@ from corefit.data.block import (
     FIRST,
     HASH,
     LENGTH,
+    LINE,
     MESSAGES,
+    NAME,
     ORDINAL,
     RECORD,
     RECORD_COLUMNS,
@@ -28,7 +31,8 @@ from corefit.data.block import (
     Words,
     intern,
 )
-from corefit.data.jsonl import content_hash
+from corefit.data.encode import parts
+from corefit.data.jsonl import changed, content_hash, file_state
 from corefit.errors import CorefitError, DataError
 from corefit.types import (
     BadRecord,
@@ -46,7 +50,7 @@ from corefit.types import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from corefit.data.encode import Encoder
+    from corefit.data.encode import Encoded, Encoder
 
 GROUP_RECORDS = 256
 """Records that are encoded by one call, at most."""
@@ -54,6 +58,8 @@ FETCHED, FETCHED_BYTES = 128, 2**21
 """Records of a shuffled source that are read at a time, at most, and about how many bytes."""
 MIN_RECORDS_TO_SPLIT = 20
 """With fewer records nothing is set aside for validation."""
+MOST = 500
+"""Characters of a record, or of somebody else's exception, that an error shows."""
 ESTIMATE_RECORDS = 200
 """Records from which sizes are estimated."""
 
@@ -78,6 +84,17 @@ class Source:
         if start is not None:
             return self.reader.read(self.sources, self.reader_options, start=start)
         return islice(self.reader.read(self.sources, self.reader_options), self.first)
+
+
+def as_found(files: Sources) -> Sources:
+    """Give the same with the states of the files, which from then on may grow and no more.
+
+    Raises:
+        DataError: a file can't be read.
+    """
+    if files.states or not all(path.is_file() for path in files.paths):  # a pipe has no state
+        return files
+    return replace(files, states=tuple(map(file_state, files.paths)))
 
 
 def record_row(source: int, index: int, record: Record | BadRecord, weight: int, name: int) -> list[int]:
@@ -111,6 +128,7 @@ def encode_records(
     words = {Words(): 0}
     items: list[tuple[Item, str]] = []
     owners: list[int] = []
+    whole: list[bool] = []  # of each item: it is not one of several parts, or the last of them, which holds the others
     said: list[tuple[list[str], list[str], list[str]]] = []  # of each record: drops, messages, notes
     error: CorefitError | None = None
     for i, (row, record) in enumerate(zip(rows, found, strict=True)):
@@ -121,21 +139,25 @@ def encode_records(
         if isinstance(record, BadRecord):
             drops.append("bad_record")
             if source.on_bad == "error":
-                error = DataError(f'{record}; data.on_bad="skip" counts such records and goes on')
+                error = refused(record)
                 break
         elif hashed:
             row[HASH] = content_hash(record)
             row[VALIDATION] = row[HASH] in val_hashes
         if isinstance(record, Record) and not row[VALIDATION]:
-            mapped: list[Item | Drop] = []
-            if (error := _map(source, record, mapped)) is not None:
+            try:
+                mapped = map_record(source, record)
+            except DataError as failed:
+                error = failed
                 break
             for item in mapped:
                 if isinstance(item, Drop):
                     drops.append(item.reason)
                     continue
-                items.append((item, record.origin))
-                owners.append(i)
+                made = parts(item, encoder.supervise)
+                items += [(part, record.origin) for part in made]
+                owners += [i] * len(made)
+                whole += [*[False] * (len(made) - 1), True]
                 if isinstance(item, Conversation):
                     row[MESSAGES] += len(item.messages) + len(item.dropped)
                     messages += item.dropped
@@ -143,10 +165,10 @@ def encode_records(
         said.append((drops, messages, notes))
     n = len(said)
     items, owners = items[: bisect_left(owners, n)], owners[: bisect_left(owners, n)]
-    encoded = encoder.encode(items)
-    for i, drop, noticed in zip(owners, encoded.drops, encoded.notes, strict=True):
+    encoded = _encoded(items, encoder)
+    for i, last, drop, noticed in zip(owners, whole[: len(owners)], encoded.drops, encoded.notes, strict=True):
         said[i][0].extend([drop] if drop else [])
-        said[i][2].extend(noticed)
+        said[i][2].extend(noticed if last else ())
     for row, about in zip(rows, said, strict=False):
         if any(about):
             row[WORDS] = intern(words, Words(*map(tuple, about)))
@@ -160,23 +182,80 @@ def encode_records(
     return Block(table, samples, encoded.tokens, encoded.spans, encoded.cuts, list(words), names, error)
 
 
-def _map(source: Source, record: Record, items: list[Item | Drop]) -> DataError | None:
-    """Add what the map function makes of a record; give the error that stops the run where it fails."""
+def _encoded(items: Sequence[tuple[Item, str]], encoder: Encoder) -> Encoded:
+    try:
+        return encoder.encode(items)
+    except (CorefitError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # the tokenizer's panics are no Exceptions
+        where = f"{items[0][1]} to {items[-1][1]}"
+        raise DataError(f"{where}: tokenising failed: {type(error).__name__}: {error}") from error
+
+
+def refused(record: BadRecord) -> DataError:
+    """Give the error for a bad record where such a record ends the run."""
+    return DataError(f'{record}; data.on_bad="skip" counts such records and goes on')
+
+
+def map_record(source: Source, record: Record) -> list[Item | Drop]:
+    """Give what the map function makes of a record.
+
+    Raises:
+        DataError: it failed, or gave something that is no item.
+    """
     function = source.map_function
     try:
-        for item in function.map(record, source.map_options):
+        items = list(function.map(record, source.map_options))
+        for item in items:
             if not isinstance(item, Conversation | Document | Drop):
                 raise TypeError(f"gave a {type(item).__name__}, expected Conversation, Document or Drop")
-            items.append(item)
-    except Exception as error:
-        keys = ", ".join(map(str, record)) or "none"
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        where = f"{record.origin}: map function {function.name!r}"
+            for text in _texts(item):
+                if not isinstance(text, str):
+                    raise TypeError(f"gave a {type(item).__name__} with a {type(text).__name__} where text is expected")
+        return items
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever it does, a plugin doesn't end the process
+        keys, where = (", ".join(map(str, record)) or "none"), f"{record.origin}: map function {function.name!r}"
         what = "keys of the record" if source.sources.fields is None else "of the fields it declares the record has"
-        failure = DataError(f"{where} failed: {why}; {what}: {keys}")
-        failure.__cause__ = error
-        return failure
-    return None
+        raise DataError(f"{where} failed: {in_words(error)}; {what}: {keys[:MOST]}") from error
+
+
+def in_words(error: BaseException) -> str:
+    """Give kind and text of somebody else's exception, on one line, as far as a line has room."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:MOST]
+
+
+def _texts(item: Item | Drop) -> list[str]:
+    if isinstance(item, Conversation):
+        return [text for message in item.messages for text in (message.role, message.content)]
+    return [item.reason if isinstance(item, Drop) else item.text]
+
+
+def items_of(records: Iterable[tuple[Source, Record | BadRecord]], supervise: str) -> list[tuple[Item, str]]:
+    """Give what is encoded of records, each item with its origin; bad records and drops give none.
+
+    Raises:
+        DataError: a map function failed.
+    """
+    pairs = [(source, record) for source, record in records if isinstance(record, Record)]
+    return [
+        (part, f"{record.path}:{record.line}")
+        for source, record in pairs
+        for item in map_record(source, record)
+        if not isinstance(item, Drop)
+        for part in parts(item, supervise)
+    ]
+
+
+def encode_items(items: Sequence[tuple[Item, str]], encoder: Encoder) -> tuple[Block, list[str | None]]:
+    """Give the samples of items, each a record of its own, and for each item why it has none."""
+    made = _encoded(items, encoder)
+    rows = np.zeros((len(items), RECORD_COLUMNS), np.int64)
+    rows[:, NAME] = np.arange(len(items))
+    rows[:, LINE] = [int(origin.rpartition(":")[2]) for _, origin in items]
+    names = [origin.rpartition(":")[0] for _, origin in items]
+    return Block(rows, made.samples, made.tokens, made.spans, made.cuts, names=names), made.drops
 
 
 ROUNDS = 4
@@ -255,34 +334,74 @@ class Input:
 
     def __init__(self, number: int, source: Source, seed: int, notices: list[str], size: Size | None = None) -> None:
         """``size``: of a source whose records are encoded already; None: look at the files."""
-        self.number, self.source, self.seed = number, source, seed
+        self.number, self.seed, self.notices = number, seed, notices
+        self.source = replace(source, sources=as_found(source.sources))
+        self._seen = [(state.size, state.mtime_ns) for state in self.source.sources.states]
         self.table: NDArray[np.int64] | None = None  # [N, 3 or 4]: positions, for a shuffle
         self.kept: list[Record | BadRecord] | None = None
         self._ordered: tuple[int, int, NDArray[np.int64]] | None = None  # pass, first place, what comes there
-        self.size = size or self._measure(notices)
+        with self.reading():
+            self.size = size or self._measure()
 
-    def _measure(self, notices: list[str]) -> Size:
-        source, reader, paths = self.source, self.source.reader, self.source.sources.paths
+    def check(self) -> None:
+        """Look at the files: rows may have been added, which this run doesn't read.
+
+        Raises:
+            DataError: a file was edited, cut off, replaced or removed. Not noticed: an edit in the middle that leaves
+                size and time of change as they were, or that comes together with added rows.
+        """
+        files = self.source.sources
+        states = files.states if self.kept is None else ()  # what is in memory may change on disk
+        for i, (path, was) in enumerate(zip(files.paths, states, strict=False)):
+            try:
+                found = path.stat()
+            except OSError:
+                raise changed(path, was.size, None) from None
+            now = found.st_size, found.st_mtime_ns
+            if now == self._seen[i]:
+                continue
+            grown = self.source.reader.bounded and found.st_size > was.size
+            if not grown or file_state(path, was.size).ends != was.ends:
+                raise changed(path, was.size, found.st_size)
+            if self._seen[i][0] == was.size:
+                more = f"{was.size:,} -> {found.st_size:,} bytes"
+                self.notices.append(f"{path}: grew while the run was reading it ({more}); what was added is not read")
+            self._seen[i] = now
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Where reading fails because a file isn't as it was, say that."""
+        try:
+            yield
+        except Exception:
+            self.check()
+            raise
+
+    def _measure(self) -> Size:
+        source, reader, files = self.source, self.source.reader, self.source.sources
         began = time.monotonic()
         head = list(islice(source.read(), ESTIMATE_RECORDS if source.first else 1))
         weighed = bool(head) and all(record.size for record in head)
-        total = sum(path.stat().st_size for path in paths)
+        total = sum(state.size for state in files.states)
         if source.first and head:
             total = min(total, source.first * sum(record.size for record in head) // len(head))
-        known = not any(path.suffix == ".gz" for path in paths)
+        kept: list[Record | BadRecord] | None = None
+        known = not any(path.suffix == ".gz" for path in files.paths)
         if source.shuffle and reader.seekable and reader.index is not None:
             self.table = reader.index(source.sources, source.reader_options)[: source.first]
         elif source.shuffle or not weighed:
             if source.shuffle and not reader.seekable:
-                self.kept = list(source.read())
-            rows = [(r.file, r.line, r.offset, r.size) for r in self.kept or source.read()]
+                kept = list(source.read())
+            rows = [(r.file, r.line, r.offset, r.size) for r in kept or source.read()]
             self.table = np.array(rows, dtype=np.int64).reshape(-1, 4)
             total, known = total if known and weighed else int(self.table[:, 3].sum()), True
         n = None if self.table is None else len(self.table)
-        if self.kept is not None:
-            notices.append(f"reader {reader.name} can't seek: {n:,} records held in memory")
+        self.check()
+        self.kept = kept
+        if kept is not None:
+            self.notices.append(f"reader {reader.name} can't seek: {n:,} records held in memory")
         elif source.shuffle:
-            notices.append(f"shuffle: indexed {n:,} records in {time.monotonic() - began:.2f} s")
+            self.notices.append(f"shuffle: indexed {n:,} records in {time.monotonic() - began:.2f} s")
         return Size(total if weighed else n or 0, weighed, known, n)
 
     def weight(self, record: Record | BadRecord) -> int:

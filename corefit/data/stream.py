@@ -8,9 +8,11 @@ number of threads nor that of ranks changes what is in a pack.
 from __future__ import annotations
 
 import copy
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
@@ -32,6 +34,8 @@ from corefit.data.block import (
     SAMPLE_COLUMNS,
     SAMPLES,
     SOURCE,
+    START,
+    STOP,
     SUPERVISED,
     WEIGHT,
     Block,
@@ -56,7 +60,7 @@ from corefit.data.source import (
     record_row,
     split_validation,
 )
-from corefit.errors import CheckpointError, CorefitError, DataError, RecipeError
+from corefit.errors import CheckpointError, DataError, RecipeError
 from corefit.types import BadRecord, Batch, Position, Record
 
 if TYPE_CHECKING:
@@ -180,6 +184,7 @@ class _Taken:
         return {
             "cursor": [cursor.epoch, cursor.epoch_weight, [list(at) for at in cursor.sources]],
             "held": [[*records[record], [ordinal for _, ordinal in pairs]] for record, pairs in by_record],
+            "samples": _checksum(held, self.window[0]),
             "read": read,
             "epoch": float(self.epochs[k]),
             "ledger": ledger.as_dict(),
@@ -195,6 +200,14 @@ def _advance(cursor: _Cursor, rows: Table, shuffled: Sequence[bool]) -> _Cursor:
         n, weight = len(mine), int(mine[:, WEIGHT].sum())
         places[number] = at.plus(n, weight, position)
     return cursor._replace(sources=tuple(places))
+
+
+def _checksum(samples: Table, tokens: NDArray[Any]) -> int:
+    """Give a checksum of samples: their tokens, and how many of them are learnt."""
+    checksum = zlib.crc32(samples[:, [LENGTH, STOP, SUPERVISED]].tobytes())
+    for start, length in samples[:, [START, LENGTH]].tolist():  # an arena's tokens may have 16 bits
+        checksum = zlib.crc32(tokens[start : start + length].astype(np.int32).tobytes(), checksum)
+    return checksum
 
 
 class Stream:
@@ -241,6 +254,8 @@ class Stream:
         self._known: Block | None = None if arena is None else arena.block
         self._pick: Callable[[Table], Block] | None = None if arena is None else arena.take
         self._firsts: list[int] = [] if arena is None else arena.firsts
+        # before what is mapped is used
+        self._look: Callable[[], None] = arena.check if arena is not None else lambda: None
         self._groups_a_step = 0
         self._reset()
 
@@ -308,6 +323,16 @@ class Stream:
                 begin = _Cursor(epoch, epoch_weight, tuple(sources))
         yield _Group(begin, [], [], flush=True)
 
+    def _watched(self, groups: Iterator[_Group]) -> Iterator[_Group]:
+        """Give the groups, once the files are seen to be as they were; say so where reading fails because one isn't."""
+        with ExitStack() as stack:
+            for one in self._inputs:
+                stack.enter_context(one.reading())
+            for group in groups:
+                for one in self._inputs if group.records else ():
+                    one.check()
+                yield group
+
     def _share(self, one: Input, at: At) -> float:
         share: float = one.share(at.records, at.weight, self._by_ratio)
         return share
@@ -325,14 +350,7 @@ class Stream:
         sources = [one.source for one in self._inputs]
         hashed = hashed or bool(self.val_hashes)
         more: dict[str, Any] = dict(names=self._listed, hashed=hashed, val_hashes=self.val_hashes)
-        try:
-            return encode_records(sources, group.records, group.rows, self.encoder, **more)
-        except (CorefitError, KeyboardInterrupt):
-            raise
-        except BaseException as error:  # the tokenizer's panics are no Exceptions
-            first, last = group.records[0], group.records[-1]
-            where = f"{first.path}:{first.line} to {last.path}:{last.line}"
-            raise DataError(f"{where}: tokenising failed: {type(error).__name__}: {error}") from error
+        return encode_records(sources, group.records, group.rows, self.encoder, **more)
 
     def _ahead(self, groups: Iterator[_Group], encode: Callable[[_Group], Block]) -> Iterator[tuple[_Group, Block]]:
         """Encode groups in order; with threads, so many of them ahead that a step need not wait."""
@@ -382,7 +400,7 @@ class Stream:
                     yield _Group(self._cursor, rows, records)
 
         sums = np.zeros((len(self._inputs), 2), np.int64)
-        for _, block in self._ahead(groups(), partial(self._encode, hashed=True)):
+        for _, block in self._ahead(self._watched(groups()), partial(self._encode, hashed=True)):
             if block.error is not None:
                 raise block.error
             sums[block.records[0, SOURCE]] += len(block.records), block.records[:, WEIGHT].sum()
@@ -438,7 +456,7 @@ class Stream:
         empty = np.empty(0, np.int64)
         hashes = np.array(sorted(self.val_hashes), np.int64)
         pick = self._pick
-        blocks = self._ahead(self._groups(), self._encode) if pick is None else self._known_blocks(pick)
+        blocks = self._ahead(self._watched(self._groups()), self._encode) if pick is None else self._known_blocks(pick)
         if len(self._rows):  # resumed: packs that were about to close, or all of an epoch's
             closing = self.algorithm == "best_fit_decreasing" and not any(at.records for at in self._cursor.sources)
             group = _Group(self._cursor, [], [], flush=closing)
@@ -578,6 +596,7 @@ class Stream:
         self._slots = [slots.total, slots.supervised, slots.masked, slots.padding]
         while step := list(islice(packs, packs_per_step)):
             self._groups_a_step = len(_by_block(step))
+            self._look()
             yield tuple(self._step([step[i : i + at_once] for i in range(0, len(step), at_once)]))
 
     def _step(self, rounds: list[list[tuple[_Taken, int]]]) -> Iterator[Batch]:
@@ -598,8 +617,12 @@ class Stream:
                     n_samples=n_samples,
                     epoch=float(taken.epochs[k]),
                     origins=partial(_origins, packs),
-                    state=partial(taken.state, k, tuple(self._slots), self._shuffled),
+                    state=partial(self._state, taken, k, tuple(self._slots)),
                 )
+
+    def _state(self, taken: _Taken, k: int, slots: Sequence[int]) -> dict[str, Any]:
+        self._look()
+        return taken.state(k, slots, self._shuffled)
 
     def _gathered(self, packs: Sequence[tuple[_Taken, int]]) -> tuple[Rows, int, int]:
         """Write packs as rows, those of one block by one call; also give how many tokens and samples they are."""
@@ -647,15 +670,14 @@ class Stream:
             raise CheckpointError(CHANGED)
         self._cursor = _Cursor(epoch, epoch_weight, places)
         self.ledger, self._read, self._epoch = Ledger.from_dict(state["ledger"]), state["read"], state["epoch"]
-        pending = self.ledger.tokens.pending
         self.ledger.records.pending = self.ledger.tokens.pending = 0
         block = fit(self._again(state["held"]), self.max_length, self.overlong)
         held = {(i, ordinal) for i, row in enumerate(state["held"]) for ordinal in row[6]}
         waits = [tuple(pair) in held for pair in block.samples[:, [RECORD, ORDINAL]].tolist()]
         block.samples = block.samples[waits]
-        if len(block.samples) != len(held) or block.samples[:, LENGTH].sum() != pending:
-            raise CheckpointError(CHANGED)
         self._rows, self._records = self._window.add(self._rows, block), block.records
+        if _checksum(self._rows, self._window.tokens) != state["samples"]:
+            raise CheckpointError(CHANGED)
 
     def _again(self, held: Sequence[Sequence[Any]]) -> Block:
         """Read and encode again the records of a state, or pick them."""
@@ -671,7 +693,9 @@ class Stream:
         found: list[Record | BadRecord | None] = [None] * len(held)
         for one in self._inputs:
             mine = [i for i, row in enumerate(held) if row[0] == one.number]
-            records = one.fetch([held[i][1] for i in mine], [Position(*held[i][2:5]) for i in mine])
+            with one.reading():
+                records = one.fetch([held[i][1] for i in mine], [Position(*held[i][2:5]) for i in mine])
+                one.check()
             for i, record in zip(mine, records, strict=False):
                 found[i] = record
         again = [(row, record) for row, record in zip(held, found, strict=True) if record is not None]

@@ -68,6 +68,7 @@ class Tokenizer:
         self._natural_unk = backend.token_to_id(getattr(model, "unk_token", None) or "")
         if self._natural_unk is None and type(model).__name__ == "Unigram":  # its object doesn't give it
             self._natural_unk = json.loads(backend.to_str())["model"]["unk_id"]
+        self.unk_token: str | None = None if self._natural_unk is None else backend.id_to_token(self._natural_unk)
         self.vocab_size: int = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
         self.bos_token, self.eos_token, self.pad_token = map(self._named.get, ("bos_token", "eos_token", "pad_token"))
         self.bos_id, self.eos_id, pad = (

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from corefit.engine.model import evaluating
+from corefit.engine.nonfinite import Watch, culprit
 from corefit.errors import IsolationError, RunError
 
 ROWS = ((21, 1, 17, 9), (12, 19, 1, 16))
@@ -86,9 +87,13 @@ def isolation_canary(
             before = getattr(output, name).float()
             after = getattr(run_packed(part, changed, positions), name).float()
             if not (before.isfinite().all() and after.isfinite().all()):
+                with Watch(model) as watch:
+                    run_packed(part, ids, positions)
+                    run_packed(part, changed, positions)
+                where = culprit(watch.first["forward"]) if watch.first else "not so when run again"
                 raise RunError(
-                    f"the model's {name} aren't finite even before training; "
-                    "another --set train.precision (bf16, fp32) may help, else check the weights"
+                    f"the model's {name} aren't finite even before training ({where}); "
+                    "another --set train.precision (bf16, fp32) may help, else another copy of the base model"
                 )
             allowed = 0.0
             if ids.device.type != "cpu":

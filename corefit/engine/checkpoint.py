@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from corefit.durable import make_folder, sync, write_whole
+from corefit.engine.nonfinite import require_finite
 from corefit.engine.optimizer import load_optimizer_state, optimizer_state
 from corefit.errors import CheckpointError
 
@@ -70,7 +71,9 @@ def save(
 
     Raises:
         CheckpointError: it can't be written (disk full, no permission); older ones are as they were, the run can go on.
+        NonFiniteError: weights are not finite, so the older ones are the last good ones; the run can't go on.
     """
+    require_finite(step, parameters)
     target = folder / name_of(step)
     aside, old = folder / f".tmp-{target.name}", folder / f".tmp-old-{target.name}"
     moments, scalars = optimizer_state(optimizer, parameters)

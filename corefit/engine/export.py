@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from corefit import __version__
@@ -26,7 +26,7 @@ from corefit.engine import internlm
 from corefit.engine.model import INDEX
 from corefit.engine.model import read_header as read_header
 from corefit.engine.model import weight_files as weight_files
-from corefit.errors import ModelError
+from corefit.errors import ModelError, system_words
 
 EMBEDDED = "corefit-embedded"
 """The name under which folders refer to the model that the package carries."""
@@ -137,8 +137,8 @@ def written_aside(out: Path, *, replace: bool = False) -> Iterator[Path]:
         aside.rename(out)
         sync(out.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise ModelError(f"{out}: can't be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{out}: can't be written: {system_words(error)}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

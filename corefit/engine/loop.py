@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from corefit.engine.nonfinite import explain, random_state, set_random_state
 from corefit.errors import RunError
 from corefit.types import Batch, StepReport
 
@@ -19,7 +22,9 @@ if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
 
 SKIP_LIMIT = 20
-"""Steps in a row with non-finite loss or gradients after which a run stops; 20 halvings take 65536 below 0.1."""
+"""Steps in a row with non-finite gradients after which a run stops; 20 halvings take 65536 below 0.1."""
+SCALES = 50
+"""Steps whose loss scale and cause of a skip a report of non-finite values shows."""
 ENDLESS_STEPS = 1_000
 """A run without an end counts as this many steps, so that warm-up, a share of the run, means something."""
 
@@ -99,11 +104,14 @@ def train(
     The end is saved by ``checkpoint`` whatever the reason: ``"epochs"``, ``"max_steps"``, or what ``should_stop`` said.
 
     Raises:
-        RunError: 20 steps in a row were not finite (the weights are those before them), or memory ran out.
+        NonFiniteError: the loss of a step was not finite, and what is saved is as if that step had not begun; or the
+            gradients of 20 steps in a row were not. The weights are those before these steps.
+        RunError: memory ran out.
     """
     loss_fn.train()
     supply = iter(steps)
-    first = state.step
+    first, next_scale, failed = state.step, scaler.get_scale(), False
+    scales: deque[tuple[int, float, str | None]] = deque(maxlen=SCALES)
     while not (reason := should_stop()):
         if max_steps and state.step >= max_steps:
             reason = "max_steps"
@@ -114,25 +122,36 @@ def train(
             break
         epoch = batches[-1].epoch
         progress = progress_at(state.step + 0.5, (state.epoch + epoch) / 2, max_steps=max_steps, epochs=epochs)
-        lr, loss_scale = lr_at(progress), scaler.get_scale()
+        lr, loss_scale, random = lr_at(progress), next_scale, random_state(device)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
         try:
             loss, norm = take_step(loss_fn, batches, parameters, optimizer, scaler, device, compute_dtype, clip)
         except torch.OutOfMemoryError as error:
             raise RunError(out_of_memory(state.step + 1, batches, error)) from error
-        seconds = time.perf_counter() - begun
-        state.step, state.epoch, state.stream = state.step + 1, epoch, batches[-1].state
-        report = report_of(state, progress, batches, loss, norm, lr, loss_scale, seconds, device)
+        next_scale, seconds = scaler.get_scale(), time.perf_counter() - begun
+        scale = loss_scale, next_scale
+        report = report_of(state.step + 1, epoch, progress, batches, loss, norm, lr, scale, seconds, device)
+        scales.append((report.step, loss_scale, report.cause))
+        if failed := report.cause == "non_finite_loss":  # no scale mends it: as if the step had not begun
+            set_random_state(random, device)
+            break
+        state.step, state.epoch, state.stream = report.step, epoch, batches[-1].state
         count_skip(state, report)
         on_step(report)
-        if state.skipped_in_a_row >= SKIP_LIMIT:
-            raise RunError(never_finite(state, report))
+        if failed := state.skipped_in_a_row >= SKIP_LIMIT:
+            break
         for hook in (validate, sample, checkpoint):  # the checkpoint last: it records what the others wrote
             if hook is not None and hook.due(state.step):
                 hook.run(state.step)
     if checkpoint is not None and state.step not in (first, checkpoint.last_step):
         checkpoint.run(state.step)
+    if failed:
+        run = partial(nats, loss_fn, device=device, compute_dtype=compute_dtype)
+        raise explain(
+            loss_fn, run, batches or (), report, compute_dtype=compute_dtype, parameters=parameters, device=device,
+            random=random, scales=scales, in_a_row=state.skipped_in_a_row,
+        )  # fmt: skip
     return reason
 
 
@@ -151,7 +170,8 @@ def take_step(
 ) -> tuple[float, float]:
     """Give loss (nats per supervised token) and gradient norm; update the weights where both are finite.
 
-    Both are NaN, and nothing is computed, where no token of the step is supervised.
+    Both are NaN, and nothing is computed, where no token of the step is supervised. Gradients that aren't finite halve
+    the loss scale; a loss that isn't leaves it as it is.
     """
     total = sum(batch.n_supervised for batch in batches)
     if not total:
@@ -160,11 +180,10 @@ def take_step(
     for batch in batches:
         if not batch.n_supervised:
             continue
-        with autocast(device, compute_dtype):
-            nats = loss_fn(*to_device(batch, device))
+        part = nats(loss_fn, batch, device, compute_dtype) / total
         # Divided here, not after backward: a sum over thousands of tokens would overflow fp16 gradients.
-        scaler.scale(nats / total).backward()
-        loss += nats.detach() / total
+        scaler.scale(part).backward()  # type: ignore[no-untyped-call]
+        loss += part.detach()
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
     if clip:
@@ -172,9 +191,16 @@ def take_step(
     values: list[float] = torch.stack([loss, norm.to(loss)]).tolist()  # the step's one wait for the device
     if all(map(math.isfinite, values)):
         scaler.step(optimizer)
-    scaler.update()
+    scaler.update(None if math.isfinite(values[0]) else scaler.get_scale())
     optimizer.zero_grad(set_to_none=True)
     return values[0], values[1]
+
+
+def nats(loss_fn: nn.Module, batch: Batch, device: str, compute_dtype: torch.dtype) -> torch.Tensor:
+    """Give the loss of a micro-batch, summed over its supervised tokens."""
+    with autocast(device, compute_dtype):
+        loss: torch.Tensor = loss_fn(*to_device(batch, device))
+        return loss
 
 
 def autocast(device: str, dtype: torch.dtype) -> torch.autocast:
@@ -198,28 +224,35 @@ def progress_at(step: float, epoch: float, *, max_steps: int | None, epochs: int
 
 
 def report_of(
-    state: LoopState,
+    step: int,
+    epoch: float,
     progress: float,
     batches: Sequence[Batch],
     loss: float,
     norm: float,
     lr: float,
-    loss_scale: float,
+    scale: tuple[float, float],
     seconds: float,
     device: str,
 ) -> StepReport:
-    """Put a step's numbers together."""
+    """Put a step's numbers together; ``scale``: the one that it used, and the next."""
     supervised = sum(batch.n_supervised for batch in batches)
     tokens = sum(batch.n_tokens for batch in batches)
+    cause = None
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        cause = "non_finite_gradients" if math.isfinite(loss) else "non_finite_loss"
+    cause = cause if supervised else "nothing_supervised"
     return StepReport(
-        step=state.step,
-        epoch=state.epoch,
+        step=step,
+        epoch=epoch,
         progress=progress,
         loss=loss if math.isfinite(loss) else None,
         lr=lr,
         grad_norm=norm if math.isfinite(norm) else None,
-        loss_scale=loss_scale,
-        skipped=not (math.isfinite(loss) and math.isfinite(norm)),
+        loss_scale=scale[0],
+        next_loss_scale=scale[1],
+        skipped=cause is not None,
+        cause=cause,
         tokens=tokens,
         supervised_tokens=supervised,
         samples=sum(batch.n_samples for batch in batches),
@@ -237,16 +270,6 @@ def count_skip(state: LoopState, report: StepReport) -> None:
         state.skipped[report.cause] = state.skipped.get(report.cause, 0) + 1
     if report.cause != "nothing_supervised":
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if report.skipped else 0
-
-
-def never_finite(state: LoopState, report: StepReport) -> str:
-    """Say what a run of skipped steps means and what may help."""
-    what = "loss" if report.loss is None else "gradients"
-    return (
-        f"step {state.step}: the {what} of {state.skipped_in_a_row} steps in a row are not finite (loss scale "
-        f"{report.loss_scale:g}); they changed no weight; a base model with such weights, --set train.precision=bf16 "
-        "or fp32, and the records of these steps are where to look"
-    )
 
 
 def out_of_memory(step: int, batches: Sequence[Batch], error: BaseException) -> str:

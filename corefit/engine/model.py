@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from corefit.engine import internlm
-from corefit.errors import ModelError, UserError, unknown
+from corefit.errors import ModelError, RunError, UserError, unknown
 from corefit.terminal import notice
 
 if TYPE_CHECKING:
@@ -621,7 +621,8 @@ def decoder_targets(model: PreTrainedModel) -> list[str]:
 def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: int) -> Any:  # noqa: ANN401, PeftModel or the model
     """Make a loaded base trainable: with a LoRA adapter, or, where ``spec`` is None, all of it.
 
-    Trainable weights are fp32. Norms become fp32 too; embeddings and head stay as they are, unless they are trained.
+    Trainable weights are fp32 (``check_trainable`` proves it). Norms become fp32 too; embeddings and head stay as they
+    are, unless they are trained.
     The initial weights depend on ``seed`` alone; torch's own random state is as before.
 
     Raises:
@@ -632,8 +633,7 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
             raise ModelError(
                 "adapter.kind: full fine-tuning can't train quantised weights; --quantizer none, or kind=lora"
             )
-        model.float().requires_grad_(True)
-        return _checked(model.train())
+        return model.float().requires_grad_(True).train()
     quiet()
     _import_bitsandbytes()  # peft does it too, but without the precautions
     from peft import LoraConfig, TaskType, get_peft_model
@@ -676,7 +676,7 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return _checked(adapted.train())
+    return adapted.train()
 
 
 def _load_adapter(adapted: Any, folder: Path) -> None:  # noqa: ANN401, a PeftModel
@@ -709,17 +709,60 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> Any:  # noqa: ANN401, 
         return PeftModel.from_pretrained(model, str(adapter))
 
 
-def _checked(model: nn.Module) -> nn.Module:
-    trainable = trainable_parameters(model)
-    wrong = [name for name, parameter in trainable.items() if parameter.dtype != torch.float32]
-    assert trainable, "nothing to train"
-    assert not wrong, f"trainable weights must be fp32: {wrong[0]} is {trainable[wrong[0]].dtype}"
-    return model
+def adapted_layers(model: Any) -> dict[str, int]:  # noqa: ANN401, PeftModel
+    """Give how many layers each target of the adapter adapts: all that have its name.
+
+    Raises:
+        ModelError: a target adapts nothing, or not all of them.
+    """
+    adapted = {name for name, module in model.named_modules() if "default" in getattr(module, "lora_A", ())}
+    plain = set(linear_layers(model)) - adapted
+    counts = {}
+    for target in model.peft_config["default"].target_modules:
+        left, counts[target] = (sum(f".{name}".endswith(f".{target}") for name in names) for names in (plain, adapted))
+        if left or not counts[target]:
+            raise ModelError(
+                f"adapter.targets: {target!r} adapts {counts[target]} layers, {left} of that name are left"
+            )
+    return counts
+
+
+def check_vocabulary(model: Any, size: int, ids: Mapping[str, int]) -> dict[str, int]:  # noqa: ANN401
+    """Give the sizes of tokenizer, embeddings and head, once every token of the first has a row in both others.
+
+    Raises:
+        ModelError: it has not; ``ids`` names tokens that matter most.
+    """
+    sizes = {"tokenizer": size, "embeddings": len(model.get_input_embeddings().weight)}
+    if rows := getattr(model.get_output_embeddings(), "out_features", 0):
+        sizes["head"] = rows
+    for what, rows in sizes.items():
+        beyond = [f"{token!r} is {id}" for token, id in ids.items() if id >= rows]
+        if size > rows or beyond:
+            example = f" ({beyond[0]})" if beyond else ""
+            raise ModelError(f"vocabulary: the tokenizer has {size:,} tokens{example}, {what} has only {rows:,}")
+    return sizes
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Give the parameters that the optimizer changes, by name, in the model's order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def check_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Give ``trainable_parameters``: at least one, all fp32.
+
+    Raises:
+        RunError: nothing trains, or not in fp32.
+    """
+    trainable = trainable_parameters(model)
+    if not trainable:
+        raise RunError("trainable: no weight of the model would be trained")
+    wrong = [name for name, parameter in trainable.items() if parameter.dtype != torch.float32]
+    if wrong:
+        dtype = str(trainable[wrong[0]].dtype).removeprefix("torch.")
+        raise RunError(f"trainable: {len(wrong)} of {len(trainable)} weights aren't fp32, {wrong[0]} is {dtype}")
+    return trainable
 
 
 class ParameterCount(NamedTuple):

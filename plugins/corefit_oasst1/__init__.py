@@ -38,10 +38,11 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from operator import itemgetter
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from corefit import (
@@ -527,8 +528,9 @@ def _left_out(depths: Mapping[int, int]) -> str:
 @lru_cache(maxsize=2)
 def _planted(sources: Sources, state: tuple[tuple[int, int], ...]) -> _Forest | None:
     """Give the forest of flat files, None for the other forms; ``state`` is there to notice a file that changed."""
-    for path in sources.paths:
-        for record in islice(read_jsonl(Sources((path,), sources.max_record_bytes)), PEEKED):
+    for i, path in enumerate(sources.paths):
+        one = replace(sources, paths=(path,), fields=None, states=sources.states[i : i + 1])
+        for record in islice(read_jsonl(one), PEEKED):
             if isinstance(record, Record):
                 if _is_flat(record):
                     return _Forest(sources)
@@ -538,7 +540,9 @@ def _planted(sources: Sources, state: tuple[tuple[int, int], ...]) -> _Forest | 
 
 def _forest(sources: Sources) -> _Forest | None:
     try:
-        state = tuple((stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in sources.paths))
+        # a run knows the states of its files, and looks for itself whether they are still true
+        stats = () if sources.states else map(Path.stat, sources.paths)
+        state = tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
     except OSError:
         return None  # read_jsonl says what is wrong with it
     return _planted(sources, state)
@@ -590,6 +594,7 @@ def corefit_dataset_readers() -> Iterator[DatasetReader]:
         index=index,
         fetch=fetch,
         seekable=True,
+        bounded=True,
     )
 
 

@@ -46,11 +46,11 @@ class Instant:
     """What is not as in the straight run."""
 
 
-def lab_of(zygote: Zygote, folder: Path, quantizer: str, optimizer: str) -> Lab:
+def lab_of(zygote: Zygote, folder: Path, quantizer: str, optimizer: str, rows: int = 60) -> Lab:
     """Give a lab for runs of this kind."""
     folder.mkdir()
     sets = [*WIDE, f"train.optimizer={optimizer}", f"train.micro_batch={MICRO_BATCH[quantizer]}"]
-    return Lab(zygote, folder, wide_model(folder / "model"), write_rows(folder / "rows.jsonl"), sets, quantizer)
+    return Lab(zygote, folder, wide_model(folder / "model"), write_rows(folder / "rows.jsonl", rows), sets, quantizer)
 
 
 def campaign(lab: Lab, instants: int, seed: int) -> Iterator[Instant]:

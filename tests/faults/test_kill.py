@@ -13,7 +13,7 @@ from zygote import Zygote
 def test_killed_at_any_instant_and_resumed_is_the_straight_run(
     quantizer: str, optimizer: str, zygote: Zygote, tmp_path: Path
 ) -> None:
-    lab = lab_of(zygote, tmp_path.resolve() / "lab", quantizer, optimizer)
+    lab = lab_of(zygote, tmp_path.resolve() / "lab", quantizer, optimizer, rows=30)
     found = list(campaign(lab, 2, seed=MATRIX.index((quantizer, optimizer))))
     assert [one.differs for one in found] == [[], []], [one.phases for one in found]
     assert all(one.phases for one in found), "killed before the end"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,25 @@ def test_isolation_holds_on_the_gpu(tmp_path: Path, tiny_model: Path) -> None:
     quantizer = Registry.load().quantizer("none")
     model = load_base(str(tiny_model), quantizer=quantizer, compute_dtype="float16", device="cuda")
     assert isolation_canary(model, vocab_size=512, device="cuda") < 1e-2
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("quantizer", ["none", "nf4"])
+def test_a_nan_that_one_record_meets_is_named_on_the_gpu(
+    precision: str, quantizer: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    vocabulary = json.loads((tiny_model / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+    bad = shutil.copytree(tiny_model, tmp_path / "bad")
+    weights = load_file(bad / "model.safetensors")
+    weights["model.embed_tokens.weight"][vocabulary["~"]] = float("nan")
+    save_file(weights, bad / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "rows.jsonl").write_text(ROWS.replace("What is 36?", "What is ~?"), "utf-8")
+    flags = ["--plugin", "oasst1", "--template", "chatml", "--model", bad, "--data", "rows.jsonl", "--out", "run"]
+    more = [f"model.quantizer={quantizer}", f"train.precision={precision}", "train.max_steps=60", "val.records=0"]
+    done = corefit("train", *flags, "--set", *SMALL, *more, "run.device=cuda", cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    report = json.loads((tmp_path / "run" / "nonfinite.json").read_text("utf-8"))
+    assert (report["first"]["module"], report["first"]["direction"]) == ("model.embed_tokens", "forward")
+    assert report["records"] == [f"{tmp_path / 'rows.jsonl'}:37"]

@@ -173,3 +173,13 @@ def test_standard_input_can_be_closed_early(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+def test_inspect_names_a_record_that_is_too_long_where_that_is_an_error(
+    tmp_path: Path, data: Path, tiny_tokenizer: Path
+) -> None:
+    more = ["--template", "internlm_chat", "--set", "pack.overlong=error", "pack.max_length=30"]
+    done = corefit("inspect", "--json", "--data", data, "--tokenizer", tiny_tokenizer, *more, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"corefit: error: {data}:1: ")
+    assert "pack.max_length is 30" in done.stderr

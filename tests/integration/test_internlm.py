@@ -68,7 +68,8 @@ def test_a_step_in_4_bit_from_a_published_folder_and_back_into_its_layout(tmp_pa
     done = train(base, "--quantizer", "nf4", "--set", *SETS, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "base weights nf4" in done.stdout
-    assert "(LoRA r 4 on down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj)" in done.stdout
+    names = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    assert f"adapter: LoRA r 4 on 14 layers: {', '.join(f'2 {name}' for name in names)}\n" in done.stdout
     assert "isolation: documents of one pack don't see each other (max |delta| 0)" in done.stdout
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     known = {name.rpartition(".")[0] for name in load_file(base / "model.safetensors")}

@@ -79,8 +79,8 @@ def test_a_run_folder_holds_what_is_promised_and_repeats(tmp_path: Path, base: l
     files = {"recipe.toml", "run.json", "metrics.jsonl", "ledger.json", "samples.jsonl", "checkpoints", "adapter"}
     assert names == files
     steps = [line for line in lines(run / "metrics.jsonl") if "loss" in line]
-    keys = "step epoch progress loss lr grad_norm loss_scale skipped tokens supervised_tokens samples packs fill"
-    assert set(steps[0]) == {*keys.split(), "tokens_per_s", "seconds", "memory_bytes"}
+    keys = "step epoch progress loss lr grad_norm loss_scale next_loss_scale skipped cause tokens supervised_tokens"
+    assert set(steps[0]) == {*keys.split(), "samples", "packs", "fill", "tokens_per_s", "seconds", "memory_bytes"}
     assert [line["step"] for line in steps] == list(range(1, 7))
     assert any("val_loss" in line for line in lines(run / "metrics.jsonl"))
     adapter = {path.name for path in (run / "adapter").iterdir()}

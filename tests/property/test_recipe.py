@@ -94,7 +94,9 @@ recipes = st.builds(
         min_size=1,
         max_size=2,
     ).map(tuple),
-    template=st.builds(Template, name=maybe(names), supervise=st.sampled_from(["all", "last"]), options=tables),
+    template=st.builds(
+        Template, name=maybe(names), supervise=st.sampled_from(["all", "last", "unroll"]), options=tables
+    ),
     pack=st.builds(
         Pack,
         max_length=st.integers(8, 10**6),

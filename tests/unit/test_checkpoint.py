@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import POISON_GRADIENT, Run, make_batch, make_run, make_steps
+from tiny_training import POISON_GRADIENT, POISON_LOSS, Run, make_batch, make_run, make_steps
 
 from corefit.engine import checkpoint
 from corefit.engine.checkpoint import load, newest_whole, restore, save
 from corefit.engine.loop import Every, LoopState
 from corefit.engine.optimizer import make_optimizer, make_scaler
-from corefit.errors import CheckpointError
+from corefit.errors import CheckpointError, NonFiniteError
 
 
 def save_run(run, folder: Path, step: int, **more) -> Path:
@@ -125,6 +125,49 @@ def test_a_killed_and_resumed_run_ends_as_a_straight_one_bit_for_bit(tmp_path, o
     assert stable(straight.reports) == stable(killed.reports[:5] + resumed.reports)
     assert straight.state.skipped == {"non_finite_gradients": 2}
     assert straight.scaler.get_scale() == (16384.0 if scale else 1.0)
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_a_run_that_a_loss_stopped_resumes_as_one_that_never_met_it(tmp_path, scale):
+    straight = make_run(scale=scale)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    straight.train(make_steps(9), epochs=1)
+    expected = everything(straight)
+
+    stopped = make_run(scale=scale)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    with pytest.raises(NonFiniteError):
+        stopped.train(
+            make_steps(9, poison={6: POISON_LOSS}),
+            epochs=1,
+            checkpoint=Every(lambda step: save_run(stopped, tmp_path, step), 4),
+        )
+    resumed, found = resume_run(tmp_path, scale=scale)
+    assert (found.step, resumed.state.stream()["next"]) == (6, 12)
+    resumed.train(make_steps(9, start=12), epochs=1)  # the data was mended
+    assert_same(expected, everything(resumed))
+    assert stable(straight.reports) == stable(stopped.reports + resumed.reports)
+
+
+@pytest.mark.parametrize("bad", ["lora_A", "lora_B"])
+def test_weights_that_are_not_finite_never_replace_a_good_checkpoint(tmp_path, bad):
+    run = make_run()
+    run.train(make_steps(4), epochs=1, checkpoint=Every(lambda step: save_run(run, tmp_path, step, keep=1), 2))
+    good, _ = newest_whole(tmp_path)
+
+    def burst(report):
+        if report.step == 6:
+            run.parameters[bad].data[3, 3] = float("nan")
+
+    run.state.step = 4
+    with pytest.raises(NonFiniteError, match=f"step 6: weights are not finite after its update: {bad};"):
+        run.train(
+            make_steps(4),
+            max_steps=8,
+            on_step=burst,
+            checkpoint=Every(lambda step: save_run(run, tmp_path, step, keep=1), 6),
+        )
+    assert newest_whole(tmp_path) == (good, ())
 
 
 CHILD = """

@@ -13,7 +13,7 @@ from samples import encode_each
 from samples import fit_one as fit
 from tiny import CHATML_JINJA, write_tokenizer
 
-from corefit.data.encode import make_encoder
+from corefit.data.encode import make_encoder, parts
 from corefit.data.tokenizer import Tokenizer
 from corefit.errors import DataError, ModelError, PluginError
 from corefit.types import Conversation, Document, Message, PromptTemplate, Sample, Segment
@@ -126,6 +126,34 @@ class TestSupervision:
         assert self.supervised(tokenizer, every, masked) == f"one{stop}"
         assert encode(last, masked).drop == "nothing_supervised"
 
+    def test_unroll_gives_a_part_for_every_answer_that_is_not_masked(self, tokenizer):
+        encoder = make_encoder(INTERNLM, tokenizer, supervise="unroll")
+        conversation = talk("q", "one", "r", "two", "s", "three", system="S")
+        made = parts(conversation, "unroll")
+        assert [self.supervised(tokenizer, encoder, part) for part in made] == ["one<eoa>", "two<eoa>", "three<eoa>"]
+        assert [part.messages[:-1] for part in made[:1]] == [conversation.messages[:2]]
+        masked = Message("assistant", "two", supervised=False)
+        made = parts(conversation._replace(messages=(*conversation.messages[:4], masked)), "unroll")
+        assert [self.supervised(tokenizer, encoder, part) for part in made] == ["one<eoa>"]
+        first, *rest = conversation.messages
+        chosen = Conversation((first, rest[0], rest[1]._replace(supervised=True), *rest[2:]))
+        made = parts(chosen, "unroll")  # what the data asks for is asked for once, too
+        assert [self.supervised(tokenizer, encoder, part) for part in made] == ["one<eoa>", "two<eoa>", "three<eoa>"]
+        for whole in (Document("x"), Conversation(()), Conversation((Message("user", "q"), masked))):
+            assert parts(whole, "unroll") == (whole,)
+        assert parts(conversation, "all") == parts(conversation, "last") == (conversation,)
+
+    @pytest.mark.parametrize("template", [INTERNLM, CHATML], ids=lambda t: t.name)
+    def test_an_empty_think_block_is_context_not_answer(self, tokenizer, template):
+        encoder = make_encoder(template, tokenizer)
+        block, stop = "<think>\n\n</think>\n\n", encoder.stop[0]
+        assert self.supervised(tokenizer, encoder, talk("q", block + "one", "r", f"two {block}")) == (
+            f"one{stop}|two {block}{stop}"
+        )
+        assert block + "one" in tokenizer.decode(encode(encoder, talk("q", block + "one")).sample.input_ids)
+        assert self.supervised(tokenizer, encoder, talk("q", "<think>\nhm\n</think>\n\none")).startswith("<think>")
+        assert self.supervised(tokenizer, encoder, talk("q", block)) == stop
+
     def test_leading_answer_is_kept_and_can_be_masked(self, tokenizer):
         encoder = make_encoder(INTERNLM, tokenizer)
         conversation = Conversation((Message("assistant", "Welcome", supervised=False), *talk("q", "a").messages))
@@ -211,7 +239,7 @@ class TestStart:
     )
     def test_missing_bos_or_eos(self, tmp_path, template):
         folder = with_jinja(tmp_path, CHATML_JINJA, bos_token="", eos_token="")
-        with pytest.raises(ModelError, match="BOS|no_eos_token"):
+        with pytest.raises(ModelError, match="no_bos_token|no_eos_token"):
             make_encoder(template, Tokenizer.load(folder))
 
     def test_stop_that_is_two_tokens(self, tokenizer):

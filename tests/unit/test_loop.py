@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_training import POISON_GRADIENT, POISON_LOSS, make_batch, make_run, make_steps
 
 from corefit.engine.loop import Every, LoopState, progress_at, take_step
-from corefit.errors import RunError
+from corefit.errors import NonFiniteError, RunError
 
 
 def split(batch, sizes):
@@ -65,8 +65,8 @@ def test_loss_is_nats_per_supervised_token_of_the_whole_step():
     assert (
         list(asdict(report))
         == (
-            "step epoch progress loss lr grad_norm loss_scale skipped tokens supervised_tokens samples packs fill "
-            "tokens_per_s seconds memory_bytes"
+            "step epoch progress loss lr grad_norm loss_scale next_loss_scale skipped cause tokens supervised_tokens "
+            "samples packs fill tokens_per_s seconds memory_bytes"
         ).split()
     )
 
@@ -98,40 +98,126 @@ def test_clipping_bounds_the_norm_and_zero_turns_it_off(clip):
     assert run.reports[0].grad_norm > 0.05
 
 
+def moments(run):
+    """The optimizer's state, all of it, copied."""
+    found = {}
+    for name, p in run.parameters.items():
+        for key, value in run.optimizer.state[p].items():
+            found[name, key] = value.clone() if hasattr(value, "clone") else value
+    return found
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
+
+
 @pytest.mark.parametrize("scale", [False, True])
-@pytest.mark.parametrize(
-    ("poison", "cause"), [(POISON_GRADIENT, "non_finite_gradients"), (POISON_LOSS, "non_finite_loss")]
-)
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
-def test_a_step_that_is_not_finite_changes_nothing_but_is_counted(scale, poison, cause, optimizer):
+def test_a_step_with_gradients_that_are_not_finite_changes_nothing_but_is_counted(scale, optimizer):
     run = make_run(scale=scale, optimizer=optimizer)
     seen = []
-
-    def look(report):
-        moments = {
-            k: v.clone()
-            for p in run.parameters.values()
-            for k, v in run.optimizer.state[p].items()
-            if hasattr(v, "clone")
-        }
-        seen.append((report, run.weights(), moments, [run.optimizer.state[p]["step"] for p in run.parameters.values()]))
-
-    run.train(make_steps(5, poison={2: poison}), epochs=1, on_step=look)
-    report, weights, moments, counts = seen[2]
-    assert (report.step, report.skipped, report.cause, report.epoch) == (3, True, cause, pytest.approx(0.6))
-    assert (report.loss is None) == (poison == POISON_LOSS)
-    assert (report.grad_norm is None) == (poison == POISON_GRADIENT)
+    run.train(
+        make_steps(5, poison={2: POISON_GRADIENT}),
+        epochs=1,
+        on_step=lambda report: seen.append((report, run.weights(), moments(run))),
+    )
+    report, weights, state = seen[2]
+    assert (report.step, report.skipped, report.epoch) == (3, True, pytest.approx(0.6))
+    assert [r.cause for r, *_ in seen] == [None, None, "non_finite_gradients", None, None]
+    assert (report.loss is None, report.grad_norm) == (False, None)
     json.dumps(asdict(report), allow_nan=False)
-    assert all(torch.equal(weights[name], seen[1][1][name]) for name in weights)
-    assert all(torch.equal(moments[name], seen[1][2][name]) for name in moments)
-    assert counts == seen[1][3]
+    assert same(weights, seen[1][1])
+    assert same(state, seen[1][2])
     assert not torch.equal(seen[3][1]["lora_B"], weights["lora_B"]), "the next step goes on"
     assert all(torch.isfinite(tensor).all() for tensor in seen[4][1].values())
-    assert run.state.skipped == {cause: 1}
+    assert run.state.skipped == {"non_finite_gradients": 1}
     assert (run.state.step, run.state.skipped_in_a_row, run.state.stream()["next"]) == (5, 0, 10)
-    backed_off = poison == POISON_GRADIENT
-    scales = ([65536.0] * 3 + [32768.0 if backed_off else 65536.0] * 2) if scale else [1.0] * 5
-    assert [r.loss_scale for r, *_ in seen] == scales
+    scales = [65536.0] * 3 + [32768.0] * 3 if scale else [1.0] * 6
+    assert [r.loss_scale for r, *_ in seen] == scales[:5]
+    assert [r.next_loss_scale for r, *_ in seen] == scales[1:]
+
+
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_a_loss_that_is_not_finite_stops_the_run_as_if_its_step_had_not_begun(scale, optimizer):
+    run, saved, seen = make_run(scale=scale, optimizer=optimizer), [], []
+
+    def everything():
+        return run.weights(), moments(run), {"random": torch.get_rng_state()}, run.scaler.state_dict()
+
+    with pytest.raises(NonFiniteError, match="step 4: the loss is not finite") as error:
+        run.train(
+            make_steps(6, poison={3: POISON_LOSS}),
+            epochs=1,
+            on_step=lambda report: seen.append((report.step, *everything())),
+            checkpoint=Every(lambda step: saved.append((step, json.dumps(run.state.as_dict()), *everything())), 2),
+        )
+    assert [step for step, *_ in seen] == [1, 2, 3]
+    assert [step for step, *_ in saved] == [2, 3], "what was before the step is saved"
+    last = json.loads(saved[-1][1])
+    assert (last["step"], last["stream"], last["epoch"]) == (3, {"next": 6}, pytest.approx(0.5)), "its data waits"
+    assert (last["skipped"], last["skipped_in_a_row"]) == ({}, 0)
+    for before, at_save, at_end in zip(seen[-1][1:], saved[-1][2:], everything(), strict=True):
+        assert same(before, at_save)
+        assert same(before, at_end)
+    assert [p.grad for p in run.parameters.values()] == [None, None]
+    assert error.value.report["scales"][-1] == {
+        "step": 4,
+        "loss_scale": 65536.0 if scale else 1.0,
+        "cause": "non_finite_loss",
+    }
+    assert error.value.exit_code == 1
+
+
+def test_a_first_loss_that_is_not_finite_saves_nothing():
+    run, saved = make_run(), []
+    with pytest.raises(NonFiniteError, match="step 1: the loss is not finite"):
+        run.train(make_steps(2, poison={0: POISON_LOSS}), epochs=1, checkpoint=Every(saved.append, 1))
+    assert saved == []
+    assert run.state == LoopState()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_fp16_that_overflows_is_scaled_and_skipped_as_torch_does_it(optimizer):
+    """Real fp16, from a scale at which gradients overflow; the reference is the loop of torch's own documentation."""
+    run, reference = (make_run(scale=True, optimizer=optimizer, dropout=0.0) for _ in range(2))
+    for made in (run, reference):
+        made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=4)
+    expected = []
+    for batches in make_steps(16):
+        scale, total = reference.scaler.get_scale(), sum(batch.n_supervised for batch in batches)
+        for batch in batches:
+            with torch.autocast("cpu", dtype=torch.float16):
+                loss = reference.model(
+                    *(torch.from_numpy(a) for a in (batch.input_ids, batch.position_ids, batch.labels))
+                )
+            reference.scaler.scale(loss / total).backward()
+        reference.scaler.unscale_(reference.optimizer)
+        torch.nn.utils.clip_grad_norm_(reference.parameters.values(), 1.0)
+        reference.scaler.step(reference.optimizer)
+        reference.scaler.update()
+        reference.optimizer.zero_grad()
+        expected.append((scale, reference.scaler.get_scale(), reference.weights(), moments(reference)))
+    seen = []
+    run.train(
+        make_steps(16),
+        epochs=1,
+        compute_dtype=torch.float16,
+        lr_at=lambda progress: 1e-2,
+        on_step=lambda report: seen.append((report, run.weights(), moments(run))),
+    )
+    assert [(r.loss_scale, r.next_loss_scale) for r, *_ in seen] == [pair[:2] for pair in expected]
+    for (_, weights, state), (_, _, expected_weights, expected_state) in zip(seen, expected, strict=True):
+        assert same(weights, expected_weights)
+        assert same(state, expected_state)
+    skipped = [r for r, *_ in seen if r.skipped]
+    assert 0 < len(skipped) < 16, "some overflow, some don't"
+    assert all((r.cause, r.next_loss_scale) == ("non_finite_gradients", r.loss_scale / 2) for r in skipped)
+    assert any(r.next_loss_scale == 2 * r.loss_scale for r, *_ in seen), "and it grows again"
+    assert run.state.skipped == {"non_finite_gradients": len(skipped)}
+    assert [r.step for r, *_ in seen] == list(range(1, 17))
+    assert [r.progress for r, *_ in seen] == pytest.approx([(i + 0.5) / 16 for i in range(16)])
+    assert run.state.stream()["next"] == 32
 
 
 def test_twenty_skipped_steps_in_a_row_stop_the_run_with_the_weights_as_they_were():
@@ -139,13 +225,16 @@ def test_twenty_skipped_steps_in_a_row_stop_the_run_with_the_weights_as_they_wer
     saved = []
     poison = dict.fromkeys(range(5, 40), POISON_GRADIENT)
     with pytest.raises(
-        RunError, match=r"step 25: the gradients of 20 steps in a row are not finite \(loss scale 0\.125\)"
-    ):
+        NonFiniteError, match=r"step 25: the gradients of 20 steps in a row are not finite \(loss scale 0\.125\)"
+    ) as error:
         run.train(
             make_steps(40, poison=poison), epochs=1, checkpoint=Every(lambda step: saved.append(run.weights()), 5)
         )
     assert all(torch.equal(tensor, saved[0][name]) for name, tensor in run.weights().items())
     assert run.state.skipped == {"non_finite_gradients": 20}
+    assert run.state.step == 25, "the steps were made, and are saved"
+    assert [round(1 / line["loss_scale"], 3) for line in error.value.report["scales"][-2:]] == [4, 8]
+    assert error.value.report["in_a_row"] == 20
 
 
 def test_nineteen_skipped_steps_and_a_good_one_go_on():

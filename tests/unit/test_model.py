@@ -19,6 +19,7 @@ from corefit.engine.model import (
     AdapterSpec,
     attach_adapter,
     base_dtype_of,
+    check_trainable,
     choose_device,
     choose_precision,
     count_parameters,
@@ -100,7 +101,7 @@ def test_full_fine_tuning_trains_everything_in_fp32_as_stored(tmp_path):
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
     counted = count_parameters(model)
     assert counted.trainable == counted.total
-    attach_adapter(load(folder, compute_dtype="bfloat16"), None, seed=0)  # asserts fp32 itself
+    assert check_trainable(attach_adapter(load(folder, compute_dtype="bfloat16"), None, seed=0))
 
 
 def test_4_bit_layers_are_protected_from_repacking_and_counted_whole(tmp_path):

@@ -13,16 +13,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTHON_LINES, C_LINES = 9_080, 955
+PYTHON_LINES, C_LINES = 10_250, 955
 """The budget of the engine in lines of code: without blank lines, comments and docstrings.
 
-The design asks for 6,000 lines of Python and 900 of C in all. The first version had 6,259 lines of Python; the tables
-that samples travel in and packing as a pure function brought it to 6,631; the twins of the JSON kernel (200), the arena
-and `corefit pack` (450), mixing known records and encoding ahead (200) to 7,490,
-outliving a power failure (13) to 7,503; `corefit selftest` (270) and
-merging into a dequantised base (130) added 400. The C
-kernel packs, writes rows and reads JSON in 950 lines. A change that needs more than this
-raises the number here, openly; one that needs less lowers it.
+The design asks for 6,000 lines of Python and 900 of C in all. What took more, in lines of Python: the first version
+6,260; tables that samples travel in and packing as a pure function 370; the twins of the JSON kernel 200; the arena
+450; mixing known records and encoding ahead 200; resuming by name and step, comparing what changed, full disks 420;
+tensors out of pickles that are never run 310, the rest of security 140; `corefit selftest` 270; merging into a
+dequantised base 130; proofs at the start and `--dry-run` 370; the search for values that are not finite 240; data
+that change under a run 130; `corefit eval` 200; adapters to start from, DoRA, learning rates by name 80; InternLM as
+the native architecture 250; templates that are listed, shown and compared, samples of every turn 170. The C kernel
+packs, writes rows and reads JSON in 950 lines. A change that needs more than this raises the number here, openly; one
+that needs less lowers it.
 """
 
 

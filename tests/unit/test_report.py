@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import json
@@ -32,7 +33,17 @@ from corefit.types import StepReport
 def report(step: int = 1, **changes) -> StepReport:
     fields = {
         **dict(step=step, epoch=step / 10, progress=(step - 0.5) / 10, loss=4.0 / step, lr=1e-4, grad_norm=1.0),
-        **dict(loss_scale=1.0, skipped=False, tokens=900, supervised_tokens=300, samples=7, packs=2, fill=90.0),
+        **dict(
+            loss_scale=1.0,
+            next_loss_scale=1.0,
+            skipped=False,
+            cause=None,
+            tokens=900,
+            supervised_tokens=300,
+            samples=7,
+            packs=2,
+            fill=90.0,
+        ),
         **dict(tokens_per_s=150.0, seconds=2.0, memory_bytes=3 * 2**20),
     }
     return StepReport(**{**fields, **changes})
@@ -144,9 +155,12 @@ def test_lines_that_the_disk_refuses_are_kept_and_written_later(tmp_path):
 
 def test_a_step_in_one_line():
     assert step_line(report(), 200.0) == "step 1: loss 4.0000, 150 supervised tok/s, fill 90 %, 3 min 20 s left"
-    assert "skipped (non_finite_gradients)" in step_line(report(skipped=True, grad_norm=None), None)
-    assert "skipped (non_finite_loss)" in step_line(report(skipped=True, loss=None), None)
-    assert "skipped (nothing_supervised)" in step_line(report(skipped=True, loss=None, supervised_tokens=0), None)
+    skipped = report(skipped=True, cause="non_finite_gradients", grad_norm=None)
+    assert step_line(skipped, None).startswith("step 1: skipped (non_finite_gradients), ")
+    halved = dataclasses.replace(skipped, loss_scale=65536.0, next_loss_scale=32768.0)
+    assert step_line(halved, None).startswith("step 1: skipped (non_finite_gradients, loss scale 65536 -> 32768), ")
+    nothing = report(skipped=True, cause="nothing_supervised", loss=None, loss_scale=65536.0, next_loss_scale=65536.0)
+    assert step_line(nothing, None).startswith("step 1: skipped (nothing_supervised), ")
     assert "left" not in step_line(report(), None)
 
 
@@ -159,7 +173,7 @@ def test_times_as_people_say_them():
 def test_without_a_terminal_a_plain_line_every_few_steps(capsys):
     progress = Progress(every=5)
     for step in range(1, 12):
-        progress.update(report(step, skipped=step == 7))
+        progress.update(report(step, skipped=step == 7, cause="nothing_supervised" if step == 7 else None))
     progress.note("validation loss 1.5")
     progress.close()
     out, err = capsys.readouterr()

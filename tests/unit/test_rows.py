@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
-from samples import rows_of
+from samples import block_of, rows_of
 
+from corefit.data.block import fit
+from corefit.data.rows import Window, gather
 from corefit.types import Sample
 
 pytestmark = pytest.mark.usefixtures("either")
@@ -61,3 +63,15 @@ def test_a_sample_without_targets_and_a_pad_id_that_occurs_in_it():
 def test_gather_refuses_what_is_no_pack(packs):
     with pytest.raises(ValueError, match=r"."):
         rows_of(packs, max_length=8, pad_id=0)
+
+
+def test_a_piece_of_a_document_whose_beginning_is_gone_moves_to_a_new_buffer(monkeypatch):
+    monkeypatch.setattr("corefit.data.rows.MIN_TOKENS", 64)
+    window = Window()
+    whole = fit(block_of(sample(range(100, 140))), 8, "split")
+    held = window.add(np.empty((0, 8), np.int64), whole)[3:]  # the first three pieces have been packed
+    for number in range(3):
+        held = window.add(held, block_of(sample(range(200, 290))))[: len(held)]
+        packed = gather(window.tokens, window.spans, held, np.array([2]), width=16, pad_id=0)
+        assert packed.input_ids.tolist() == [[*range(124, 140)]], number
+        assert packed.labels.tolist() == [[*range(125, 132), -100, *range(133, 140), -100]]

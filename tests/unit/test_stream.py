@@ -17,7 +17,7 @@ from corefit.data.ledger import Ledger
 from corefit.data.source import GROUP_RECORDS, Input, permutation
 from corefit.data.stream import GROUPS_AHEAD, Stream, encode_validation, split_validation
 from corefit.errors import CheckpointError, DataError, RecipeError
-from corefit.types import DatasetReader, Document, Drop, MapFunction, Record
+from corefit.types import Conversation, DatasetReader, Document, Drop, MapFunction, Message, Record
 
 
 def stream(*sources, **changes):
@@ -209,10 +209,13 @@ def test_bad_records_can_be_skipped_and_are_counted(tmp_path):
     assert (records["read"], records["used"], records["dropped"]) == (4, 2, {"bad_record": 2})
 
 
-@pytest.mark.parametrize(("message", "shown"), [("a\nb", "ValueError: a b"), ("", "ValueError:")])
-def test_a_map_function_that_fails_names_the_record_and_its_keys(tmp_path, message, shown):
+@pytest.mark.parametrize(
+    ("kind", "message", "shown"),
+    [(ValueError, "a\nb", "ValueError: a b"), (ValueError, "", "ValueError:"), (SystemExit, "7", "SystemExit: 7")],
+)
+def test_a_map_function_that_fails_names_the_record_and_its_keys(tmp_path, kind, message, shown):
     def fail(record, options):
-        raise ValueError(message)
+        raise kind(message)
         yield
 
     path = write_records(tmp_path / "a.jsonl", [[32]])
@@ -220,7 +223,7 @@ def test_a_map_function_that_fails_names_the_record_and_its_keys(tmp_path, messa
     with pytest.raises(DataError) as caught:
         batches(stream(source(path, map_function=broken)))
     assert str(caught.value) == f"{path}:1: map function 'broken' failed: {shown}; keys of the record: id, parts"
-    assert isinstance(caught.value.__cause__, ValueError)
+    assert isinstance(caught.value.__cause__, kind)
 
 
 def test_a_map_function_must_give_items(tmp_path):
@@ -420,6 +423,27 @@ def test_changed_data_is_noticed_on_resume(tmp_path):
         stream(source(path)).load_state_dict(state)
     with pytest.raises(CheckpointError, match="1 data sources, the recipe 2"):
         stream(source(path), source(path)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_an_edit_of_a_held_record_is_noticed_on_resume_though_its_length_stays(tmp_path, shuffle):
+    lines = [json.dumps({"id": 100 + i, "parts": [20]}) for i in range(20)]
+    path = write_records(tmp_path / "a.jsonl", lines)
+    state = json.loads(json.dumps(next(stream(source(path, shuffle=shuffle)).steps(1, 1))[0].state()))
+    held = {index for _, index, *_ in state["held"]}
+    assert len(held) > 3
+    for i in range(20):
+        write_records(path, [line.replace(str(100 + i), "200") for line in lines])
+        if i in held:
+            with pytest.raises(CheckpointError, match="changed since the checkpoint"):
+                stream(source(path, shuffle=shuffle)).load_state_dict(state)
+        else:  # what isn't held is the business of those who compare files
+            stream(source(path, shuffle=shuffle)).load_state_dict(state)
+    write_records(path, lines)
+    one = Message("user", "7 10")  # as many tokens, half of them learnt
+    half = replace(PARTS, map=lambda record, _: [Conversation((Message("user", f"{record['id']} 10"), one))])
+    with pytest.raises(CheckpointError, match="changed since the checkpoint"):
+        stream(source(path, shuffle=shuffle, map_function=half)).load_state_dict(state)
 
 
 def test_resume_seeks_instead_of_reading_from_the_start(tmp_path):

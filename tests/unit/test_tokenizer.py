@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tiny import CHATML_JINJA, write_tokenizer
+from tokenizers_at_hand import TOKENIZERS
 
 from corefit.data.tokenizer import Tokenizer
 from corefit.errors import ModelError
@@ -165,6 +166,13 @@ class TestFolder:
     def test_missing(self, tmp_path):
         with pytest.raises(ModelError, match="can't read a tokenizer"):
             Tokenizer.load(tmp_path / "absent")
+
+    def test_what_a_unigram_model_doesnt_know_is_content_and_no_control_token(self, tmp_path):
+        tokenizer = Tokenizer.load(TOKENIZERS["unigram"](tmp_path))
+        assert tokenizer.unk_token == "<unk>"
+        forbidden = tokenizer.protect([])
+        [ids] = tokenizer.encode(["a Ü"])
+        assert tokenizer.token_id("<unk>") in ids and not forbidden & set(ids)
 
     def test_control_tokens_swallow_whitespace_as_they_would_in_one_go(self, tmp_path):
         folder = write_tokenizer(tmp_path)

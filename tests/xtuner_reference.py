@@ -1,0 +1,83 @@
+"""What XTuner writes and trains on, followed by hand from its strings: the reference for its templates.
+
+Source: ``template_map_fn`` and ``encode_fn`` of InternLM/xtuner at v0.1.23 and v0.1.9, but for images and truncation.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+Turn = tuple[str, str, str]
+"""System text (or empty), question, answer."""
+
+
+def strings_of(shared: Path) -> dict[str, dict[str, object]]:
+    """Give corefit's name -> XTuner's strings."""
+    known = json.loads((shared / "reference/xtuner_templates.json").read_text(encoding="utf-8"))
+    now, then = (known[f"xtuner_{tag}"]["PROMPT_TEMPLATE"] for tag in ("v0.1.23", "v0.1.9"))
+    return now | {f"{name}@0.1.9": strings for name, strings in then.items()}
+
+
+START = {"qwen_chat": (), "chatglm2": ("[gMASK]", "sop"), "chatglm3": ("[gMASK]", "sop")}
+"""What stands where BOS is due, if it isn't BOS: by the class of the tokenizer that the format was made for."""
+
+
+def written(
+    name: str, strings: dict[str, object], turns: Sequence[Turn], *, bos: str, eos: str
+) -> Iterator[tuple[str, bool]]:
+    """Yield (text, is it trained on), in the pieces in which XTuner encodes it."""
+    start = [(token, False) for token in START.get(name.removesuffix("@0.1.9"), (bos,))]
+    if name.endswith("@0.1.9"):
+        for i, (system, question, answer) in enumerate(turns):
+            text = str(strings["INSTRUCTION"]).format(input=question, round=i + 1)
+            yield from start
+            yield (str(strings["SYSTEM"]).format(system=system) if system else "") + text, False
+            yield answer, True
+            yield eos, True
+        return
+    next_needs_bos = True
+    for i, (system, question, answer) in enumerate(turns):
+        text = str(strings["INSTRUCTION"]).format(input=question, round=i + 1)
+        if system:
+            text = str(strings["SYSTEM"]).format(system=system) + text
+        if next_needs_bos:
+            yield from start
+        yield text, False
+        yield answer + str(strings.get("SUFFIX", "")), True
+        next_needs_bos = not strings.get("SUFFIX_AS_EOS", False)
+        if next_needs_bos:
+            yield eos, True
+        yield str(strings.get("SEP", "")), False
+
+
+class Encoder:
+    """Ids and labels by sentencepiece, with further tokens as transformers cuts them out of a text."""
+
+    def __init__(self, model: Path, added: dict[str, int]) -> None:
+        import sentencepiece
+
+        self.processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        self.added = added
+        cut_out = {re.escape(token) for token in added} - {re.escape(token) for token in START["chatglm2"]}
+        self.pattern = re.compile("(" + "|".join(sorted(cut_out, key=len, reverse=True)) + ")")
+        self.known: dict[str, list[int]] = {token: [id] for token, id in added.items()}
+
+    def ids(self, text: str) -> list[int]:
+        if text not in self.known:
+            parts = [part for part in self.pattern.split(text) if part]
+            found = [[self.added[part]] if part in self.added else self.processor.encode(part) for part in parts]
+            self.known[text] = [id for part in found for id in part]
+        return self.known[text]
+
+    def encode(self, pieces: Iterator[tuple[str, bool]]) -> tuple[list[int], list[int]]:
+        """Give ids and labels (of the same position)."""
+        ids: list[int] = []
+        labels: list[int] = []
+        for text, trained in pieces:
+            made = self.ids(text) if text else []
+            ids += made
+            labels += made if trained else [-100] * len(made)
+        return ids, labels
