@@ -95,7 +95,7 @@ def write_internlm(
             tensors[f"{name}.bias"] = draw(outs)
 
     second = kind == "internlm2"
-    linear("model.tok_embeddings" if second else "model.embed_tokens", VOCAB, HIDDEN)
+    linear("model.tok_embeddings" if second else "model.embed_tokens", config["vocab_size"], HIDDEN)
     for i in range(LAYERS):
         at = f"model.layers.{i}"
         if second:
@@ -117,7 +117,7 @@ def write_internlm(
         if kind == "internlm":
             tensors[f"{at}.self_attn.rotary_emb.inv_freq"] = 1e4 ** -(torch.arange(0, head_dim, 2) / head_dim)  # type: ignore[operator, assignment]
     tensors["model.norm.weight"] = draw(HIDDEN, around=1.0)
-    linear("output" if second else "lm_head", VOCAB, HIDDEN)
+    linear("output" if second else "lm_head", config["vocab_size"], HIDDEN)
 
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

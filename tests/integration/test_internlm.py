@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 from cli import corefit, environment
 from safetensors.torch import load_file
 from tiny_internlm import reference, write_internlm
+from transformers import PreTrainedTokenizerFast
 
-from corefit.chat import find
+from corefit.chat import Chatter, find
 from corefit.merge import merge
 from corefit.run import train_from
 
@@ -108,6 +110,29 @@ def test_full_fine_tuning_writes_the_published_layout(tmp_path: Path, monkeypatc
     # the checkpoint's own tensors, by LLaMA's names, come out the same
     again = find(f"{run.path}@latest", say=lambda line: None).folder
     assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_a_folder_with_nothing_but_a_tokenizer_model(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As InternLM 1 is published: its real tokenizer.model, and a config that names code for it."""
+    monkeypatch.chdir(tmp_path)
+    base = write_internlm(tmp_path / "base", "internlm", dtype="float16", vocab_size=103168)
+    (base / "tokenizer.json").unlink()
+    config = json.loads((base / "tokenizer_config.json").read_text("utf-8"))
+    del config["chat_template"]
+    (base / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    shutil.copy(shared / "data" / "tokenizer_internlm" / "tokenizer.model", base)
+    (tmp_path / "rows.jsonl").write_text(ROWS, "utf-8")
+    flags = {"plugin": "oasst1", "template": "internlm_chat", "data": "rows.jsonl", "model": str(base), "out": "run"}
+    run = train_from(None, flags, [*SETS, "model.quantizer=nf4"], say=lambda line: None)
+    assert json.loads((run.path / "adapter" / "corefit.json").read_text("utf-8"))["stop_ids"] == [103028]
+    assert Chatter(run.path, max_tokens=4, say=lambda line: None).ask("What is 3?") is not None
+    out = merge(run.path, tmp_path / "merged", say=lambda line: None)
+    assert (out / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+    theirs = PreTrainedTokenizerFast.from_pretrained(out)
+    assert theirs("你好<eoa>")["input_ids"][-1] == 103028
+    assert (out / "model.safetensors").stat().st_size == (base / "model.safetensors").stat().st_size
 
 
 def test_code_that_is_not_asked_for_is_an_error_never_a_question(tmp_path: Path) -> None:
