@@ -340,7 +340,7 @@ def origin(case, number, i):
     return f"{number}-{places[i][0]}.jsonl:{places[i][1]}:"
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_the_ledger_is_a_naive_recount_to_the_token_wherever_a_run_stops_and_goes_on(case):
     with built(case) as made:
