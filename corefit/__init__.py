@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from corefit.data.jsonl import fetch_jsonl, index_jsonl, read_jsonl
-    from corefit.errors import CorefitError, DataError, UserError
+    from corefit.errors import CorefitError, DataError, RecipeError, UserError
     from corefit.hookspecs import hookimpl
     from corefit.run import Run, inspect, train
     from corefit.types import (
@@ -22,11 +22,13 @@ if TYPE_CHECKING:
         DatasetReader,
         Document,
         Drop,
+        ImportedRecipe,
         MapFunction,
         Message,
         Position,
         PromptTemplate,
         Quantizer,
+        RecipeReader,
         Record,
         Sample,
         Scheduler,
@@ -45,11 +47,14 @@ _HOME = {
     "Document": "corefit.types",
     "Drop": "corefit.types",
     "IGNORE_INDEX": "corefit.types",
+    "ImportedRecipe": "corefit.types",
     "MapFunction": "corefit.types",
     "Message": "corefit.types",
     "Position": "corefit.types",
     "PromptTemplate": "corefit.types",
     "Quantizer": "corefit.types",
+    "RecipeError": "corefit.errors",
+    "RecipeReader": "corefit.types",
     "Record": "corefit.types",
     "Run": "corefit.run",
     "Sample": "corefit.types",
@@ -76,11 +81,14 @@ __all__ = [
     "Document",
     "Drop",
     "IGNORE_INDEX",
+    "ImportedRecipe",
     "MapFunction",
     "Message",
     "Position",
     "PromptTemplate",
     "Quantizer",
+    "RecipeError",
+    "RecipeReader",
     "Record",
     "Run",
     "Sample",

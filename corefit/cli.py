@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from corefit import __version__
 from corefit.errors import CorefitError, UserError
-from corefit.terminal import notice, say, write
+from corefit.terminal import notice, say, visible, write
 
 USAGE = """corefit <verb> [options]
 
@@ -28,10 +30,15 @@ look around:
   recipes [PATTERN]    list the recipes (also: list-cfg -p PATTERN)
   copy NAME [DEST]     copy a recipe to edit it (also: copy-cfg)
   templates [NAME]     list the prompt templates, show one on a sample conversation, or --diff A B
+  import CONFIG        print an XTuner config (.py) as a recipe; train and inspect also take it as it is
+  formats [PATTERN]    list the data formats that --plugin names (also: list-dataset-format)
   plugins              list every plugin: where it comes from, what it contributes, why it is broken
   selftest [MODEL]     measure on this machine that packed = unpacked, resumed = straight, merged = adapter and more
 
 corefit <verb> --help shows the options of a verb; corefit --version the version."""
+
+
+CFG_OPTIONS = "keys of another program's configuration, dotted; values derived from them follow"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        args = _parser().parse_args([a for a in arguments if a != "--debug"])
+        args = _parsed([a for a in arguments if a != "--debug"])
         code = int(args.run(args))
         sys.stdout.flush()  # a broken pipe must show here, not at interpreter exit
         return code
@@ -84,6 +91,22 @@ def _innermost(error: BaseException) -> str:
     return f"{trace.tb_frame.f_globals.get('__name__', '?')}:{trace.tb_lineno}"
 
 
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse; a verb or flag of a program whose configurations a plugin reads is answered with what to type instead."""
+    try:
+        return cast(argparse.Namespace, _parser().parse_args(arguments))
+    except UserError:
+        from corefit.registry import Registry
+
+        verb, flags = arguments[0], [word.partition("=")[0] for word in arguments[1:] if word.startswith("-")]
+        typed = [" ".join(arguments[:2]), *(f"{verb} {flag}" for flag in flags), verb]
+        habits = {old: new for reader in Registry.load().recipe_readers.values() for old, new in reader.habits.items()}
+        for words in typed:
+            if words in habits:
+                raise UserError(f"corefit {words}: {habits[words]}") from None
+        raise
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse, but an unknown verb or flag is answered with the nearest one, in one line."""
 
@@ -112,7 +135,7 @@ class _Parser(argparse.ArgumentParser):
         return parsed
 
 
-_ALIASES = ("list-cfg", "copy-cfg")
+_ALIASES = ("list-cfg", "copy-cfg", "log-dataset", "check-custom-dataset", "list-dataset-format")
 
 
 def _parser() -> _Parser:
@@ -126,12 +149,12 @@ def _parser() -> _Parser:
 
     train = verb("train", _train, "Train as the recipe and the flags say; flags win over the recipe.")
     train.add_argument(
-        "recipe", nargs="?", metavar="RECIPE", help="a .toml file, or a name that `corefit recipes` lists"
+        "recipe", nargs="?", metavar="RECIPE", help="a .toml file, a name of `corefit recipes`, an XTuner config"
     )
     _recipe_flags(train)
     train.add_argument("--quantizer", metavar="NAME", help="how base weights are stored: none, nf4, int8 or a plugin's")
     train.add_argument("--scheduler", metavar="NAME", help="constant, linear, cosine, wsd or a plugin's")
-    train.add_argument("--out", metavar="DIR", help="the run folder (default: runs/<recipe>-<n>)")
+    train.add_argument("--out", "--work-dir", metavar="DIR", help="the run folder (default: runs/<recipe>-<n>)")
     train.add_argument(
         "--resume",
         nargs="?",
@@ -150,13 +173,16 @@ def _parser() -> _Parser:
     )
 
     pack = verb("pack", _pack, "Encode the data once, ahead of time, for runs with pack.arena. No model is loaded.")
-    pack.add_argument("recipe", nargs="?", metavar="RECIPE", help="a .toml file, a recipe's name or a run folder")
+    pack.add_argument("recipe", nargs="?", metavar="RECIPE", help="a .toml or .py file, a recipe's name, a run folder")
     _recipe_flags(pack)
     pack.add_argument("--tokenizer", metavar="PATH", help="a tokenizer folder or a bare tokenizer.model")
     pack.add_argument("--out", required=True, metavar="DIR", help="the folder to write; an older arena is replaced")
 
-    inspect = verb("inspect", _inspect, "Show samples as the model will see them. No model is loaded.")
-    inspect.add_argument("recipe", nargs="?", metavar="RECIPE", help="a .toml file, a recipe's name or a run folder")
+    about = "Show samples as the model will see them. No model is loaded."
+    inspect = verb("inspect", _inspect, about, aliases=["log-dataset", "check-custom-dataset"])
+    inspect.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="a .toml or .py file, a recipe's name, a run folder"
+    )
     _recipe_flags(inspect)
     inspect.add_argument("--tokenizer", metavar="PATH", help="a tokenizer folder or a bare tokenizer.model")
     inspect.add_argument(
@@ -223,6 +249,14 @@ def _parser() -> _Parser:
     templates.add_argument("--diff", nargs=2, metavar=("A", "B"), help="two templates to compare")
     templates.add_argument("--tokenizer", metavar="PATH", help="show tokens: a tokenizer folder or a tokenizer.model")
 
+    about = "Print another program's configuration as a recipe, and on standard error what was not taken over, and why."
+    config = verb("import", _import, about)
+    config.add_argument("config", metavar="CONFIG", help="a file that a plugin reads: XTuner's .py; none of it is run")
+    config.add_argument("--cfg-options", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help=CFG_OPTIONS)
+
+    formats = verb("formats", _formats, "List the data formats that --plugin names.", aliases=["list-dataset-format"])
+    formats.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name")
+
     verb("plugins", _plugins, "List every plugin: distribution, version, what it contributes, why it is broken.")
 
     check = verb(
@@ -251,16 +285,20 @@ def _recipe_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", dest="sets", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="any recipe key"
     )
+    parser.add_argument("--cfg-options", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help=CFG_OPTIONS)
 
 
 def _flags(args: argparse.Namespace, *names: str) -> dict[str, str]:
     names = ("plugin", "template", "model", "data", "on-bad-record", "seed", *names)
-    return {name: value for name in names if (value := getattr(args, name.replace("-", "_"))) is not None}
+    flags = {name: value for name in names if (value := getattr(args, name.replace("-", "_"))) is not None}
+    return flags | ({"cfg-options": shlex.join(args.cfg_options)} if args.cfg_options else {})
 
 
 def _train(args: argparse.Namespace) -> int:
     from corefit.run import train_from
 
+    if (n := os.environ.get("NPROC_PER_NODE", "1")) != "1":
+        raise UserError(f"NPROC_PER_NODE={n}: corefit trains on one GPU; unset it, and run.device says which (cuda:1)")
     flags = _flags(args, "quantizer", "scheduler", "out")
     how = dict(resume=args.resume, allow_changes=args.allow_changes, dry_run=args.dry_run, own_process=True)
     return train_from(args.recipe, flags, args.sets, **how).exit_code
@@ -351,6 +389,36 @@ def _templates(args: argparse.Namespace) -> int:
     else:
         lines = [show.template_summary(registry.template(name)) for name in names]
     write("\n".join(lines))
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from corefit.prepare import read_config
+    from corefit.recipe import imported_recipe, toml_dumps
+    from corefit.registry import Registry
+
+    file = Path(args.config)
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    found = read_config(file, args.cfg_options, Registry.load())
+    imported_recipe(found, name=str(file), base=Path.cwd())
+    write(
+        f"# From {visible(file.name)}; `corefit import` says what was not taken over.\n\n{toml_dumps(found.tables)}",
+        end="",
+    )
+    for note in found.notes:
+        notice(note)
+    if found.missing:
+        raise UserError("\n".join(found.missing.values()))
+    return 0
+
+
+def _formats(args: argparse.Namespace) -> int:
+    from corefit.registry import Registry
+
+    for name, function in Registry.load().map_functions.items():
+        if (args.pattern or "") in name:
+            say(f"{name}  {function.summary}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The five hooks by which a plugin contributes. Start here to write one.
+"""The six hooks by which a plugin contributes. Start here to write one.
 
 A plugin is a module (one is enough) that a distribution names in its ``pyproject.toml``::
 
@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 from pluggy import HookimplMarker, HookspecMarker
 
-from corefit.types import DatasetReader, MapFunction, PromptTemplate, Quantizer, Scheduler
+from corefit.types import DatasetReader, MapFunction, PromptTemplate, Quantizer, RecipeReader, Scheduler
 
 hookspec = HookspecMarker("corefit")
 hookimpl = HookimplMarker("corefit")
@@ -187,11 +187,46 @@ def corefit_schedulers() -> Iterable[Scheduler]:
     return ()
 
 
+@hookspec
+def corefit_recipe_readers() -> Iterable[RecipeReader]:
+    """Ways to read another program's configuration as a recipe: ``corefit train their.yaml``.
+
+    Called: once at start-up.
+    Yield: a ``RecipeReader`` for every such format. ``read(path, overrides)`` gives an ``ImportedRecipe``: tables as
+    TOML would give them, for each key the line that it comes from, and a note for everything that has no counterpart.
+    It never runs code that is in the file, and opens no other file than those that this one builds on.
+
+    A whole plugin, for lines such as ``learning_rate: 2e-4`` (overrides are left out here)::
+
+        from corefit import ImportedRecipe, RecipeReader
+
+        KEYS = {"learning_rate": "lr", "epochs": "epochs"}
+
+
+        def read(path, overrides):
+            train, lines, notes = {}, {}, []
+            for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+                key, _, value = line.partition(":")
+                if key in KEYS:
+                    train[KEYS[key]] = float(value) if "." in value or "e" in value else int(value)
+                    lines[f"train.{KEYS[key]}"] = f"{path}:{number}"
+                else:
+                    notes.append(f"{path}:{number}: {key}: no counterpart")
+            return ImportedRecipe(tables={"train": train}, lines=lines, notes=tuple(notes))
+
+
+        def corefit_recipe_readers():
+            yield RecipeReader(name="flat", summary="key: value lines", read=read, suffixes=(".yaml",))
+    """
+    return ()
+
+
 __all__ = [
     "corefit_dataset_readers",
     "corefit_map_functions",
     "corefit_prompt_templates",
     "corefit_quantizers",
+    "corefit_recipe_readers",
     "corefit_schedulers",
     "hookimpl",
     "hookspec",

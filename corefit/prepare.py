@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -24,12 +25,13 @@ from corefit.data.source import as_found, encode_items, in_words, items_of, refu
 from corefit.data.stream import Source, Stream
 from corefit.data.tokenizer import Tokenizer
 from corefit.durable import read_json
-from corefit.errors import DataError, ModelError, RecipeError, unknown
+from corefit.errors import CorefitError, DataError, ModelError, PluginError, RecipeError, unknown
 from corefit.recipe import (
     Data,
     Recipe,
     apply_overrides,
     flat,
+    imported_recipe,
     load_recipe,
     option_keys,
     options_from,
@@ -38,7 +40,17 @@ from corefit.recipe import (
     to_toml,
 )
 from corefit.registry import Registry
-from corefit.types import BadRecord, DatasetReader, Item, MapFunction, PromptTemplate, Record, Sample, Sources
+from corefit.types import (
+    BadRecord,
+    DatasetReader,
+    ImportedRecipe,
+    Item,
+    MapFunction,
+    PromptTemplate,
+    Record,
+    Sample,
+    Sources,
+)
 
 EMBEDDED = Path(__file__).parent / "embedded"
 SNIFFED = 32
@@ -77,19 +89,36 @@ class Prepared:
 def resolve(
     recipe: str | None, flags: Mapping[str, str], sets: Sequence[str], registry: Registry, *, need_model: bool = True
 ) -> tuple[Recipe, str, list[str]]:
-    """Give the recipe with flags applied, the name of its runs, and lines about defaults that were taken.
+    """Give the recipe with flags applied, the name of its runs, and lines: what trains on what, then notes.
+
+    The flag ``cfg-options`` holds overrides for another program's configuration, quoted as for a shell.
 
     Raises:
         RecipeError: for a key, a value or a flag; for a model without data, or the reverse.
     """
+    found = ImportedRecipe(tables={})
+    overrides = shlex.split(flags.get("cfg-options", ""))
+    flags = {flag: value for flag, value in flags.items() if flag != "cfg-options"}
     if recipe is None:
         resolved = apply_overrides(Recipe(), flags, sets)
         name = flags.get("plugin") or "run"
     else:
         folder, _ = run_and_step(recipe)
         file = Path(folder) / "recipe.toml" if Path(folder).is_dir() else recipe_path(recipe)
-        resolved = apply_overrides(load_recipe(file), flags, sets)
+        if file.suffix in (".toml", ""):
+            read = load_recipe(file)
+        else:
+            found = read_config(file, overrides, registry)
+            read, overrides = imported_recipe(found, name=str(file), base=Path.cwd()), []
+        resolved = apply_overrides(read, flags, sets)
+        if lost := [words for key, words in found.missing.items() if resolved.where(key) == "default"]:
+            raise RecipeError("\n".join(lost))
         name = file.parent.name.rsplit("-", 1)[0] if file.name == "recipe.toml" else file.stem
+    if overrides:
+        raise RecipeError(
+            f"--cfg-options {overrides[0]}: only another program's configuration has keys of its own; "
+            "--set SECTION.KEY=VALUE sets a recipe's"
+        )
     text = to_toml(resolved)
     for variable in [name for name, value in secrets().items() if value in text]:
         raise RecipeError(
@@ -119,7 +148,29 @@ def resolve(
         raise RecipeError("--model without --data: name a file, a folder or a glob, or - for standard input")
     if resolved.model.base is None and need_model:
         raise RecipeError("--data without --model: name a local model folder or a hub name")
-    return resolved, name, []
+    paths = [
+        ", ".join([d.path] if isinstance(d.path, str) else d.path or ["records of the reader"]) for d in resolved.data
+    ]
+    return resolved, name, [f"{resolved.model.base} on {', '.join(paths)}", *found.notes]
+
+
+def read_config(file: Path, overrides: Sequence[str], registry: Registry) -> ImportedRecipe:
+    """Give what a configuration of another program says, by the plugin that reads files which end as it does.
+
+    Raises:
+        PluginError: no plugin reads it, or the one that should fails at it.
+        RecipeError: it describes what corefit doesn't do, or nothing that can be known.
+    """
+    reader = registry.recipe_reader(file.suffix)
+    try:
+        return reader.read(file, overrides)
+    except CorefitError:
+        raise
+    except Exception as error:
+        source = registry.provider("recipe reader", reader.name)
+        raise PluginError(
+            f"{file}: recipe reader {reader.name!r} of plugin {source} failed: {in_words(error)}"
+        ) from error
 
 
 def secrets() -> dict[str, str]:

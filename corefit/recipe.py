@@ -24,6 +24,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 from corefit.errors import PluginError, RecipeError, unknown
+from corefit.types import ImportedRecipe
 
 ZOO = Path(__file__).parent / "recipes"
 
@@ -460,15 +461,39 @@ def parse_recipe(text: str, *, name: str, base: Path) -> Recipe:
         place = ":".join(re.findall(r"\d+", at)) or str(len(text.splitlines()))  # "end of document"
         raise RecipeError(f"{name}:{place}: not TOML: {words}") from error
     lines = _key_lines(text)
-    problems: list[tuple[int, str]] = []
+
+    def place(path: tuple[str | int, ...]) -> tuple[str, int]:
+        return (name, lines[path]) if path in lines else place(path[:-1]) if path else (name, 1)
+
+    return recipe_from(raw, place, base)
+
+
+def imported_recipe(found: ImportedRecipe, *, name: str, base: Path) -> Recipe:
+    """Give the recipe that a ``RecipeReader`` found; ``name`` is its file, ``base`` the folder of relative paths.
+
+    Raises:
+        RecipeError: one line for everything that is wrong, each with file and line.
+    """
+
+    def at(path: tuple[str | int, ...]) -> tuple[str, int]:
+        file, _, line = found.lines.get(".".join(map(str, path)), "").rpartition(":")
+        return (file, int(line)) if file and line.isdecimal() else at(path[:-1]) if path else (name, 1)
+
+    return recipe_from(found.tables, at, base)
+
+
+def recipe_from(raw: Mapping[str, Any], at: Callable[[tuple[str | int, ...]], tuple[str, int]], base: Path) -> Recipe:
+    """Check tables as ``tomllib`` gives them; ``at`` gives file and line of ``("data", 0, "map")``.
+
+    Raises:
+        RecipeError: one line for everything that is wrong, each with file and line.
+    """
+    problems: list[tuple[tuple[str, int], str]] = []
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
 
-    def line_of(path: tuple[str | int, ...]) -> int:
-        return lines[path] if path in lines else line_of(path[:-1]) if path else 1
-
     def problem(path: tuple[str | int, ...], words: str) -> None:
-        problems.append((line_of(path), words))
+        problems.append((at(path), words))
 
     def section(cls: type[Any], table: object, path: tuple[str | int, ...]) -> Any:  # noqa: ANN401
         title = str(path[0])
@@ -480,7 +505,7 @@ def parse_recipe(text: str, *, name: str, base: Path) -> Recipe:
             try:
                 taken[key] = _setting(f"{title}.{key}", value, base)
                 for inner in [(key,), *((key, option) for option in (value if isinstance(value, dict) else ()))]:
-                    origins[".".join(map(str, (*path, *inner)))] = f"{name}:{line_of((*path, *inner))}"
+                    origins[".".join(map(str, (*path, *inner)))] = "{}:{}".format(*at((*path, *inner)))
             except RecipeError as error:
                 problem((*path, key), str(error))
         return cls(**taken)
@@ -490,11 +515,11 @@ def parse_recipe(text: str, *, name: str, base: Path) -> Recipe:
             problem((title,), f"{unknown('section', title, SECTIONS)}{_elsewhere(title, '')}")
         elif title != "data":
             values[title] = section(SECTIONS[title], table, (title,))
-        elif isinstance(table, list) and _all_tables(table):
+        elif isinstance(table, (list, tuple)) and _all_tables(table):
             values[title] = tuple(section(Data, source, (title, i)) for i, source in enumerate(table))
         else:
             problem((title,), "data is a list of tables; write [[data]]")
-    _raise(f"{name}:{line}: {words}" for line, words in sorted(problems))
+    _raise(f"{name}:{line}: {words}" for (name, line), words in sorted(problems))
     recipe = Recipe(**values, origins=origins)
     _raise(_conflicts(recipe))
     return recipe

@@ -19,7 +19,7 @@ import pluggy
 
 from corefit import hookspecs
 from corefit.errors import PluginError, unknown
-from corefit.types import DatasetReader, Entry, MapFunction, PromptTemplate, Quantizer, Scheduler
+from corefit.types import DatasetReader, Entry, MapFunction, PromptTemplate, Quantizer, RecipeReader, Scheduler
 
 GROUP = "corefit"
 DISABLE = "COREFIT_DISABLE_PLUGINS"
@@ -40,9 +40,10 @@ KINDS: Mapping[str, _Kind] = MappingProxyType(
         "template": _Kind("corefit_prompt_templates", PromptTemplate, "render"),
         "quantizer": _Kind("corefit_quantizers", Quantizer, "config"),
         "scheduler": _Kind("corefit_schedulers", Scheduler, "factor"),
+        "recipe reader": _Kind("corefit_recipe_readers", RecipeReader, "read"),
     }
 )
-"""The words for the five kinds of entry, as they stand in errors and in ``PluginInfo.entries``."""
+"""The words for the six kinds of entry, as they stand in errors and in ``PluginInfo.entries``."""
 
 _HOOKS = tuple(kind.hook for kind in KINDS.values())
 _E = TypeVar("_E")
@@ -163,6 +164,11 @@ class Registry:
         """Schedulers by name."""
         return cast(Mapping[str, Scheduler], self.entries["scheduler"])
 
+    @property
+    def recipe_readers(self) -> Mapping[str, RecipeReader]:
+        """Recipe readers by name."""
+        return cast(Mapping[str, RecipeReader], self.entries["recipe reader"])
+
     def reader(self, name: str) -> DatasetReader:
         """Give the reader of this name; raises ``PluginError`` where there is none that can be used."""
         return self._get("reader", self.readers, name)
@@ -182,6 +188,18 @@ class Registry:
     def scheduler(self, name: str) -> Scheduler:
         """Give the scheduler of this name; raises ``PluginError`` where there is none that can be used."""
         return self._get("scheduler", self.schedulers, name)
+
+    def recipe_reader(self, suffix: str) -> RecipeReader:
+        """Give the recipe reader of files that end so; raises ``PluginError`` where there is none, or more than one."""
+        found = [reader for reader in self.recipe_readers.values() if suffix in reader.suffixes]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise PluginError(
+                f"{suffix} is read by {' and '.join(r.name for r in found)}; leave one out with {DISABLE}"
+            )
+        known = sorted({suffix for reader in self.recipe_readers.values() for suffix in reader.suffixes})
+        raise PluginError(f"{suffix or 'no suffix'}: no recipe; recipes are .toml, plugins read {', '.join(known)}")
 
     def provider(self, kind: str, name: str) -> PluginInfo:
         """Give the plugin that an entry comes from; ``kind`` is a key of ``KINDS``.

@@ -239,7 +239,9 @@ def _train(
     if source is None and resume and recipe.run.out and (Path(recipe.run.out) / "run.json").is_file():
         source = Path(recipe.run.out)
     quantizer, scheduler = registry.quantizer(recipe.model.quantizer), registry.scheduler(recipe.train.scheduler)
-    say(f"corefit {__version__}: {lines[0] if lines else f'{recipe.model.base} on {_data_words(recipe)}'}")
+    say(f"corefit {__version__}: {lines[0]}")
+    for line in lines[1:]:
+        say(line)
     from corefit.engine.model import model_fingerprint, resolve_base
 
     base = resolve_base(str(recipe.model.base), trust_remote_code=recipe.model.trust_remote_code, say=say)
@@ -327,13 +329,6 @@ def _unfailing(say: Say) -> Say:
     return quietly
 
 
-def _data_words(recipe: Recipe) -> str:
-    paths = [
-        str(d.path if isinstance(d.path, str) else ", ".join(d.path or ["records of the reader"])) for d in recipe.data
-    ]
-    return ", ".join(paths)
-
-
 # -------------------------------------------------------------------------------------------------- inspect and chat
 
 
@@ -362,7 +357,9 @@ def inspect(
 def _plan(recipe_name: str | None, flags: Mapping[str, str], sets: Sequence[str], tokenizer: str | None) -> Prepared:
     """Prepare without a model: a tokenizer is enough."""
     registry = Registry.load()
-    recipe, _, _ = resolve(recipe_name, flags, sets, registry, need_model=tokenizer is None)
+    recipe, _, lines = resolve(recipe_name, flags, sets, registry, need_model=tokenizer is None)
+    for line in lines[1:]:
+        terminal.notice(line)
     base = Path(tokenizer) if tokenizer else Path(str(recipe.model.base))
     if not base.exists():
         from corefit.engine.model import resolve_base

@@ -454,4 +454,38 @@ class Scheduler:
     """True: needs to know how long the run is."""
 
 
-Entry = DatasetReader | MapFunction | PromptTemplate | Quantizer | Scheduler
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportedRecipe:
+    """What a configuration of another program says, in the recipe's words."""
+
+    tables: Mapping[str, Any]
+    """The recipe as ``tomllib`` would give it: ``{"train": {"lr": 2e-4}, "data": [{"map": "oasst1"}]}``. Keys that the
+    configuration says nothing about are not in it. Relative paths are relative to the current folder."""
+    lines: Mapping[str, str] = field(default_factory=dict)
+    """Dotted key (``data.0.map``) -> ``path:line`` of what it was read from; errors about the value begin with it."""
+    notes: tuple[str, ...] = ()
+    """A line, ``path:line: words``, for everything that was not taken over as it is, with the reason."""
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Dotted key -> ``path:line: words`` for a value that is there and can't be known: an error, unless a flag or
+    ``--set`` gives the value."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeReader:
+    """Another program's configuration -> recipe, wherever a command takes a recipe."""
+
+    name: str
+    summary: str
+    read: Callable[..., ImportedRecipe]
+    """``read(path: Path, overrides: Sequence[str])``: ``overrides`` are ``key=value`` on the file's own keys, as
+    ``--cfg-options`` gives them. Runs nothing that is in the file. Raises ``RecipeError`` for a file that asks for what
+    corefit doesn't do."""
+    suffixes: tuple[str, ...]
+    """Of the files that it reads: ``(".py",)``."""
+    habits: Mapping[str, str] = field(default_factory=dict)
+    """Commands (``convert merge``) and flags (``train --deepspeed``) of the other program that corefit has not -> what
+    to type instead, or why there is nothing, in one line."""
+    options: type | None = None
+
+
+Entry = DatasetReader | MapFunction | PromptTemplate | Quantizer | RecipeReader | Scheduler
