@@ -462,10 +462,10 @@ def parse_recipe(text: str, *, name: str, base: Path) -> Recipe:
         raise RecipeError(f"{name}:{place}: not TOML: {words}") from error
     lines = _key_lines(text)
 
-    def place(path: tuple[str | int, ...]) -> tuple[str, int]:
-        return (name, lines[path]) if path in lines else place(path[:-1]) if path else (name, 1)
+    def line_at(path: tuple[str | int, ...]) -> tuple[str, int]:
+        return (name, lines[path]) if path in lines else line_at(path[:-1]) if path else (name, 1)
 
-    return recipe_from(raw, place, base)
+    return recipe_from(raw, line_at, base)
 
 
 def imported_recipe(found: ImportedRecipe, *, name: str, base: Path) -> Recipe:

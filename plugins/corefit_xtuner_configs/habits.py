@@ -1,0 +1,46 @@
+"""XTuner's commands and flags that corefit has not: what to type instead, or why there is nothing."""
+
+from __future__ import annotations
+
+_ONE_GPU = "corefit trains on one GPU, so there is nothing to launch; leave it out"
+_CHAT = "`corefit chat RUN` takes the template, its stops and the base from the run"
+_IMAGES = "corefit trains and scores text models; there is no image model to score"
+
+HABITS = {
+    "convert pth_to_hf": "nothing to convert: a run writes RUN/adapter in PEFT's format; an old .pth becomes one by "
+    "`corefit safetensors FILE.pth --config CONFIG.py --out DIR`",
+    "convert merge": "`corefit merge RUN --out DIR`, or `corefit merge ADAPTER --model BASE --out DIR`",
+    "convert split": "nothing to split: corefit reads weights one tensor at a time, whatever the size of the files",
+    "convert": "there are `corefit merge` and `corefit safetensors`; `corefit import CONFIG.py` makes a recipe of a config",
+    "mmbench": _IMAGES,
+    "eval_refcoco": _IMAGES,
+    "test": "`corefit eval RUN --choices FILE` is MMLU's accuracy by subject, `--data FILE` the loss on records",
+    "preprocess arxiv": "filter the rows with a few lines of your own; `--plugin arxiv` reads abstract and title",
+    "preprocess refcoco": _IMAGES,
+    "preprocess": "nothing to preprocess: records are encoded as they are read; `corefit pack` does it ahead of time",
+    "dist_train": "`corefit train`; on one GPU",
+    "version": "`corefit --version`",
+    "train --deepspeed": "one GPU has nothing to shard; leave it out. For less memory: the quantizer nf4, "
+    "train.optimizer=paged_adamw_32bit, a smaller pack.max_length",
+    "train --launcher": _ONE_GPU,
+    "train --local_rank": _ONE_GPU,
+    "train --local-rank": _ONE_GPU,
+    "train --auto-scale-lr": "train.lr is the rate whatever the batch; --set train.lr=...",
+    "log-dataset --show": "leave it out: the text is shown with supervised tokens marked; --json has the ids",
+    "chat --adapter": "`corefit chat ADAPTER --model BASE`, or `corefit chat RUN`",
+    "chat --llava": _IMAGES,
+    "chat --visual-encoder": _IMAGES,
+    "chat --image": _IMAGES,
+    "chat --torch-dtype": "leave it out: fp16 or bf16 follows from the base and the device",
+    "chat --prompt-template": _CHAT,
+    "chat --stop-words": _CHAT,
+    "chat --system-template": "--system TEXT",
+    "chat --bits": "--quantizer nf4 (4 bit) or --quantizer int8 (8 bit)",
+    "chat --bot-name": "leave it out: it changed nothing but what was printed",
+    "chat --with-plugins": "corefit runs no tools in a chat",
+    "chat --lagent": "corefit runs no tools in a chat",
+    "chat --no-streamer": "leave it out: answers are printed as they come",
+    "chat --offload-folder": "leave it out: a base that is too large for the device fits with --quantizer nf4",
+    "chat --max-new-tokens": "--max-tokens N",
+}
+"""Command, or command and flag -> the answer."""
