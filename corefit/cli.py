@@ -9,11 +9,15 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from corefit import __version__
 from corefit.errors import CorefitError, UserError
 from corefit.terminal import notice, say, visible, write
+
+if TYPE_CHECKING:
+    from corefit.recipe import Recipe
+    from corefit.types import ImportedRecipe
 
 USAGE = """corefit <verb> [options]
 
@@ -234,6 +238,7 @@ def _parser() -> _Parser:
     )
     tensors.add_argument("target", metavar="DIR|FILE", help="a model or adapter folder, or a .bin, .pt, .pth or .ckpt")
     tensors.add_argument("--out", metavar="DIR", help="a new or empty folder (default: beside the pickles)")
+    tensors.add_argument("--config", metavar="CONFIG", help="what an XTuner .pth was trained with: --out is an adapter")
 
     recipes = verb("recipes", _recipes, "List the recipes.", aliases=["list-cfg"])
     recipes.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name")
@@ -353,8 +358,16 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _safetensors(args: argparse.Namespace) -> int:
-    from corefit.pickles import convert
+    from corefit.pickles import convert, to_adapter
 
+    if args.config:
+        if not args.out:
+            raise UserError("--config makes an adapter folder: --out DIR names it")
+        _, recipe = _config(args.config, [])
+        lora, base = recipe.adapter, recipe.model.base
+        folder = to_adapter(args.target, args.out, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, base=base)
+        say(f"adapter: {folder}   train on: --set adapter.start={folder}   talk to it: corefit chat {folder}")
+        return 0
     say(f"safetensors: {convert(args.target, args.out)}")
     return 0
 
@@ -392,20 +405,24 @@ def _templates(args: argparse.Namespace) -> int:
     return 0
 
 
-def _import(args: argparse.Namespace) -> int:
+def _config(name: str, overrides: Sequence[str]) -> tuple[ImportedRecipe, Recipe]:
+    """Give another program's configuration, as it was read and as a recipe."""
     from corefit.prepare import read_config
-    from corefit.recipe import imported_recipe, toml_dumps
+    from corefit.recipe import imported_recipe
     from corefit.registry import Registry
 
-    file = Path(args.config)
+    file = Path(name)
     if not file.is_file():
         raise UserError(f"{file}: no such file")
-    found = read_config(file, args.cfg_options, Registry.load())
-    imported_recipe(found, name=str(file), base=Path.cwd())
-    write(
-        f"# From {visible(file.name)}; `corefit import` says what was not taken over.\n\n{toml_dumps(found.tables)}",
-        end="",
-    )
+    found = read_config(file, overrides, Registry.load())
+    return found, imported_recipe(found, name=name, base=Path.cwd())
+
+
+def _import(args: argparse.Namespace) -> int:
+    from corefit.recipe import toml_dumps
+
+    found, _ = _config(args.config, args.cfg_options)
+    write(f"# From {visible(args.config)}; paths are relative to this file\n\n{toml_dumps(found.tables)}", end="")
     for note in found.notes:
         notice(note)
     if found.missing:

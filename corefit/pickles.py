@@ -43,6 +43,7 @@ _CODES = {str(dtype): code for code, dtype in _DTYPES.items()}
 _DICT, _TENSOR = "collections.OrderedDict", "torch._utils._rebuild_tensor"
 _PARAMETER = "torch._utils._rebuild_parameter"
 _KNOWN = {_DICT, _TENSOR, f"{_TENSOR}_v2", f"{_TENSOR}_v3", _PARAMETER, f"{_PARAMETER}_with_state", *_CODES}
+_LORA = re.compile(r"(?:.+\.)?(base_model\.model\..+)\.(?:(lora_[AB])|modules_to_save)\.default\.(weight|bias)")
 _VALUE = re.compile("(SHORT_)?BIN(INT[12]?|STRING|UNICODE8?|BYTES8?|FLOAT)|BYTEARRAY8|LONG[14]")
 _FRESH: dict[str, Callable[[], Any]] = {
     **dict(EMPTY_TUPLE=tuple, EMPTY_LIST=list, EMPTY_SET=list, EMPTY_DICT=dict),
@@ -381,6 +382,8 @@ def convert(target: str | Path, out: str | Path | None = None, *, say: Callable[
             say(f"{path.name} -> {names[path]}: {len(entries):,} tensors, {size / 1e6:,.1f} MB")
             if wanted and (twice := where.keys() & entries.keys()):
                 raise ModelError(f"{path}: {min(twice)} is in {where[min(twice)]} too")
+            if any(map(_LORA.fullmatch, entries)):
+                say(f"{path.name}: LoRA weights; with --config CONFIG, of their training, --out is an adapter folder")
             where |= dict.fromkeys(entries, names[path])
             total += size
         if not where:
@@ -394,6 +397,62 @@ def convert(target: str | Path, out: str | Path | None = None, *, say: Callable[
     if not out:
         place.rmdir()
     return Path(out) if out else folder
+
+
+def to_adapter(
+    target: str | Path,
+    out: str | Path,
+    *,
+    r: int,
+    alpha: int,
+    dropout: float,
+    base: str | None,
+    say: Callable[[str], None] = terminal.say,
+) -> Path:
+    """Write an adapter folder from a checkpoint of a training that saved LoRA weights under names of its own.
+
+    Args:
+        target: one file whose names are PEFT's behind a prefix: ``llm.base_model.model...lora_A.default.weight``.
+        out: a folder that is empty or not there.
+        r: its rank, as the configuration of the training has it; alpha, dropout and base likewise.
+        alpha: the update is scaled by alpha / r.
+        dropout: share of the inputs that was zeroed in training.
+        base: name or folder of the base.
+        say: takes notices, one line each.
+
+    Raises:
+        ModelError: other weights than LoRA's in it, another rank, or a checkpoint that can't be right.
+    """
+    checkpoint = Checkpoint(Path(target))
+    for line in _notices(checkpoint):
+        say(line)
+    names = {}
+    for name in checkpoint.tensors:
+        if (found := _LORA.fullmatch(name)) is None:
+            raise ModelError(
+                f"{target}: {name}: not of a LoRA adapter; without --config the tensors come out as they are"
+            )
+        names[".".join(part for part in found.groups() if part)] = name
+    entries = {new: checkpoint.tensors[old] for new, old in names.items()}
+    if ranks := {t.size[0] for name, t in entries.items() if name.endswith("lora_A.weight")} - {r}:
+        raise ModelError(
+            f"{target}: its rank is {min(ranks)}, the configuration says {r}; give the one it was trained with"
+        )
+    lora = {name.rpartition(".lora_")[0] for name in entries if ".lora_" in name}
+    saved = {name.rpartition(".")[0] for name in entries if ".lora_" not in name}
+    config = {
+        **dict(peft_type="LORA", task_type="CAUSAL_LM", r=r, lora_alpha=alpha, lora_dropout=dropout, bias="none"),
+        **dict(inference_mode=True, base_model_name_or_path=base),
+        "target_modules": sorted({module.rpartition(".")[2] for module in lora}),
+        "modules_to_save": sorted({module.rpartition(".")[2] for module in saved}) or None,
+    }
+    with written_aside(Path(out)) as aside:
+        header = {name: {"dtype": t.dtype, "shape": list(t.size)} for name, t in sorted(entries.items())}
+        read = lambda name: checkpoint.read(names[name])  # noqa: E731
+        write_tensors(aside / "adapter_model.safetensors", header, read, {"format": "pt"})
+        write_files(aside, {"adapter_config.json": _json(config)})
+    say(f"{checkpoint.path.name} -> adapter_model.safetensors: LoRA r {r} on {len(lora):,} layers")
+    return Path(out)
 
 
 def _files(target: Path) -> list[Path]:

@@ -40,12 +40,12 @@ MODELS = {
     **dict.fromkeys(("DPO", "ORPO", "RewardModel"), "learns from preferences; corefit learns from answers and texts"),
     **dict.fromkeys(("LLaVAModel", "InternVL_V1_5"), "learns from images; corefit trains text models"),
 }
+_IMAGES, _PAIRS = "reads images; corefit trains text models", "reads preferences; corefit learns from answers and texts"
 DATASETS = {
-    **dict.fromkeys(("LLaVADataset", "InternVL_V1_5_Dataset", "RefCOCOJsonDataset"), "images"),
-    "InvRefCOCOJsonDataset": "images",
-    "build_preference_dataset": "preferences",
-    "build_packed_dataset": "InternLM's tokenised .bin files, which hold no text; give the texts (--data, --plugin)",
-    "MOSSSFTDataset": "MOSS's own records; convert them to `messages` (--plugin openai)",
+    **dict.fromkeys(("LLaVADataset", "InternVL_V1_5_Dataset", "RefCOCOJsonDataset", "InvRefCOCOJsonDataset"), _IMAGES),
+    "build_preference_dataset": _PAIRS,
+    "build_packed_dataset": "reads InternLM's tokenised files, which hold no text; corefit takes the texts",
+    "MOSSSFTDataset": "reads MOSS's records; corefit takes them as `messages` (the format openai)",
 }
 """Kinds of data that corefit does not train on, with the reason."""
 OPTIMIZERS = {
@@ -56,6 +56,11 @@ OPTIMIZERS = {
 }
 PRECISIONS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 SCHEDULERS = {"CosineAnnealingLR": "cosine", "LinearLR": "linear", "ConstantLR": "constant"}
+BEFORE = (
+    *("default", "zephyr", "internlm_chat", "moss_sft", "llama2_chat", "chatglm2", "chatglm3", "qwen_chat"),
+    *("baichuan_chat", "baichuan2_chat", "wizardlm"),
+)
+"""Templates that v0.1.9 had and wrote differently: an end token and a beginning in every turn, no separator."""
 ALL: Any = object()
 
 _MMLU = "`corefit eval RUN --choices FILE` is MMLU's accuracy; val.data has the loss"
@@ -364,7 +369,7 @@ class _Reading:
         for bits, quantizer in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
             flag = self.use(asked.get(bits))
             if flag is not None and flag.data is not False:
-                self.put("model.quantizer", flag, lambda on, quantizer=quantizer: quantizer if on is True else on)
+                self.put("model.quantizer", flag, {True: quantizer}.__getitem__)
                 kind = self.use(asked.get("bnb_4bit_quant_type"))
                 if quantizer == "nf4" and (kind is None or kind.data != "nf4"):
                     self.lack(
@@ -562,19 +567,26 @@ class _Reading:
             self.note(
                 lengths[0].where, f"max_length: {' and '.join(map(str, known))}; packs have {known[-1]} for all sources"
             )
-        if not self.tables["template"]:
-            self.tables.pop("template")
+        name = self.tables["template"].get("name")
+        length = self.names.get("train_cfg")
+        if name in BEFORE and length and length.get("by_epoch") and not length.get("type"):  # no TrainLoop yet
+            words = f"prompt_template: v0.1.9, which this looks like, meant another text by it: --template {name}@0.1.9"
+            self.note(self.lines["template.name"], words)
 
     def source(self, number: int, source: Value) -> None:
         """Read one source: where it lies, its format and its template."""
         key = f"data.{number}"
         kind = _name(source.get("type"))
         if kind in DATASETS:
-            raise RecipeError(f"{source.where}: {kind}: {DATASETS[kind]}: nothing that corefit trains on")
+            raise RecipeError(f"{source.where}: {kind} {DATASETS[kind]}")
         if kind not in ("process_hf_dataset", "process_ms_dataset"):
             what = kind or in_words(source)
             self.lack(f"{key}.path", source.where, f"the data set is {what}; --data and --plugin name it")
             return
+        if (encode := source.get("do_dataset_tokenization")) and encode.data is not True:
+            self.lack(
+                f"{key}.map", encode.where, "records that are token ids; corefit takes texts: --data and --plugin"
+            )
         self.files(number, source.get("dataset"), source.where)
         if limit := self.use(source.get("max_dataset_length")):
             if limit.data is not None:
@@ -624,7 +636,11 @@ class _Reading:
         hub = (
             isinstance(path.data, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", path.data) and not Path(path.data).exists()
         )
-        if hub and not builder:
+        if hub and _name(dataset.get("type")) != "load_dataset":
+            self.note(
+                path.where, f"data: {path.data} is a data set on a hub; corefit downloads no data: --data names files"
+            )
+        elif hub and not builder:
             down = f"hf download --repo-type dataset {path.data} --local-dir {path.data}"
             self.note(
                 path.where, f"data: {path.data} is a data set on a hub; corefit downloads no data: `{down}`, or --data"
@@ -646,7 +662,7 @@ class _Reading:
         if theirs and name in FORMATS:
             self.put(key, function, lambda _: name)
         elif theirs and name.startswith("llava"):
-            raise RecipeError(f"{function.where}: {name}: images: nothing that corefit trains on")
+            raise RecipeError(f"{function.where}: {name} {_IMAGES}")
         elif isinstance(function.data, Own):
             words = "copy it into my_format.py, as a function of (record, options) that yields conversations"
             self.lack(
@@ -655,8 +671,8 @@ class _Reading:
                 f"dataset_map_fn is {in_words(function)}; {words}, and add --plugin my_format.py:{function.data.name}",
             )
         elif isinstance(function.data, Symbol):
-            module, _, function_name = function.data.path.rpartition(".")
-            words = f"write it as a function of (record, options) that yields conversations: --plugin {module}:{function_name}"
+            module, _, called = function.data.path.rpartition(".")
+            words = f"write it as a function of (record, options) that yields conversations, --plugin {module}:{called}"
             self.lack(key, function.where, f"dataset_map_fn is {path}, which is never imported; {words}")
         else:
             self.lack(key, function.where, f"dataset_map_fn is {in_words(function)}; --plugin names the format")
@@ -668,7 +684,7 @@ class _Reading:
         template = self.use(function.get("template")) or function
         path = template.data.path if isinstance(template.data, Symbol) else template.data
         if isinstance(template.data, dict):
-            words = "a template of its own: write a plugin with PromptTemplate.from_strings (corefit/hookspecs.py), and --template NAME"
+            words = "a template of its own: write a plugin (PromptTemplate.from_strings), and --template NAME"
             self.lack("template.name", template.where, f"prompt_template: {words}")
         elif not isinstance(path, str) or ("." in path and "PROMPT_TEMPLATE" not in path):
             what = in_words(template) if template.unknown() else str(path)
@@ -699,7 +715,7 @@ class _Reading:
         checkpoint = (default and default.get("checkpoint")) or Value({}, "")
         interval, by_epoch = self.use(checkpoint.get("interval")), checkpoint.get("by_epoch")
         if interval and (by_epoch is None or by_epoch.data is True):
-            words = "checkpoint.interval: corefit saves by steps (checkpoint.every_steps) and when a run ends, not by epochs"
+            words = "checkpoint.interval: in epochs; corefit saves by steps (checkpoint.every_steps) and at the end"
             self.note(interval.where, words)
         else:
             self.steps("checkpoint.every_steps", interval)

@@ -11,7 +11,7 @@ HABITS = {
     "`corefit safetensors FILE.pth --config CONFIG.py --out DIR`",
     "convert merge": "`corefit merge RUN --out DIR`, or `corefit merge ADAPTER --model BASE --out DIR`",
     "convert split": "nothing to split: corefit reads weights one tensor at a time, whatever the size of the files",
-    "convert": "there are `corefit merge` and `corefit safetensors`; `corefit import CONFIG.py` makes a recipe of a config",
+    "convert": "there are `corefit merge` and `corefit safetensors`; a config becomes a recipe by `corefit import`",
     "mmbench": _IMAGES,
     "eval_refcoco": _IMAGES,
     "test": "`corefit eval RUN --choices FILE` is MMLU's accuracy by subject, `--data FILE` the loss on records",

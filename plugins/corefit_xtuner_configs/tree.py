@@ -1,7 +1,7 @@
 """A configuration in Python -> its values, by its syntax tree. Nothing of the file is run or imported.
 
-What the tree says plainly is followed: assignments, ``dict(...)``, lists, arithmetic, strings, ``if`` over what is known,
-``with read_base():``. All else (a call, a loop, a comprehension) becomes an ``Unknown`` with the line that it stands in.
+What the tree says plainly is followed: assignments, ``dict(...)``, lists, arithmetic, strings, ``if`` over what is
+known, ``with read_base():``. All else (a call, a loop, a comprehension) becomes an ``Unknown`` with its line.
 Each value remembers where it was written, so that ``max_length`` in a dataset points at ``max_length = 2048``.
 """
 
@@ -294,7 +294,7 @@ class Config:
             else:
                 self._note(target, f"`{_short(ast.unparse(target))} = ...`: not followed")
 
-    def _key(self, node: ast.Attribute | ast.Subscript) -> object:
+    def _key(self, node: ast.Attribute | ast.Subscript) -> Any:  # noqa: ANN401
         return node.attr if isinstance(node, ast.Attribute) else self.value(node.slice).data
 
     def _call(self, node: ast.Expr) -> None:
