@@ -462,8 +462,8 @@ def parse_recipe(text: str, *, name: str, base: Path) -> Recipe:
         raise RecipeError(f"{name}:{place}: not TOML: {words}") from error
     lines = _key_lines(text)
 
-    def line_at(path: tuple[str | int, ...]) -> tuple[str, int]:
-        return (name, lines[path]) if path in lines else line_at(path[:-1]) if path else (name, 1)
+    def line_at(path: tuple[str | int, ...]) -> str:
+        return f"{name}:{lines[path]}" if path in lines else line_at(path[:-1]) if path else f"{name}:1"
 
     return recipe_from(raw, line_at, base)
 
@@ -475,20 +475,19 @@ def imported_recipe(found: ImportedRecipe, *, name: str, base: Path) -> Recipe:
         RecipeError: one line for everything that is wrong, each with file and line.
     """
 
-    def at(path: tuple[str | int, ...]) -> tuple[str, int]:
-        file, _, line = found.lines.get(".".join(map(str, path)), "").rpartition(":")
-        return (file, int(line)) if file and line.isdecimal() else at(path[:-1]) if path else (name, 1)
+    def at(path: tuple[str | int, ...]) -> str:
+        return found.lines.get(".".join(map(str, path))) or (at(path[:-1]) if path else f"{name}:1")
 
     return recipe_from(found.tables, at, base)
 
 
-def recipe_from(raw: Mapping[str, Any], at: Callable[[tuple[str | int, ...]], tuple[str, int]], base: Path) -> Recipe:
-    """Check tables as ``tomllib`` gives them; ``at`` gives file and line of ``("data", 0, "map")``.
+def recipe_from(raw: Mapping[str, Any], at: Callable[[tuple[str | int, ...]], str], base: Path) -> Recipe:
+    """Check tables as ``tomllib`` gives them; ``at`` gives ``path:line`` of ``("data", 0, "map")``.
 
     Raises:
         RecipeError: one line for everything that is wrong, each with file and line.
     """
-    problems: list[tuple[tuple[str, int], str]] = []
+    problems: list[tuple[str, str]] = []
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
 
@@ -505,7 +504,7 @@ def recipe_from(raw: Mapping[str, Any], at: Callable[[tuple[str | int, ...]], tu
             try:
                 taken[key] = _setting(f"{title}.{key}", value, base)
                 for inner in [(key,), *((key, option) for option in (value if isinstance(value, dict) else ()))]:
-                    origins[".".join(map(str, (*path, *inner)))] = "{}:{}".format(*at((*path, *inner)))
+                    origins[".".join(map(str, (*path, *inner)))] = at((*path, *inner))
             except RecipeError as error:
                 problem((*path, key), str(error))
         return cls(**taken)
@@ -519,7 +518,8 @@ def recipe_from(raw: Mapping[str, Any], at: Callable[[tuple[str | int, ...]], tu
             values[title] = tuple(section(Data, source, (title, i)) for i, source in enumerate(table))
         else:
             problem((title,), "data is a list of tables; write [[data]]")
-    _raise(f"{name}:{line}: {words}" for (name, line), words in sorted(problems))
+    problems.sort(key=lambda problem: [int(n) if n.isdecimal() else 0 for n in problem[0].split(":")[-1:]])
+    _raise(f"{where}: {words}" for where, words in problems)
     recipe = Recipe(**values, origins=origins)
     _raise(_conflicts(recipe))
     return recipe

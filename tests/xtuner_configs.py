@@ -151,14 +151,26 @@ _NEWER = [
         "from xtuner.parallel.sequence import SequenceParallelSampler\n",
     ),
     ("data_path =", "use_varlen_attn = False\ndata_path ="),
-    ("accumulative_counts = 16\n", "sequence_parallel_size = 1\naccumulative_counts = 16\naccumulative_counts *= sequence_parallel_size\n"),
+    (
+        "accumulative_counts = 16\n",
+        "sequence_parallel_size = 1\naccumulative_counts = 16\naccumulative_counts *= sequence_parallel_size\n",
+    ),
     ("optim_type = PagedAdamW32bit", "optim_type = AdamW"),
     ("max_norm = 1\n", "max_norm = 1\nwarmup_ratio = 0.03\nsave_steps = 500\nsave_total_limit = 2\n"),
     ("    type=SupervisedFinetune,\n", "    type=SupervisedFinetune,\n    use_varlen_attn=use_varlen_attn,\n"),
-    ("pack_to_max_length=pack_to_max_length)\n", "pack_to_max_length=pack_to_max_length,\n    use_varlen_attn=use_varlen_attn)\n"),
-    ("train_dataloader =", "sampler = SequenceParallelSampler \\\n    if sequence_parallel_size > 1 else DefaultSampler\ntrain_dataloader ="),
+    (
+        "pack_to_max_length=pack_to_max_length)\n",
+        "pack_to_max_length=pack_to_max_length,\n    use_varlen_attn=use_varlen_attn)\n",
+    ),
+    (
+        "train_dataloader =",
+        "sampler = SequenceParallelSampler \\\n    if sequence_parallel_size > 1 else DefaultSampler\ntrain_dataloader =",
+    ),
     ("sampler=dict(type=DefaultSampler, shuffle=True)", "sampler=dict(type=sampler, shuffle=True)"),
-    ("collate_fn=dict(type=default_collate_fn)", "collate_fn=dict(type=default_collate_fn, use_varlen_attn=use_varlen_attn)"),
+    (
+        "collate_fn=dict(type=default_collate_fn)",
+        "collate_fn=dict(type=default_collate_fn, use_varlen_attn=use_varlen_attn)",
+    ),
     (
         "param_scheduler = dict(\n    type=CosineAnnealingLR,\n    eta_min=0.0,\n    by_epoch=True,\n    T_max=max_epochs,\n"
         "    convert_to_iter_based=True)\n",
@@ -169,7 +181,10 @@ _NEWER = [
         "        begin=warmup_ratio * max_epochs,\n        end=max_epochs,\n        convert_to_iter_based=True)\n]\n",
     ),
     ("dict(by_epoch=True, max_epochs=max_epochs, val_interval=1)", "dict(type=TrainLoop, max_epochs=max_epochs)"),
-    ("default_hooks =", "if use_varlen_attn:\n    custom_hooks += [dict(type=VarlenAttnArgsToMessageHubHook)]\ndefault_hooks ="),
+    (
+        "default_hooks =",
+        "if use_varlen_attn:\n    custom_hooks += [dict(type=VarlenAttnArgsToMessageHubHook)]\ndefault_hooks =",
+    ),
     (
         "checkpoint=dict(type=CheckpointHook, interval=1)",
         "checkpoint=dict(\n        type=CheckpointHook,\n        by_epoch=False,\n        interval=save_steps,\n"

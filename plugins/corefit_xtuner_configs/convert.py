@@ -180,12 +180,14 @@ def _literal(text: str, where: str) -> Value:
             return Value(kind(words), where)
         except ValueError:
             continue
+    if len(words) > 1 and words[0] in "'\"" and words[0] == words[-1]:
+        return Value(words[1:-1], where)
     bracketed = words[:1] + words[-1:] in ("[]", "()")
     inner = words[1:-1] if bracketed else words
     if bracketed or re.search(r",(?![^\[(]*[\])])", inner):
         parts = re.findall(r"\s*((?:\[[^\]]*\]|\([^)]*\)|'[^']*'|\"[^\"]*\"|[^,])+)", inner)
         return Value([_literal(part, where) for part in parts], where)
-    return Value(words[1:-1] if len(words) > 1 and words[0] == words[-1] and words[0] in "'\"" else words, where)
+    return Value(words, where)
 
 
 def _apply(config: Config, given: Sequence[tuple[list[str], Value]]) -> None:
@@ -259,16 +261,21 @@ class _Reading:
 
     def lack(self, key: str, where: str, words: str) -> None:
         """Say that the value of a recipe key can't be known."""
+        section, _, name = key.partition(".")
+        if section != "data":
+            self.tables.get(section, {}).pop(name, None)
         self.missing.setdefault(key, f"{where}: {words}")
 
     def use(self, value: Value | None) -> Value | None:
-        """Take a value off the list of what is left."""
-        if value is not None:
+        """Take a value off the list of what is left; of a dict each key is taken for itself."""
+        if value is not None and not isinstance(value.data, dict):
             self.used.add(id(value))
         return value
 
-    def put(self, key: str, value: Value | None, into: Callable[[Any], Any] = lambda data: data) -> None:
-        """Set a recipe key; ``into`` makes the recipe's value of XTuner's. None: nothing is said about it."""
+    def put(
+        self, key: str, value: Value | None, into: Callable[[Any], Any] = lambda data: data, *, named: bool = False
+    ) -> None:
+        """Set a recipe key; ``into`` makes the recipe's value of XTuner's, ``named``: of something imported."""
         if value is None:
             return
         self.use(value)
@@ -276,6 +283,10 @@ class _Reading:
             self.use(inside)
         if (lost := value.unknown()) is not None:
             self.lack(key, lost.where, f"{key} is {in_words(lost)}; write the value, or --set {key}=VALUE")
+            return
+        if not named and (symbol := next((v for v in (value, *value.inside()) if isinstance(v.data, Symbol)), None)):
+            words = f"{key} is {symbol.data.path!r}, which is never imported; write the value, or --set {key}=VALUE"
+            self.lack(key, symbol.where, words)
             return
         data = value.plain()
         try:
@@ -376,12 +387,9 @@ class _Reading:
                         "model.quantizer", (kind or flag).where, "only nf4 is built in; --quantizer nf4, or a plugin's"
                     )
                 return
-        if quantization is not None and quantization.data is not None:
-            what = (
-                in_words(quantization)
-                if quantization.unknown()
-                else _name(quantization.get("type")) or "not nf4 or int8"
-            )
+        what = _name(quantization.get("type")) if quantization else ""
+        if quantization is not None and quantization.data is not None and what != "BitsAndBytesConfig":
+            what = what or in_words(quantization.unknown() or quantization)
             self.lack(
                 "model.quantizer", quantization.where, f"quantization_config: {what}; --quantizer nf4, int8 or none"
             )
@@ -437,7 +445,7 @@ class _Reading:
         dtype = wrapper.get("dtype")
         if dtype and dtype.data is not None:
             name = _name(dtype)
-            self.put("train.precision", dtype, lambda _: PRECISIONS.get(name, name))
+            self.put("train.precision", dtype, lambda _: PRECISIONS.get(name, name), named=True)
         optimizer = wrapper.get("optimizer") or Value({}, wrapper.where)
         self.put("train.lr", optimizer.get("lr") or Value(1e-3, optimizer.where), float)
         self.schedule(self.names.get("param_scheduler"), loader.where)
@@ -472,7 +480,7 @@ class _Reading:
     def kind(self, kind: Value | None, where: str) -> None:
         """Read which optimizer it is."""
         if kind is None or (name := _name(kind)) in OPTIMIZERS:
-            self.put("train.optimizer", kind, lambda _: OPTIMIZERS[name])
+            self.put("train.optimizer", kind, lambda _: OPTIMIZERS[name], named=True)
             return
         what = in_words(kind) if kind.unknown() else name
         choices = ", ".join(sorted(set(OPTIMIZERS.values())))
@@ -482,30 +490,30 @@ class _Reading:
 
     def schedule(self, value: Value | None, where: str) -> None:
         """Read the schedule: one curve, and a straight warm-up before it."""
-        if value is not None and value.unknown():
-            self.put("train.scheduler", value)
-            return
         items = (
             [] if value is None or value.data is None else value.inside() if isinstance(value.data, list) else [value]
         )
         curves, warmup = [], 0.0
         for number, item in enumerate(items):
             if _name(item.get("type")) == "LinearLR" and number + 1 < len(items):
-                total = items[-1].get("end") or items[-1].get("T_max")
-                end, whole = self.number(item.get("end"), 0), self.number(total, 0)
-                where = (item.get("end") or item).where
-                warmup = end / whole if end and whole else 0.0
+                end, whole = item.get("end"), items[-1].get("end") or items[-1].get("T_max")
+                where = (end or item).where
+                steps, total = self.number(end, 0), self.number(whole, 0)
+                if steps is None or total is None:
+                    self.lack("train.warmup", where, "the end of the warm-up can't be known; --set train.warmup=SHARE")
+                warmup = steps / total if steps and total else 0.0
             else:
                 curves.append(item)
-        if not curves:
+        if not items:
             self.set("train.scheduler", "constant", (value or Value(0, where)).where)
-        elif len(curves) > 1 or (kind := _name(curves[0].get("type"))) not in SCHEDULERS:
-            what = ", ".join(_name(item.get("type")) or "?" for item in curves)
+        elif len(curves) != 1 or (kind := _name(curves[0].get("type"))) not in SCHEDULERS:
+            what = ", ".join(_name(item.get("type")) or in_words(item.unknown() or item) for item in curves or items)
             words = f"param_scheduler {what}: --scheduler cosine, linear, constant or wsd, each after a warm-up"
-            self.lack("train.scheduler", curves[0].where, words)
+            self.lack("train.scheduler", (curves or items)[0].where, words)
         else:
             self.set("train.scheduler", SCHEDULERS[kind], curves[0].where)
-        self.set("train.warmup", round(min(warmup, 1.0), 6), where)
+        if "train.warmup" not in self.missing:
+            self.set("train.warmup", round(min(warmup, 1.0), 6), where)
 
     def arguments(self, args: Value) -> None:
         """Read what a configuration with ``framework = 'huggingface'`` gives transformers' Trainer."""
@@ -660,7 +668,7 @@ class _Reading:
         path = function.data.path if isinstance(function.data, Symbol) else function.data
         theirs = isinstance(path, str) and (path.startswith("xtuner.") or "." not in path)
         if theirs and name in FORMATS:
-            self.put(key, function, lambda _: name)
+            self.put(key, function, lambda _: name, named=True)
         elif theirs and name.startswith("llava"):
             raise RecipeError(f"{function.where}: {name} {_IMAGES}")
         elif isinstance(function.data, Own):
@@ -693,7 +701,7 @@ class _Reading:
             words = f"the sources have templates {before} and {_name(template)}; a run has one: --template names it"
             self.lack("template.name", template.where, words)
         else:
-            self.put("template.name", template, lambda _: _name(template))
+            self.put("template.name", template, lambda _: _name(template), named=True)
 
     # --------------------------------------------------------------------------------------------------------- hooks
 
@@ -702,9 +710,9 @@ class _Reading:
         hooks = self.names.get("custom_hooks")
         for hook in hooks.inside() if hooks and isinstance(hooks.data, list) else ():
             if (kind := _name(hook.get("type"))) != "EvaluateChatHook":
-                self.use(hook)
+                self.used.add(id(hook))
                 if kind not in SILENT_HOOKS:
-                    what = kind or in_words(hook)
+                    what = kind or in_words(hook.unknown() or hook)
                     self.note(hook.where, f"custom_hooks: {what}: left out: nothing hooks into corefit's loop")
                 continue
             questions = hook.get("evaluation_inputs")
@@ -744,7 +752,8 @@ class _Reading:
                 for key, inside in value.data.items() if isinstance(value.data, dict) else enumerate(value.inside()):
                     walk(f"{path}.{key if isinstance(key, str) else _name(inside.get('type')) or key}", inside)
                 return
-            what = in_words(value) if value.unknown() else _brief(value)
+            lost = value.unknown()
+            what = in_words(lost) if lost else _brief(value)
             self.note(value.where, f"{path} = {what}: left out: {rule[2] if rule else 'no counterpart in corefit'}")
 
         for root in ROOTS:

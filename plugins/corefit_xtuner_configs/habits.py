@@ -25,7 +25,7 @@ HABITS = {
     "train --launcher": _ONE_GPU,
     "train --local_rank": _ONE_GPU,
     "train --local-rank": _ONE_GPU,
-    "train --auto-scale-lr": "train.lr is the rate whatever the batch; --set train.lr=...",
+    "train --auto-scale-lr": "train.lr is the rate whatever the batch; --set train.lr=RATE",
     "log-dataset --show": "leave it out: the text is shown with supervised tokens marked; --json has the ids",
     "chat --adapter": "`corefit chat ADAPTER --model BASE`, or `corefit chat RUN`",
     "chat --llava": _IMAGES,

@@ -371,6 +371,8 @@ class Config:
             holder, key = self.value(node.value), self._key(node)
             if isinstance(holder.data, (dict, list, tuple)) and not isinstance(key, (Unknown, Own)):
                 return holder.data[key]
+            if isinstance(holder.data, (Unknown, Own)):
+                raise _Cant(in_words(holder))
             if isinstance(holder.data, Symbol) and isinstance(key, str):
                 return Symbol(f"{holder.data.path}.{key}")
         if isinstance(node, ast.IfExp):
@@ -518,7 +520,7 @@ def in_words(value: Value) -> str:
     """Say what stands in the place of a value that can't be known."""
     if isinstance(value.data, Own):
         return f"{value.data.name!r}, which is defined here ({value.data.where}) and never run"
-    return value.data.why if isinstance(value.data, Unknown) else repr(value.plain())
+    return value.data.why if isinstance(value.data, Unknown) else _short(repr(value.plain()))
 
 
 def _narrow(node: ast.AST, items: Sequence[Value], more: Sequence[Value]) -> bool:
