@@ -164,7 +164,7 @@ _NEWER = [
     ),
     (
         "train_dataloader =",
-        "sampler = SequenceParallelSampler \\\n    if sequence_parallel_size > 1 else DefaultSampler\ntrain_dataloader =",
+        "sampler = SequenceParallelSampler \\\n    if sequence_parallel_size > 1 else DefaultSampler\ntrain_dataloader =",  # noqa: E501
     ),
     ("sampler=dict(type=DefaultSampler, shuffle=True)", "sampler=dict(type=sampler, shuffle=True)"),
     (
@@ -172,7 +172,7 @@ _NEWER = [
         "collate_fn=dict(type=default_collate_fn, use_varlen_attn=use_varlen_attn)",
     ),
     (
-        "param_scheduler = dict(\n    type=CosineAnnealingLR,\n    eta_min=0.0,\n    by_epoch=True,\n    T_max=max_epochs,\n"
+        "param_scheduler = dict(\n    type=CosineAnnealingLR,\n    eta_min=0.0,\n    by_epoch=True,\n    T_max=max_epochs,\n"  # noqa: E501
         "    convert_to_iter_based=True)\n",
         "param_scheduler = [\n"
         "    dict(\n        type=LinearLR,\n        start_factor=1e-5,\n        by_epoch=True,\n        begin=0,\n"

@@ -217,10 +217,10 @@ def test_cfg_options_need_a_configuration(registry):
         ("load_in_8bit=False", "load_in_8bit=True", {}),  # 4 bit first
         ("optim_type = AdamW", "optim_type = 'PagedAdamW8bit'", {"train.optimizer": ('"adamw"', '"paged_adamw_8bit"')}),
         ("max_norm = 1", "max_norm = None", {"train.clip": ("1.0", "0.0")}),
-        ("clip_grad=dict(max_norm=max_norm, error_if_nonfinite=False)", "clip_grad=None", {"train.clip": ("1.0", "0.0")}),
+        ("clip_grad=dict(max_norm=max_norm, error_if_nonfinite=False)", "clip_grad=None", {"train.clip": ("1.0", "0.0")}),  # noqa: E501
         ("weight_decay=weight_decay", "eps=1e-8", {"train.weight_decay": ("0.0", "0.01")}),  # torch's default
         ("r=64,", "", {"adapter.r": ("64", "8")}),  # peft's default
-        ("lora_dropout=0.1,", "use_rslora=True,", {"adapter.dropout": ("0.1", "0.0"), "adapter.rslora": ("false", "true")}),
+        ("lora_dropout=0.1,", "use_rslora=True,", {"adapter.dropout": ("0.1", "0.0"), "adapter.rslora": ("false", "true")}),  # noqa: E501
         ("bias='none'", "target_modules=['wqkv', 'wo']", {"adapter.targets": ("[]", '["wqkv", "wo"]')}),
         ("dtype='float16'", "dtype='bfloat16'", {"train.precision": ('"fp16"', '"bf16"')}),
         ("batch_size = 1", "batch_size = 2", {"train.micro_batch": ("1", "2"), "train.packs_per_step": ("16", "32")}),
@@ -230,7 +230,7 @@ def test_cfg_options_need_a_configuration(registry):
         ("seed=None", "seed=7", {"train.seed": ("42", "7")}),
         ("max_length = 2048", "max_length = int(2048 - (336 / 14)**2)", {"pack.max_length": ("2048", "1472")}),
         ("max_epochs = 3", "max_epochs = 1 if batch_size > 0 else 2", {"train.epochs": ("3", "1")}),
-        ("PROMPT_TEMPLATE.internlm_chat", "PROMPT_TEMPLATE['qwen_chat']", {"template.name": ('"internlm_chat"', '"qwen_chat"')}),
+        ("PROMPT_TEMPLATE.internlm_chat", "PROMPT_TEMPLATE['qwen_chat']", {"template.name": ('"internlm_chat"', '"qwen_chat"')}),  # noqa: E501
         ("dataset_map_fn=oasst1_map_fn", "dataset_map_fn='alpaca'", {"data.0.map": ('"oasst1"', '"alpaca"')}),
         ("dataset_map_fn=oasst1_map_fn", "dataset_map_fn=None", {"data.0.map": ('"oasst1"', '"conversation"')}),
         ("dict(type=TrainLoop, max_epochs=max_epochs)", "dict(type=TrainLoop, max_iters=1600)",
@@ -287,7 +287,7 @@ def test_validation_files_validate(read):
 
 @pytest.mark.parametrize("held", ["datasets=[one, two]", "datasets_cfg=dict(one=one, two=two)"])
 def test_both_forms_of_concatdataset_are_several_sources(read, held):
-    two = f"two = {{**one, 'dataset': dict(type=load_dataset, path='b')}}\nsampler =\ntrain_dataset = dict(type=ConcatDataset, {held})\n"
+    two = f"two = {{**one, 'dataset': dict(type=load_dataset, path='b')}}\nsampler =\ntrain_dataset = dict(type=ConcatDataset, {held})\n"  # noqa: E501
     head, rest = edited(V0_1_23, ("train_dataset = dict(", "one = dict(")).split("sampler = Seq")
     text = head + two.replace("sampler =\n", "") + "sampler = Seq" + rest
     recipe = read(edited(text, ("data_path = 'timdettmers/openassistant-guanaco'", "data_path = 'a'")))
@@ -342,11 +342,11 @@ trainer = Trainer
 training_args = dict(type=TrainingArguments, do_train=True, learning_rate=3e-4, weight_decay=0, lr_scheduler_type='cosine',
     warmup_steps=100, per_device_train_batch_size=1, gradient_accumulation_steps=8, num_train_epochs=2, fp16=True,
     optim='paged_adamw_32bit', save_steps=1000, save_total_limit=2)
-"""
+"""  # noqa: E501
     )
     del end
-    text = text.replace("    type=SupervisedFinetune,\n    llm=dict(\n        type=AutoModelForCausalLM.from_pretrained,",
-                        "    type=AutoModelForCausalLM.from_pretrained,").replace("bnb_4bit_quant_type='nf4')),\n    lora=dict(", "bnb_4bit_quant_type='nf4'))\nlora = dict(").replace("task_type='CAUSAL_LM'))", "task_type='CAUSAL_LM')")  # fmt: skip
+    text = text.replace("    type=SupervisedFinetune,\n    llm=dict(\n        type=AutoModelForCausalLM.from_pretrained,",  # noqa: E501
+                        "    type=AutoModelForCausalLM.from_pretrained,").replace("bnb_4bit_quant_type='nf4')),\n    lora=dict(", "bnb_4bit_quant_type='nf4'))\nlora = dict(").replace("task_type='CAUSAL_LM'))", "task_type='CAUSAL_LM')")  # fmt: skip  # noqa: E501
     recipe = read(text)
     train = recipe.train
     assert (train.lr, train.epochs, train.packs_per_step, train.micro_batch) == (3e-4, 2, 8, 1)
@@ -444,11 +444,11 @@ def test_a_configuration_can_neither_hang_nor_exhaust(read, code):
 @pytest.mark.parametrize(
     ("old", "new", "key", "words"),
     [
-        ("max_length = 2048", "max_length = compute()", "pack.max_length", "a function call, `compute()`, which is never run"),
+        ("max_length = 2048", "max_length = compute()", "pack.max_length", "a function call, `compute()`, which is never run"),  # noqa: E501
         ("lr = 2e-4", "lr = [x for x in (1,)][0]", "train.lr", "a comprehension"),
         ("betas = (0.9, 0.999)", "betas = (0.9, b)", "train.betas", "'b', which is not defined here"),
         ("max_length=max_length,", "max_length=max_lenght,", "pack.max_length", "did you mean 'max_length'?"),
-        ("batch_size = 1", "batch_size = int(os.environ['B'])", "train.packs_per_step", "'os', which is not defined here"),
+        ("batch_size = 1", "batch_size = int(os.environ['B'])", "train.packs_per_step", "'os', which is not defined here"),  # noqa: E501
         ("max_norm = 1\n", "max_norm = 1 / 0\n", "train.clip", "`1 / 0`: ZeroDivisionError"),
         ("dataset_map_fn=oasst1_map_fn", "dataset_map_fn=lambda row: row", "data.0.map", "a lambda"),
         ("dict(type=load_dataset, path=data_path)", "make()", "data.0.path", "a function call, `make()`"),
@@ -457,7 +457,7 @@ def test_a_configuration_can_neither_hang_nor_exhaust(read, code):
         ("optim_type = AdamW", "optim_type = SGD", "train.optimizer", "'SGD', which is not defined here"),
         ("= PROMPT_TEMPLATE.internlm_chat", "= dict(INSTRUCTION='{input}')", "template.name", "a template of its own"),
         ("bias='none'", "target_modules='.*proj'", "adapter.targets", "target_modules is a pattern"),
-        ("load_from = None", "load_from = 'iter_500.pth'", "adapter.start", "`corefit safetensors iter_500.pth --config config.py --out DIR`"),
+        ("load_from = None", "load_from = 'iter_500.pth'", "adapter.start", "`corefit safetensors iter_500.pth --config config.py --out DIR`"),  # noqa: E501
         ("        type=CosineAnnealingLR", "        type=PolyLR", "train.scheduler", "param_scheduler PolyLR"),
     ],
 )  # fmt: skip
@@ -499,18 +499,18 @@ def test_a_function_of_the_configuration_is_named_with_what_to_write_instead(rea
 @pytest.mark.parametrize(
     ("old", "new", "note"),
     [
-        ("visualizer = None", "visualizer = dict(type='Visualizer')", "visualizer = Visualizer(...): left out: RUN/metrics.jsonl has"),
+        ("visualizer = None", "visualizer = dict(type='Visualizer')", "visualizer = Visualizer(...): left out: RUN/metrics.jsonl has"),  # noqa: E501
         ("resume = False", "resume = True", "resume = True: left out: --resume goes on"),
-        ("SYSTEM = ''", "SYSTEM = 'Be brief.'", "custom_hooks.EvaluateChatHook.system = 'Be brief.': left out: sample.prompts are"),
+        ("SYSTEM = ''", "SYSTEM = 'Be brief.'", "custom_hooks.EvaluateChatHook.system = 'Be brief.': left out: sample.prompts are"),  # noqa: E501
         ("bias='none'", "bias='all'", "model.lora.bias = 'all': left out: biases stay as they are"),
         ("padding_side='right'", "padding_side='right', eos_token='</s>'", None),
         ("num_workers=dataloader_num_workers", "num_workers=9", None),
-        ("loss_scale='dynamic'", "loss_scale=128.0", "optim_wrapper.loss_scale = 128.0: left out: the loss scale of fp16 is dynamic"),
-        ("shuffle_before_pack=True", "strange_key=1", "train_dataset.strange_key = 1: left out: no counterpart in corefit"),
-        ("dict(type=DatasetInfoHook, tokenizer=tokenizer)", "dict(type='EMAHook')", "custom_hooks: EMAHook: left out: nothing hooks into"),
+        ("loss_scale='dynamic'", "loss_scale=128.0", "optim_wrapper.loss_scale = 128.0: left out: the loss scale of fp16 is dynamic"),  # noqa: E501
+        ("shuffle_before_pack=True", "strange_key=1", "train_dataset.strange_key = 1: left out: no counterpart in corefit"),  # noqa: E501
+        ("dict(type=DatasetInfoHook, tokenizer=tokenizer)", "dict(type='EMAHook')", "custom_hooks: EMAHook: left out: nothing hooks into"),  # noqa: E501
         ("pack_to_max_length = True", "pack_to_max_length = False", "pack_to_max_length: corefit always packs"),
         ("save_total_limit = 2", "save_total_limit = -1", "max_keep_ckpts: -1 keeps all"),
-        ("eta_min=0.0", "eta_min=lr * 0.1", "param_scheduler.CosineAnnealingLR.eta_min = 2e-05: left out: the rate goes down to 0"),
+        ("eta_min=0.0", "eta_min=lr * 0.1", "param_scheduler.CosineAnnealingLR.eta_min = 2e-05: left out: the rate goes down to 0"),  # noqa: E501
         ("remove_unused_columns=True", "max_dataset_length=100", "max_dataset_length: the first so many records"),
         ("optim_wrapper = dict(", "print('hi')\noptim_wrapper = dict(", "`print('hi')`: not run"),
         ("optim_wrapper = dict(", "for i in (1,):\n    z = i\noptim_wrapper = dict(", "`for i in (1,):`: not run"),
@@ -541,8 +541,8 @@ def test_an_unedited_configuration_says_only_what_differs(read):
     ("old", "new", "words"),
     [
         ("type=SupervisedFinetune", "type=DPO", "expected SupervisedFinetune"),
-        ("from xtuner.model import SupervisedFinetune", "from xtuner.model import DPO as SupervisedFinetune", "DPO, which learns from preferences"),
-        ("from xtuner.model import SupervisedFinetune", "from xtuner.model import LLaVAModel as SupervisedFinetune", "learns from images"),
+        ("from xtuner.model import SupervisedFinetune", "from xtuner.model import DPO as SupervisedFinetune", "DPO, which learns from preferences"),  # noqa: E501
+        ("from xtuner.model import SupervisedFinetune", "from xtuner.model import LLaVAModel as SupervisedFinetune", "learns from images"),  # noqa: E501
         ("type=process_hf_dataset", "type='xtuner.dataset.MOSSSFTDataset'", "reads MOSS's records"),
         ("model = dict(", "modell = dict(", "no `model` in it"),
         ("max_length = 2048", "max_length = = 2048", "not Python"),
