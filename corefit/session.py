@@ -439,18 +439,18 @@ class Session:
         if saved is not None:
             self.facts["resumed"] = [*before, {"step": saved.step, "changed": [list(change) for change in changes]}]
         self.facts["identity"] = identity
+        self.progress = Progress(endless=not self.recipe.train.epochs and not self.recipe.train.max_steps)
         try:
             write_whole(self.folder / "recipe.toml", to_toml(without_out(self.recipe)).encode())
             self._write_run("running")
+            self.metrics = JsonLines(self.folder / "metrics.jsonl", keep=self.lengths["metrics.jsonl"])
+            self.samples = JsonLines(self.folder / "samples.jsonl", keep=self.lengths["samples.jsonl"])
+            sync(self.folder)
         except OSError as error:
             raise RecipeError(f"run.out: {self.folder}: can't be written: {system_words(error)}") from error
-        self.progress = Progress(endless=not self.recipe.train.epochs and not self.recipe.train.max_steps)
-        self.metrics = JsonLines(self.folder / "metrics.jsonl", keep=self.lengths["metrics.jsonl"])
-        self.samples = JsonLines(self.folder / "samples.jsonl", keep=self.lengths["samples.jsonl"])
         for file in (self.metrics, self.samples):
             if file.missing:
                 self.say(f"{file.path}: {file.missing:,} bytes that the checkpoint counts on are gone")
-        sync(self.folder)
         if saved is not None:  # the line about this save came after it, so it was cut
             self._write(
                 self.metrics,
