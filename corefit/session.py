@@ -238,7 +238,9 @@ class Session:
             say=self.say,
         )
         tokenizer, encoder = self.plan.tokenizer, self.plan.encoder
-        special = (*tokenizer.control_tokens, *self.plan.template.control, *encoder.stop)
+        if tokenizer.new_ids:
+            model.add_rows(network, tokenizer.vocab_size, tokenizer.new_ids)
+        special = (*recipe.model.add_tokens, *tokenizer.control_tokens, *self.plan.template.control, *encoder.stop)
         ids = {token: id for token in special if (id := tokenizer.token_id(token)) is not None}
         sizes = model.check_vocabulary(network, tokenizer.vocab_size, ids)
         line = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
@@ -252,6 +254,7 @@ class Session:
             dora=recipe.adapter.dora,
             rslora=recipe.adapter.rslora,
             start=recipe.adapter.start,
+            tokens=tuple(ids[token] for token in recipe.model.add_tokens),
         )
         self.network = network = model.attach_adapter(network, None if full else spec, seed=settings.seed)
         wanted = settings.gradient_checkpointing
@@ -277,6 +280,7 @@ class Session:
             chat_template=plan.template.chat_template,
             stop=plan.encoder.stop,
             stop_ids=plan.encoder.stop_ids,
+            add_tokens=recipe.model.add_tokens,
             supervise=recipe.template.supervise,
             quantizer=recipe.model.quantizer,
             compute_dtype=str(self.precision.compute_dtype).removeprefix("torch."),

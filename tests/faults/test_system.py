@@ -84,7 +84,8 @@ def test_a_disk_that_is_full_can_be_made_larger_and_the_run_goes_on(share: float
     start, folder = line(lab, run), shlex.quote(str(run.parent))
     pages = sum(-(-path.stat().st_size // 4096) for path in straight[0].rglob("*") if path.is_file())
     done = alone(
-        f"mount -t tmpfs -o size={int(share * pages) * 4}k tmpfs {folder} && {start} >first 2>&1; echo $? && ls {folder}/run/checkpoints; "
+        f"mount -t tmpfs -o size={int(share * pages) * 4}k tmpfs {folder} "
+        f"&& {start} >first 2>&1; echo $? && ls {folder}/run/checkpoints; "
         f"mount -o remount,size=10m {folder}; {start} >second 2>&1 && sha256sum {folder}/run/adapter/*.safetensors",
         lab.folder,
     )
