@@ -133,7 +133,7 @@ def _at_step(run: Path, which: str, target: str | Path, model: str | None, trust
     base = _base(model, recipe.get("base"), run, facts["base"], target, say, trust)
     made = Path(tempfile.mkdtemp(prefix="corefit-"))
     atexit.register(shutil.rmtree, made, ignore_errors=True)
-    files = Tokenizer.load(base).files()
+    files = Tokenizer.load(base, facts.get("add_tokens", ())).files()
     provenance = Provenance.from_dict(facts, base_folder=base, tokenizer_files=files)
     folder = export(made / "at", saved.state["extra"]["layout"], saved.trainable, provenance)
     return find(folder, model=str(base), trust_remote_code=trust, say=say)

@@ -196,7 +196,7 @@ def prepare(
         again: a run goes on: what it unpacked from standard input is read, not standard input.
     """
     recipe = _with_start(recipe)
-    tok = Tokenizer.load(tokenizer)
+    tok = Tokenizer.load(tokenizer, recipe.model.add_tokens)
     template = registry.template(recipe.template.name or "tokenizer")
     choices = []
     if recipe.template.name is None:
@@ -252,6 +252,8 @@ def _with_start(recipe: Recipe) -> Recipe:
     fused = isinstance(r, int) and config.get("rank_pattern") == {"wqkv": 3 * r}  # InternLM 2's q, k and v, of rank r
     odd = [key for key in OTHER_LORA if config.get(key) and not (fused and key in ("rank_pattern", "alpha_pattern"))]
     odd += [] if plain else ["init_lora_weights"]
+    added = tuple(read_json(path.with_name("corefit.json")).get("add_tokens") or ())
+    odd = [key for key in odd if not (added and key == "trainable_token_indices")]
     if config.get("peft_type") != "LORA" or not isinstance(config.get("target_modules"), list) or odd:
         what = odd[0] if odd else f"peft_type {config.get('peft_type')!r}"
         raise ModelError(f"adapter.start: {path}: {what}: not a LoRA adapter that corefit can train on")
@@ -268,7 +270,8 @@ def _with_start(recipe: Recipe) -> Recipe:
         if f"adapter.{key}" in recipe.origins and (asked := getattr(recipe.adapter, key)) != value:
             where = recipe.where(f"adapter.{key}")
             raise RecipeError(f"{where}: adapter.{key} is {asked!r}, the adapter in adapter.start has {value!r}")
-    return dataclasses.replace(recipe, adapter=dataclasses.replace(recipe.adapter, **own))
+    model = dataclasses.replace(recipe.model, add_tokens=tuple(dict.fromkeys((*added, *recipe.model.add_tokens))))
+    return dataclasses.replace(recipe, model=model, adapter=dataclasses.replace(recipe.adapter, **own))
 
 
 def _sources(

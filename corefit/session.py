@@ -238,7 +238,9 @@ class Session:
             say=self.say,
         )
         tokenizer, encoder = self.plan.tokenizer, self.plan.encoder
-        special = (*tokenizer.control_tokens, *self.plan.template.control, *encoder.stop)
+        if tokenizer.new_ids:
+            model.add_rows(network, tokenizer.vocab_size, tokenizer.new_ids)
+        special = (*recipe.model.add_tokens, *tokenizer.control_tokens, *self.plan.template.control, *encoder.stop)
         ids = {token: id for token in special if (id := tokenizer.token_id(token)) is not None}
         sizes = model.check_vocabulary(network, tokenizer.vocab_size, ids)
         line = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
@@ -252,6 +254,7 @@ class Session:
             dora=recipe.adapter.dora,
             rslora=recipe.adapter.rslora,
             start=recipe.adapter.start,
+            tokens=tuple(ids[token] for token in recipe.model.add_tokens),
         )
         self.network = network = model.attach_adapter(network, None if full else spec, seed=settings.seed)
         wanted = settings.gradient_checkpointing
@@ -277,6 +280,7 @@ class Session:
             chat_template=plan.template.chat_template,
             stop=plan.encoder.stop,
             stop_ids=plan.encoder.stop_ids,
+            add_tokens=recipe.model.add_tokens,
             supervise=recipe.template.supervise,
             quantizer=recipe.model.quantizer,
             compute_dtype=str(self.precision.compute_dtype).removeprefix("torch."),
@@ -439,18 +443,18 @@ class Session:
         if saved is not None:
             self.facts["resumed"] = [*before, {"step": saved.step, "changed": [list(change) for change in changes]}]
         self.facts["identity"] = identity
+        self.progress = Progress(endless=not self.recipe.train.epochs and not self.recipe.train.max_steps)
         try:
             write_whole(self.folder / "recipe.toml", to_toml(without_out(self.recipe)).encode())
             self._write_run("running")
+            self.metrics = JsonLines(self.folder / "metrics.jsonl", keep=self.lengths["metrics.jsonl"])
+            self.samples = JsonLines(self.folder / "samples.jsonl", keep=self.lengths["samples.jsonl"])
+            sync(self.folder)
         except OSError as error:
             raise RecipeError(f"run.out: {self.folder}: can't be written: {system_words(error)}") from error
-        self.progress = Progress(endless=not self.recipe.train.epochs and not self.recipe.train.max_steps)
-        self.metrics = JsonLines(self.folder / "metrics.jsonl", keep=self.lengths["metrics.jsonl"])
-        self.samples = JsonLines(self.folder / "samples.jsonl", keep=self.lengths["samples.jsonl"])
         for file in (self.metrics, self.samples):
             if file.missing:
                 self.say(f"{file.path}: {file.missing:,} bytes that the checkpoint counts on are gone")
-        sync(self.folder)
         if saved is not None:  # the line about this save came after it, so it was cut
             self._write(
                 self.metrics,

@@ -271,7 +271,8 @@ def make_encoder(
 def _not_one_token(token: str, template: PromptTemplate, tokenizer: Tokenizer) -> str:
     return (
         f"template {template.name!r} needs {token!r}, which is not one token of the tokenizer {tokenizer.name}; choose "
-        "another with --template ('tokenizer' is the model's own), or a model made for this format"
+        "another with --template ('tokenizer' is the model's own), a model made for this format, or add "
+        "it with model.add_tokens"
     )
 
 
