@@ -342,7 +342,7 @@ class Config:
             data = Unknown(f"`{_short(ast.unparse(node))}`: {type(error).__name__}: {error}")
         if isinstance(data, (str, list, tuple)) and len(data) > WIDE:
             data = Unknown(f"`{_short(ast.unparse(node))}`, which is too large")
-        return data if isinstance(data, Value) else Value(data, self.at(node))
+        return data if isinstance(data, Value) else _placed(data, self.at(node))
 
     def _known(self, node: ast.expr, *, symbols: bool = False) -> Any:  # noqa: ANN401
         """Give a value in Python's own terms, or raise what in it can't be known."""
@@ -437,7 +437,7 @@ class Config:
         for kind in (list, tuple):
             if op is ast.Add and isinstance(left.data, kind) and isinstance(right.data, kind):
                 return kind([*left.data, *right.data])
-        if op is ast.Mult and isinstance(left.data, (list, tuple)) and type(right.data) is int:
+        if op is ast.Mult and isinstance(left.data, (list, tuple)) and isinstance(right.data, int):
             if len(left.data) * right.data > WIDE:
                 raise _Cant(f"`{_short(ast.unparse(node))}`, which is too large")
             return left.data * right.data
@@ -514,6 +514,15 @@ class Config:
             return str(next(rest) if not match[1] else args[int(match[1])] if match[1].isdecimal() else given[match[1]])
 
         return _FIELD.sub(field, text)
+
+
+def _placed(data: Any, where: str) -> Value:  # noqa: ANN401
+    """Give a value its place; what arithmetic made of plain lists gets one for each item."""
+    if isinstance(data, (list, tuple)):
+        return Value(type(data)(d if isinstance(d, Value) else _placed(d, where) for d in data), where)
+    if isinstance(data, dict):
+        return Value({key: d if isinstance(d, Value) else _placed(d, where) for key, d in data.items()}, where)
+    return Value(data, where)
 
 
 def in_words(value: Value) -> str:

@@ -7,6 +7,8 @@ import pytest
 from fake_plugins import write_plugin
 
 from corefit import BadRecord, Conversation, Drop, Record, Sources
+from corefit.errors import RecipeError
+from corefit.prepare import resolve
 from corefit.registry import KINDS, Registry
 
 HERE = Path(__file__).resolve().parents[1] / "plugin_example"
@@ -69,3 +71,19 @@ def test_its_quantizer_and_scheduler(registry):
     assert registry.quantizer("example").config("float32").bnb_4bit_quant_type == "fp4"
     factor = registry.scheduler("example").factor
     assert factor(0.5, 0.0) == 0.75 and factor(0.05, 0.1) == 0.5 and 0 < factor(1 - 2**-53, 1.0) < 1e-10
+
+
+def test_its_recipe_reader(registry, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.example").write_text("model = owner/base\nrate = 1e-4\ncolour = red\n", "utf-8")
+    flags = {"data": "rows.tsv", "plugin": "example"}
+    recipe, name, lines = resolve("run.example", {**flags, "cfg-options": "steps=7"}, [], registry)
+    assert (recipe.model.base, recipe.train.lr, recipe.train.max_steps, name) == ("owner/base", 1e-4, 7, "run")
+    assert recipe.where("train.lr") == "run.example:2" and recipe.where("train.max_steps") == "--cfg-options steps=7"
+    assert lines == [
+        f"owner/base on {tmp_path / 'rows.tsv'}",
+        "run.example:3: colour: left out: no counterpart in corefit",
+    ]  # noqa: E501
+    with pytest.raises(RecipeError, match="^run.example:2: train.lr: found -1.0; expected a number > 0$"):
+        (tmp_path / "run.example").write_text("model = owner/base\nrate = -1\n", "utf-8")
+        resolve("run.example", flags, [], registry)

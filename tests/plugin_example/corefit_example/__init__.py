@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ from corefit import (
     Conversation,
     DatasetReader,
     Drop,
+    ImportedRecipe,
     MapFunction,
     Message,
     Position,
     PromptTemplate,
     Quantizer,
+    RecipeError,
+    RecipeReader,
     Record,
     Scheduler,
     Sources,
@@ -94,6 +97,28 @@ def parabola(progress: float, warmup: float) -> float:
     return min(factor, progress / warmup) if progress < warmup else factor
 
 
+KEYS = {"model": ("model", "base"), "rate": ("train", "lr"), "steps": ("train", "max_steps")}
+
+
+def recipe(path: Path, overrides: Sequence[str] = ()) -> ImportedRecipe:
+    """Read lines of ``key = value``; ``overrides`` are such lines too, without spaces."""
+    tables: dict[str, Any] = {}
+    lines: dict[str, str] = {}
+    notes: list[str] = []
+    written = [(f"{path}:{number}", line) for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)]
+    for where, line in [*written, *((f"--cfg-options {override}", override) for override in overrides)]:
+        key, equals, text = (part.strip() for part in line.partition("="))
+        if not equals:
+            raise RecipeError(f"{where}: expected key = value")
+        if key not in KEYS:
+            notes.append(f"{where}: {key}: left out: no counterpart in corefit")
+            continue
+        section, name = KEYS[key]
+        tables.setdefault(section, {})[name] = text if key == "model" else float(text) if key == "rate" else int(text)
+        lines[f"{section}.{name}"] = where
+    return ImportedRecipe(tables=tables, lines=lines, notes=tuple(notes))
+
+
 def corefit_dataset_readers() -> Iterable[DatasetReader]:  # noqa: D103, the hook says what it is
     yield DatasetReader(
         name="example", summary="lines of question, tab, answer", read=read, seekable=True, needs_path=False
@@ -127,3 +152,13 @@ def corefit_quantizers() -> Iterable[Quantizer]:  # noqa: D103
 
 def corefit_schedulers() -> Iterable[Scheduler]:  # noqa: D103
     yield Scheduler(name="example", summary="a parabola: falls slowly, then faster", factor=parabola)
+
+
+def corefit_recipe_readers() -> Iterable[RecipeReader]:  # noqa: D103
+    yield RecipeReader(
+        name="example",
+        summary="lines of key = value",
+        read=recipe,
+        suffixes=(".example",),
+        habits={"learn": "`corefit train FILE.example`"},
+    )
