@@ -105,7 +105,7 @@ def resolve(
     else:
         folder, _ = run_and_step(recipe)
         file = Path(folder) / "recipe.toml" if Path(folder).is_dir() else recipe_path(recipe)
-        if file.suffix in (".toml", ""):
+        if file.suffix in (".toml", "") or not file.is_file():
             read = load_recipe(file)
         else:
             found = read_config(file, overrides, registry)

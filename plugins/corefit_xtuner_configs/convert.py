@@ -45,7 +45,6 @@ DATASETS = {
     **dict.fromkeys(("LLaVADataset", "InternVL_V1_5_Dataset", "RefCOCOJsonDataset", "InvRefCOCOJsonDataset"), _IMAGES),
     "build_preference_dataset": _PAIRS,
     "build_packed_dataset": "reads InternLM's tokenised files, which hold no text; corefit takes the texts",
-    "MOSSSFTDataset": "reads MOSS's records; corefit takes them as `messages` (the format openai)",
 }
 """Kinds of data that corefit does not train on, with the reason."""
 OPTIMIZERS = {
@@ -580,6 +579,10 @@ class _Reading:
         if name in BEFORE and length and length.get("by_epoch") and not length.get("type"):  # no TrainLoop yet
             words = f"prompt_template: v0.1.9, which this looks like, meant another text by it: --template {name}@0.1.9"
             self.note(self.lines["template.name"], words)
+            for number, source in enumerate(self.tables["data"]):
+                if source.get("map") == "alpaca":
+                    words = "v0.1.9, which this looks like, wrote a system text too: data.map = alpaca@0.1.9"
+                    self.note(self.lines[f"data.{number}.map"], f"dataset_map_fn: {words}")
 
     def source(self, number: int, source: Value) -> None:
         """Read one source: where it lies, its format and its template."""
@@ -587,6 +590,13 @@ class _Reading:
         kind = _name(source.get("type"))
         if kind in DATASETS:
             raise RecipeError(f"{source.where}: {kind} {DATASETS[kind]}")
+        if kind == "MOSSSFTDataset":  # reads, maps and renders by itself
+            self.put(f"{key}.path", source.get("data_file"))
+            self.set(f"{key}.map", "moss_sft", source.where)
+            if bot := self.use(source.get("bot_name")):
+                self.set(f"{key}.options", {"bot_name": bot.plain()}, bot.where)
+            self.set("template.name", "moss_sft", source.where)
+            return
         if kind not in ("process_hf_dataset", "process_ms_dataset"):
             what = kind or in_words(source)
             self.lack(f"{key}.path", source.where, f"the data set is {what}; --data and --plugin name it")

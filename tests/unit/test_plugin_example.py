@@ -75,15 +75,15 @@ def test_its_quantizer_and_scheduler(registry):
 
 def test_its_recipe_reader(registry, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run.example").write_text("model = owner/base\nrate = 1e-4\ncolour = red\n", "utf-8")
+    (tmp_path / "run.example").write_text("model = .\nrate = 1e-4\ncolour = red\n", "utf-8")
     flags = {"data": "rows.tsv", "plugin": "example"}
     recipe, name, lines = resolve("run.example", {**flags, "cfg-options": "steps=7"}, [], registry)
-    assert (recipe.model.base, recipe.train.lr, recipe.train.max_steps, name) == ("owner/base", 1e-4, 7, "run")
+    assert (recipe.model.base, recipe.train.lr, recipe.train.max_steps, name) == (str(tmp_path), 1e-4, 7, "run")
     assert recipe.where("train.lr") == "run.example:2" and recipe.where("train.max_steps") == "--cfg-options steps=7"
     assert lines == [
-        f"owner/base on {tmp_path / 'rows.tsv'}",
+        f"{tmp_path} on {tmp_path / 'rows.tsv'}",
         "run.example:3: colour: left out: no counterpart in corefit",
     ]  # noqa: E501
     with pytest.raises(RecipeError, match="^run.example:2: train.lr: found -1.0; expected a number > 0$"):
-        (tmp_path / "run.example").write_text("model = owner/base\nrate = -1\n", "utf-8")
+        (tmp_path / "run.example").write_text("model = .\nrate = -1\n", "utf-8")
         resolve("run.example", flags, [], registry)

@@ -14,9 +14,10 @@ from corefit_xtuner_configs.habits import HABITS
 from corefit_xtuner_configs.tree import Config
 from xtuner_configs import V0_1_9, V0_1_23, edited
 
+from corefit.cli import main
 from corefit.errors import PluginError, RecipeError
 from corefit.prepare import read_config, resolve
-from corefit.recipe import Recipe, copy_recipe, flat, imported_recipe, load_recipe, parse_recipe, toml_dumps
+from corefit.recipe import Recipe, flat, imported_recipe, load_recipe, parse_recipe, toml_dumps
 from corefit.registry import Registry
 
 NAME = "internlm_chat_7b_qlora_oasst1_e3"
@@ -68,7 +69,8 @@ def refusal(ask, *args, **more) -> str:
 
 
 def test_v0_1_23_is_the_recipe_that_copy_gives(read):
-    copied = load_recipe(copy_recipe(NAME))
+    assert main(["copy", NAME]) == 0
+    copied = load_recipe(f"{NAME}.toml")
     data = f'"{Path.cwd() / "timdettmers/openassistant-guanaco"}"'
     differences = changes(copied, read(V0_1_23))
     assert {k: v for k, v in differences.items() if k != "data.0.path"} == {}
@@ -202,8 +204,8 @@ def test_cfg_options_that_name_nothing_are_errors(read, override, words):
 
 
 def test_cfg_options_need_a_configuration(registry):
-    copy_recipe(NAME)
-    error = refusal(resolve, f"{NAME}.toml", {"cfg-options": "'max_length=5 6'"}, [], registry)
+    Path("r.toml").write_text("", "utf-8")
+    error = refusal(resolve, "r.toml", {"cfg-options": "'max_length=5 6'"}, [], registry)
     assert error.startswith("--cfg-options max_length=5 6: only another program's configuration has keys of its own")
 
 
@@ -354,6 +356,15 @@ training_args = dict(type=TrainingArguments, do_train=True, learning_rate=3e-4, 
     assert "warmup_steps: corefit's warm-up is a share of the run" in read.said and recipe.data[0].map == "oasst1"
 
 
+def test_moss_reads_maps_and_writes_by_itself(read):
+    start, end = V0_1_23.index("    type=process_hf_dataset"), V0_1_23.index("sampler = Seq")
+    moss = "    type='MOSSSFTDataset', data_file='moss.jsonl', bot_name='Me', tokenizer=tokenizer, max_length=max_length)\n"
+    recipe = read(V0_1_23[:start] + moss + V0_1_23[end:])
+    (source,) = recipe.data
+    assert (source.path, source.map, source.options) == (str(Path.cwd() / "moss.jsonl"), "moss_sft", {"bot_name": "Me"})
+    assert recipe.template.name == "moss_sft" and recipe.pack.max_length == 2048 and not read.missing
+
+
 # ------------------------------------------------------------------------------------------------------- nothing runs
 
 PLANTED = [
@@ -473,7 +484,7 @@ def test_a_value_that_is_needed_and_cant_be_known_is_an_error_that_a_flag_mends(
         key, {"quantizer": "nf4", "optimizer": "adamw", "scheduler": "wsd", "name": "chatml"}.get(name, "1")
     )
     value = {"targets": "['q_proj']", "start": "DIR", "kind": "lora"}.get(name, value)
-    recipe, _, _ = resolve("config.py", {}, [f"{section}.{name}={value}"], registry)
+    recipe, _, _ = resolve("config.py", {"model": "."}, [f"{section}.{name}={value}"], registry)
     assert recipe.where(key).startswith("--set ")
 
 
@@ -484,7 +495,7 @@ def test_a_function_of_the_configuration_is_named_with_what_to_write_instead(rea
     line = line_of(text, "def my_map_fn")
     assert f"config.py:{line}: def my_map_fn: not run" in read.said
     assert "--plugin my_format.py:my_map_fn" in read.missing["data.0.map"]
-    recipe, _, _ = resolve("config.py", {"plugin": "oasst1"}, [], registry)
+    recipe, _, _ = resolve("config.py", {"plugin": "oasst1", "model": "."}, [], registry)
     assert recipe.data[0].map == "oasst1"
     imported = edited(
         V0_1_23, ("import torch\n", "import torch\nfrom mine.maps import to_chat\n"), ("=oasst1_map_fn", "=to_chat")
@@ -543,7 +554,9 @@ def test_an_unedited_configuration_says_only_what_differs(read):
         ("type=SupervisedFinetune", "type=DPO", "expected SupervisedFinetune"),
         ("from xtuner.model import SupervisedFinetune", "from xtuner.model import DPO as SupervisedFinetune", "DPO, which learns from preferences"),  # noqa: E501
         ("from xtuner.model import SupervisedFinetune", "from xtuner.model import LLaVAModel as SupervisedFinetune", "learns from images"),  # noqa: E501
-        ("type=process_hf_dataset", "type='xtuner.dataset.MOSSSFTDataset'", "reads MOSS's records"),
+        ("type=process_hf_dataset", "type='xtuner.dataset.LLaVADataset'", "LLaVADataset reads images"),
+        ("=oasst1_map_fn", "='xtuner.dataset.map_fns.llava_map_fn'", "llava reads images"),
+        ("type=process_hf_dataset", "type='build_packed_dataset'", "reads InternLM's tokenised files"),
         ("model = dict(", "modell = dict(", "no `model` in it"),
         ("max_length = 2048", "max_length = = 2048", "not Python"),
         ("max_length = 2048", "max_length = '\x00'", "not Python"),
