@@ -358,7 +358,7 @@ training_args = dict(type=TrainingArguments, do_train=True, learning_rate=3e-4, 
 
 def test_moss_reads_maps_and_writes_by_itself(read):
     start, end = V0_1_23.index("    type=process_hf_dataset"), V0_1_23.index("sampler = Seq")
-    moss = "    type='MOSSSFTDataset', data_file='moss.jsonl', bot_name='Me', tokenizer=tokenizer, max_length=max_length)\n"
+    moss = "    type='MOSSSFTDataset', data_file='moss.jsonl', bot_name='Me', max_length=max_length)\n"
     recipe = read(V0_1_23[:start] + moss + V0_1_23[end:])
     (source,) = recipe.data
     assert (source.path, source.map, source.options) == (str(Path.cwd() / "moss.jsonl"), "moss_sft", {"bot_name": "Me"})
