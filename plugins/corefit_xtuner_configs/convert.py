@@ -31,7 +31,7 @@ ROOTS = (
     *("tokenizer", "model", "lora", "training_args", "train_dataset", "train_dataloader", "val_dataloader"),
     *("test_dataloader", "val_evaluator", "test_evaluator", "optim_wrapper", "param_scheduler", "train_cfg", "val_cfg"),
     *("test_cfg", "custom_hooks", "default_hooks", "env_cfg", "visualizer", "log_processor", "load_from", "resume"),
-    *("randomness", "work_dir", "strategy", "auto_scale_lr"),
+    *("randomness", "work_dir", "strategy", "auto_scale_lr", "sequence_parallel_size"),
 )
 """Names that XTuner looks at; the others are variables."""
 NEW = ("work_dir", "load_from", "resume", "randomness")
@@ -135,6 +135,7 @@ LEFT: Sequence[tuple[str, tuple[Any, ...], str]] = (
     ("val_**", (None,), _MMLU),
     ("test_**", (None,), _MMLU),
     ("strategy**", (None,), "corefit trains on one GPU"),
+    ("sequence_parallel_size", (1,), "a pack must fit on one GPU; a smaller pack.max_length does"),
 )
 """Dotted path, values that ask for nothing that corefit lacks (``ALL``: any), and the reason for a note otherwise. The
 first pattern that fits counts; ``**`` is for all below, in one."""
@@ -631,7 +632,7 @@ class _Reading:
         def inside(names: Any) -> Any:  # noqa: ANN401
             many = [names] if isinstance(names, str) else names
             joined = [posixpath.join(folder_of, name) for name in many]
-            return joined[0] if isinstance(names, str) else joined
+            return joined[0] if len(joined) == 1 else joined
 
         if files and isinstance(files.data, dict):
             for split, value in files.data.items():

@@ -83,6 +83,8 @@ def test_their_model_folder_their_data_folder_and_their_configuration_train(
     assert ledger["balanced"]
     data = [Path(fact["path"]).name for fact in json.loads((run / "run.json").read_text("utf-8"))["data"]]
     assert data == ["openassistant_best_replies_train.jsonl", "openassistant_best_replies_eval.jsonl"]
+    again = corefit("train", config.name, "--model", made, "--resume", *out.split(), *steps, cwd=tmp_path)
+    assert again.returncode == 0 and "is complete: nothing to do" in again.stdout
     prompts = {line["prompt"] for line in read_lines(run / "samples.jsonl")}
     assert prompts == {"请给我介绍五个上海的景点", "Please tell me five scenic spots in Shanghai"}
 

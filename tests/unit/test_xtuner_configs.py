@@ -257,6 +257,7 @@ def test_8_bit_and_full_fine_tuning(read):
     ("value", "paths"),
     [
         ("dict(type=load_dataset, path='json', data_files='a.jsonl')", ("a.jsonl",)),
+        ("dict(type=load_dataset, path='json', data_files=['a.jsonl'])", ("a.jsonl",)),
         ("dict(type=load_dataset, path='json', data_files=['a.jsonl', 'b.jsonl'])", ("a.jsonl", "b.jsonl")),
         ("dict(type=load_dataset, path='json', data_files=dict(train=root + 'a.jsonl'))", ("rows/a.jsonl",)),
         (
@@ -525,6 +526,7 @@ def test_a_function_of_the_configuration_is_named_with_what_to_write_instead(rea
         ("remove_unused_columns=True", "max_dataset_length=100", "max_dataset_length: the first so many records"),
         ("optim_wrapper = dict(", "print('hi')\noptim_wrapper = dict(", "`print('hi')`: not run"),
         ("optim_wrapper = dict(", "for i in (1,):\n    z = i\noptim_wrapper = dict(", "`for i in (1,):`: not run"),
+        ("sequence_parallel_size = 1", "sequence_parallel_size = 4", "sequence_parallel_size = 4: left out: a pack must fit"),
         ("use_varlen_attn = False", "use_varlen_attn = True", None),
     ],
 )  # fmt: skip
