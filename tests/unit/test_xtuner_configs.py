@@ -526,7 +526,7 @@ def test_a_function_of_the_configuration_is_named_with_what_to_write_instead(rea
         ("remove_unused_columns=True", "max_dataset_length=100", "max_dataset_length: the first so many records"),
         ("optim_wrapper = dict(", "print('hi')\noptim_wrapper = dict(", "`print('hi')`: not run"),
         ("optim_wrapper = dict(", "for i in (1,):\n    z = i\noptim_wrapper = dict(", "`for i in (1,):`: not run"),
-        ("sequence_parallel_size = 1", "sequence_parallel_size = 4", "sequence_parallel_size = 4: left out: a pack must fit"),
+        ("sequence_parallel_size = 1", "sequence_parallel_size = 4", "sequence_parallel_size = 4: left out"),
         ("use_varlen_attn = False", "use_varlen_attn = True", None),
     ],
 )  # fmt: skip
