@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from corefit.data.jsonl import fetch_jsonl, index_jsonl, read_jsonl
     from corefit.errors import CorefitError, DataError, UserError
+    from corefit.fields import Fields
     from corefit.hookspecs import hookimpl
     from corefit.run import Run, inspect, train
     from corefit.types import (
@@ -44,6 +45,7 @@ _HOME = {
     "DatasetReader": "corefit.types",
     "Document": "corefit.types",
     "Drop": "corefit.types",
+    "Fields": "corefit.fields",
     "IGNORE_INDEX": "corefit.types",
     "MapFunction": "corefit.types",
     "Message": "corefit.types",
@@ -75,6 +77,7 @@ __all__ = [
     "DatasetReader",
     "Document",
     "Drop",
+    "Fields",
     "IGNORE_INDEX",
     "MapFunction",
     "Message",

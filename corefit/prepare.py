@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -9,22 +10,24 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from corefit.data.arena import Arena, write_arena
 from corefit.data.block import RECORD, Block, fit
 from corefit.data.encode import Encoder, make_encoder
 from corefit.data.jsonl import STDIN_NAME, find_files, spool
 from corefit.data.ledger import Ledger
-from corefit.data.source import as_found, encode_items, in_words, items_of, refused
+from corefit.data.source import as_found, encode_items, in_words, items_of, map_record, refused
 from corefit.data.stream import Source, Stream
 from corefit.data.tokenizer import Tokenizer
 from corefit.durable import read_json
 from corefit.errors import DataError, ModelError, RecipeError, unknown
+from corefit.fields import Fields
+from corefit.own import own_code, own_file
 from corefit.recipe import (
     Data,
     Recipe,
@@ -38,12 +41,14 @@ from corefit.recipe import (
     to_toml,
 )
 from corefit.registry import Registry
-from corefit.types import BadRecord, DatasetReader, Item, MapFunction, PromptTemplate, Record, Sample, Sources
+from corefit.types import BadRecord, DatasetReader, Drop, Item, MapFunction, PromptTemplate, Record, Sample, Sources
 
 EMBEDDED = Path(__file__).parent / "embedded"
 SNIFFED = 32
 """Records looked at when no map function is named."""
-CODE = ("types.py", "templates.py", "defaults.py", "prepare.py", "recipe.py")
+FIELDS = "fields"
+"""Name of the map function that ``[data.fields]`` describes."""
+CODE = ("types.py", "templates.py", "fields.py", "own.py", "defaults.py", "prepare.py", "recipe.py")
 """Files of corefit that samples depend on, beside those in ``data``."""
 HASHED_WHOLE = 2**26
 """Bytes of a data file up to which all of it is hashed."""
@@ -84,7 +89,7 @@ def resolve(
     """
     if recipe is None:
         resolved = apply_overrides(Recipe(), flags, sets)
-        name = flags.get("plugin") or "run"
+        name = (flags.get("plugin") or "run").rpartition(":")[2]
     else:
         folder, _ = run_and_step(recipe)
         file = Path(folder) / "recipe.toml" if Path(folder).is_dir() else recipe_path(recipe)
@@ -127,9 +132,26 @@ def secrets() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= 8}
 
 
-def _reader(name: str | None, map_name: str, registry: Registry) -> DatasetReader:
-    """Give the named reader, else the one of the map function's name, else ``jsonl``."""
-    return registry.reader(name or (map_name if map_name in registry.readers else "jsonl"))
+def _reader(name: str | None, map_name: str | None, registry: Registry, paths: Sequence[Path] = ()) -> DatasetReader:
+    """Give the named reader, else that for the files' suffix, else that of the map function's name, else ``jsonl``.
+
+    Raises:
+        RecipeError: files for several readers.
+    """
+    by_suffix = {
+        path: next((r.name for r in registry.readers.values() if path.name.lower().endswith(_endings(r))), "")
+        for path in ([] if name else paths)
+    }
+    if len(set(by_suffix.values())) > 1:
+        first = {reader: path for path, reader in reversed(by_suffix.items())}
+        words = " and ".join(map(str, first.values()))
+        raise RecipeError(f"{words} need several readers; write a [[data]] for each, or name files of one kind")
+    name = name or next(iter(by_suffix.values()), "")
+    return registry.reader(name or (map_name if map_name and map_name in registry.readers else "jsonl"))
+
+
+def _endings(reader: DatasetReader) -> tuple[str, ...]:
+    return tuple(suffix + packed for suffix in reader.suffixes for packed in ("", ".gz"))
 
 
 def prepare(
@@ -154,15 +176,10 @@ def prepare(
         choices.append(f"template: {template.name}")
     template_options = options_from(template.options, recipe.template.options, where="template.options")
     encoder = make_encoder(template, tok, template_options=template_options, supervise=recipe.template.supervise)
-    if encoder.rewrites and recipe.template.supervise == "all":
-        choices.append(
-            "template: it writes an answer otherwise once another turn follows, so earlier answers are learnt in that "
-            'form; template.supervise="unroll" makes a sample of every turn, as the model will be asked'
-        )
     sources: list[Source] = []
     val_sources: list[Source] = []
-    for entry in recipe.data:
-        train, val, lines = _sources(entry, recipe, registry, spool_to, again)
+    for number in range(len(recipe.data)):
+        train, val, lines = _sources(number, recipe, registry, spool_to, again)
         sources.append(train)
         val_sources += val
         choices += lines
@@ -170,7 +187,7 @@ def prepare(
         recipe=dataclasses.replace(
             recipe,
             data=tuple(
-                dataclasses.replace(d, map=s.map_function.name, reader=s.reader.name)
+                dataclasses.replace(d, map=None if d.fields else s.map_function.name, reader=s.reader.name)
                 for d, s in zip(recipe.data, sources, strict=True)
             ),
             template=dataclasses.replace(recipe.template, name=template.name),
@@ -221,13 +238,14 @@ def _with_start(recipe: Recipe) -> Recipe:
 
 
 def _sources(
-    entry: Data,
+    number: int,
     recipe: Recipe,
     registry: Registry,
     spool_to: Path | None,
     again: bool,
 ) -> tuple[Source, tuple[Source, ...], list[str]]:
     """Resolve one ``[[data]]`` table: the training source, its validation sources, lines about what was chosen."""
+    entry = recipe.data[number]
     specs = [entry.path] if isinstance(entry.path, str) else list(entry.path or ())
     train: tuple[Path, ...] = ()
     val: tuple[Path, ...] = ()
@@ -236,12 +254,18 @@ def _sources(
         train, val = tuple(_plain(path, recipe, entry, spool_to, again) for path in found.train), found.val
     limit = entry.max_record_mb * 2**20
     lines: list[str] = []
-    name = entry.map
-    if name is None:
-        name, lines = _sniff(Sources(train, limit), registry, entry.on_bad)
-        lines.append(f"format: {name} (none was named: recognised from the first records)")
-    mapper = registry.map_function(name)
-    reader = _reader(entry.reader, name, registry)
+    reader = _reader(entry.reader, entry.map, registry, train)
+    if entry.fields:
+        where_of = {key: recipe.where(f"data.{number}.fields.{key}") for key in entry.fields}
+        fields = options_from(Fields, entry.fields, where=lambda key: f"{where_of.get(key, '')}: data.fields")
+        mapper = cast(Fields, fields).map_function(name=FIELDS, summary="data.fields")
+    else:
+        name = entry.map
+        if name is None:
+            name, lines = _sniff(Sources(train, limit), reader, registry, entry.on_bad)
+            lines.append(f"format: {name} (none was named: recognised from the first records)")
+            reader = _reader(entry.reader, name, registry, train)
+        mapper = registry.map_function(name)
     if reader.needs_path and not train:
         raise RecipeError(f"reader {reader.name!r} needs data.path; --data names it")
     reader_options, map_options = _split_options(entry.options, reader, mapper)
@@ -261,7 +285,8 @@ def _sources(
         )
 
     where = ", ".join(map(str, train)) if len(train) <= 3 else f"{len(train)} files"
-    lines.append(f"data: {where or 'made by the reader'}; map function {name}, reader {reader.name}")
+    lines.append(f"data: {where or 'made by the reader'}; map function {mapper.name}, reader {reader.name}")
+    lines += _check_format(source(train, shuffle=False), registry)
     if recipe.val.data is not None and not val:
         found = find_files(recipe.val.data, base=Path.cwd())
         val = (*found.train, *found.val)
@@ -295,13 +320,13 @@ def _split_options(
     )
 
 
-def _sniff(sources: Sources, registry: Registry, on_bad: str) -> tuple[str, list[str]]:
+def _sniff(sources: Sources, reader: DatasetReader, registry: Registry, on_bad: str) -> tuple[str, list[str]]:
     """Give the one map function that recognises the first records, and lines about those that failed at them.
 
     Raises:
         DataError: none does, or several do; names the keys that are there and the candidates.
     """
-    first = list(islice(registry.reader("jsonl").read(sources, None), SNIFFED))
+    first = list(islice(reader.read(sources, None), SNIFFED))
     for record in first:
         if isinstance(record, BadRecord) and on_bad == "error":
             raise refused(record)
@@ -309,22 +334,72 @@ def _sniff(sources: Sources, registry: Registry, on_bad: str) -> tuple[str, list
     if not records:
         where, n = ", ".join(map(str, sources.paths)), len(first)
         raise DataError(f"{where}: none of the first {n} records can be read; --plugin names their format")
+    fits, lines = _recognised(records, registry)
+    if len(fits) == 1:
+        return fits[0], lines
+    if fits:
+        raise DataError(f"{records[0].origin}: several formats fit ({', '.join(fits)}); choose one with --plugin")
+    known = ", ".join(name for name, m in registry.map_functions.items() if m.sniff is not None)
+    raise DataError(
+        f"{records[0].origin}: no installed plugin knows this format (keys: {_keys(records)}); they "
+        f"recognise: {known}; {_fitting(records, registry)}`corefit plugins` lists all"
+    )
+
+
+def _recognised(records: Sequence[Record], registry: Registry) -> tuple[list[str], list[str]]:
+    """Give the map functions that recognise all records, and lines about those that failed at them."""
     fits, lines = list[str](), list[str]()
     for name, function in registry.map_functions.items():
         try:
             fits += [name] if function.sniff is not None and all(map(function.sniff, records)) else []
         except Exception as error:  # harms nobody who doesn't ask for it
             lines.append(f"map function {name!r} failed at {records[0].origin}: {in_words(error)}")
-    if len(fits) == 1:
-        return fits[0], lines
-    keys = ", ".join(sorted(records[0]))
-    if fits:
-        raise DataError(f"{records[0].origin}: several formats fit ({', '.join(fits)}); choose one with --plugin")
-    known = ", ".join(name for name, m in registry.map_functions.items() if m.sniff is not None)
-    raise DataError(
-        f"{records[0].origin}: no installed plugin knows this format (keys: {keys}); they recognise: {known}; "
-        "--plugin names one, `corefit plugins` lists all"
-    )
+    return fits, lines
+
+
+def _fitting(records: Sequence[Record], registry: Registry) -> str:
+    """Give words about what could read the first record: what recognises it, else what makes something of it."""
+    fits = _recognised(records[:1], registry)[0]
+    for name, function in () if fits else registry.map_functions.items():
+        with contextlib.suppress(Exception):
+            fits += [name] if any(not isinstance(item, Drop) for item in function.map(records[0], None)) else []
+    words = f"--plugin {' or '.join(fits)} fits; " if fits else ""
+    return f"{words}[data.fields] says which field is what; "
+
+
+def _keys(records: Sequence[Record]) -> str:
+    return ", ".join(sorted(records[0])) or "none"
+
+
+def _check_format(source: Source, registry: Registry) -> list[str]:
+    """Refuse a map function that makes nothing of the first records, and fields that none of them has.
+
+    Gives a line where the records look like another format than the one that was named.
+    """
+    mapper, wanted = source.map_function, source.sources.fields
+    whole = dataclasses.replace(source, sources=dataclasses.replace(source.sources, fields=None))
+    records = [record for record in islice(whole.read(), SNIFFED) if isinstance(record, Record)]
+    if not records:
+        return []
+    origin, there = records[0].origin, sorted({key for record in records for key in record})
+    for key in (wanted or ()) if mapper.name == FIELDS else ():
+        if key not in there:
+            raise DataError(f"{origin}: data.fields: {unknown('field', key, there)}")
+    fits = _recognised(records, registry)[0]
+    if mapper.name in fits:
+        return []
+    items = [item for record in records for item in map_record(whole, record)]
+    if reasons := dict.fromkeys(item.reason for item in items if isinstance(item, Drop)):
+        if len(items) == sum(isinstance(item, Drop) for item in items):
+            reads = f"it reads {', '.join(wanted)}; " if wanted else ""
+            raise DataError(
+                f"{origin}: map function {mapper.name!r} makes nothing of the first {len(records)} records "
+                f"({', '.join(reasons)}); {reads}keys there: {_keys(records)}; {_fitting(records, registry)}"
+                "`corefit plugins` lists all"
+            )
+    if fits and mapper.sniff is not None:
+        return [f"data: the records look like {' or '.join(fits)}, but {mapper.name} was named"]
+    return []
 
 
 def without_out(recipe: Recipe) -> Recipe:
@@ -408,6 +483,7 @@ def arena_key(plan: Prepared) -> dict[str, Any]:
         key[f"{where}.path"] = [path for path, _ in stats]
         key |= {f"size and time of {path}": [stat.st_size, stat.st_mtime_ns] for path, stat in stats}
         key |= {f"{where}.map": source.map_function.name, f"{where}.reader": source.reader.name}
+        key[f"{where}.fields"] = dict(entry.fields)
         for name in ("first", "on_bad", "max_record_mb"):
             key[f"{where}.{name}"] = getattr(entry, name)
         key[f"{where}.options"] = dict(entry.options)
@@ -415,10 +491,14 @@ def arena_key(plan: Prepared) -> dict[str, Any]:
     return key | _plugins(registry, used)
 
 
-def _plugins(registry: Registry, used: Iterable[tuple[str, str]]) -> dict[str, Any]:
+def _plugins(registry: Registry, used: set[tuple[str, str]]) -> dict[str, Any]:
     """Give version and code of the plugins behind (kind, name); corefit's own come with its version."""
     found: dict[str, Any] = {}
-    for kind, name in sorted(used):
+    for kind, name in sorted(used - {("map function", FIELDS)}):
+        if ":" in name:
+            short, digest = own_code(name)
+            found[f"code of {kind} {short}"] = digest
+            continue
         plugin = registry.provider(kind, name)
         found[f"version of {kind} {name}"] = plugin.source
         package = plugin.module.partition(":")[0].partition(".")[0]
@@ -439,6 +519,9 @@ def identity(plan: Prepared, base_fingerprint: str) -> dict[str, str]:
     """
     recipe = plan.recipe
     found = flat(without_out(recipe))
+    for number, source in enumerate(plan.sources):
+        if own_file(source.map_function.name):  # may lie elsewhere now; its code is compared
+            found[f"data.{number}.map"] = own_code(source.map_function.name)[0]
     found |= {"base model": base_fingerprint[:16], "tokenizer": plan.tokenizer.fingerprint[:16]}
     for word, sources in (("data", plan.sources), ("val", plan.val_sources)):
         for number, source in enumerate(sources):

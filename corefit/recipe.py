@@ -24,6 +24,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 from corefit.errors import PluginError, RecipeError, unknown
+from corefit.own import own_file
 
 ZOO = Path(__file__).parent / "recipes"
 
@@ -87,9 +88,12 @@ class Data:
     path: Text | tuple[Text, ...] | None = None
     """Files, folders or globs; ``-`` is standard input; None: not set (the reader may need none)."""
     map: Text | None = None
-    """Name of a map function; None: recognised from the first records."""
+    """Name of a map function, or one of your own, ``module:function`` or ``file.py:function``; None: recognised from
+    the first records."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """In place of ``map``: which field of a record is the question, the answer and so on (``corefit.Fields``)."""
     reader: Text | None = None
-    """Name of a reader; None: the one of the map function's name if there is one, else ``jsonl``."""
+    """Name of a reader; None: by the suffix of the files, else the one of the map function's name, else ``jsonl``."""
     shuffle: bool = True
     """In a new order every epoch."""
     ratio: Positive | None = None
@@ -510,6 +514,8 @@ def _setting(key: str, value: object, base: Path) -> Any:  # noqa: ANN401
         value = _convert(hints[name], value)
     except _Mismatch:
         raise RecipeError(_mismatch(key, hints[name], value)) from None
+    if key == "data.map" and isinstance(value, str) and (file := own_file(value)):
+        return f"{_absolute(str(file), base)}:{value.rpartition(':')[2]}"
     if key not in _PATHS or value is None:
         return value
     if isinstance(value, tuple):
@@ -549,6 +555,9 @@ def _conflicts(recipe: Recipe) -> list[str]:
     for pattern, mult in train.lr_mult.items():
         if isinstance(mult, bool) or not isinstance(mult, (int, float)) or not 0 < mult < math.inf:
             conflict("train.lr_mult", f"train.lr_mult: {pattern!r} is {mult!r}, expected a number > 0")
+    for number, data in enumerate(recipe.data):
+        if data.map and data.fields:
+            conflict(f"data.{number}.fields", "data.fields says what data.map would say; set one of them")
     if train.epochs == 0 and train.max_steps is None:
         conflict("train.epochs", "train.epochs=0 has no end; set train.max_steps")
     if recipe.adapter.kind == "none" and recipe.model.quantizer in ("nf4", "int8"):
@@ -642,7 +651,7 @@ def apply_overrides(
         flags: ``plugin``, ``template``, ``model``, ``data``, ``quantizer``, ``scheduler``, ``out`` or ``seed`` -> the
             text given; None: not given. Paths are relative to the current folder. ``plugin`` also unsets the reader.
         sets: ``section.key=value``, the value in TOML; a bare word is text, nothing at all is the default.
-            ``data.KEY`` means every source, ``section.options.NAME`` one option.
+            ``data.KEY`` means every source, ``section.options.NAME`` one option, ``data.fields.NAME`` one field.
 
     Raises:
         RecipeError: one line for every argument that is wrong, beginning with the argument as typed.
@@ -658,7 +667,7 @@ def apply_overrides(
             tries = [given, _toml(given)] if isinstance(given, str) else [list(given)]
             recipe = _assign(recipe, _FLAGS[flag], tries, f"--{flag} {words}")
             if flag == "plugin":
-                sources = (dataclasses.replace(source, reader=None) for source in recipe.data)
+                sources = (dataclasses.replace(source, reader=None, fields={}) for source in recipe.data)
                 recipe = dataclasses.replace(recipe, data=tuple(sources))
         except RecipeError as error:
             problems.append(f"--{flag} {words}: {error}")
@@ -691,13 +700,13 @@ def _toml(text: str) -> object:
 def _assign(recipe: Recipe, key: str, tries: Sequence[object], origin: str) -> Recipe:
     """Set ``section.key`` or ``section.options.name`` to the first of ``tries`` that fits; none: to the default."""
     title, name, *inner = key.split(".", 2)
-    if inner and not (name == "options" and name in _hints(SECTIONS[title])):
+    if inner and not (name in ("options", "fields") and name in _hints(SECTIONS[title])):
         raise RecipeError(f"{title}.{name} has no keys of its own")
 
     def changed(section: Any) -> Any:  # noqa: ANN401, one of the section classes
         if inner:
-            options = {k: v for k, v in section.options.items() if k != inner[0]}
-            return dataclasses.replace(section, options={**options, inner[0]: tries[0]} if tries else options)
+            kept = {k: v for k, v in getattr(section, name).items() if k != inner[0]}
+            return dataclasses.replace(section, **{name: {**kept, inner[0]: tries[0]} if tries else kept})
         first: RecipeError | None = None
         for value in tries or [getattr(type(section)(), name, None)]:
             try:

@@ -31,6 +31,7 @@ from corefit.engine.loop import Every, LoopState, autocast, progress_at, train
 from corefit.engine.loss import CausalLoss
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_notice
 from corefit.errors import CheckpointError, DataError, LedgerError, ModelError, RecipeError, RunError, system_words
+from corefit.own import own_file
 from corefit.prepare import Prepared, encoding_threads, file_facts, make_stream, secrets, without_out
 from corefit.proofs import Proof, data_proofs, first_records
 from corefit.recipe import Train, to_toml
@@ -441,6 +442,9 @@ class Session:
         self.facts["identity"] = identity
         try:
             write_whole(self.folder / "recipe.toml", to_toml(without_out(self.recipe)).encode())
+            for source in self.plan.sources:
+                if (code := own_file(source.map_function.name)) and code.is_file():
+                    write_whole(self.folder / code.name, code.read_bytes())
             self._write_run("running")
         except OSError as error:
             raise RecipeError(f"run.out: {self.folder}: can't be written: {system_words(error)}") from error

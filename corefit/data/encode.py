@@ -120,6 +120,8 @@ class Encoder:
                 raise PluginError(
                     f"{origin}: template {self.template.name!r} failed with {type(error).__name__}: {error}"
                 ) from error
+            if self.rewrites:
+                self._check_turns(conversation.messages, origin)
         try:
             for segment in segments:
                 if not segment.text.isascii():
@@ -167,6 +169,17 @@ class Encoder:
             if messages[i].supervised is None:
                 made[i] = Message(*messages[i][:-1], i in ruled)  # its last field
         return tuple(made)
+
+    def _check_turns(self, messages: Sequence[Message], origin: str) -> None:
+        """Refuse an answer to learn that would have been asked for in another text than it now stands in."""
+        asked = [i for i, message in enumerate(messages) if message.role == "user"]
+        for i, message in enumerate(messages):
+            if message.supervised and asked and i < asked[-1]:
+                turn = sum(j < i for j in asked)
+                raise DataError(
+                    f"{origin}: turn {turn}: template {self.template.name!r} writes it otherwise because turn "
+                    f'{turn + 1} follows; set template.supervise to "unroll" (a sample of every turn) or "last"'
+                )
 
     def _look_alikes(self, item: Item) -> tuple[str, ...]:
         if not isinstance(item, Conversation):

@@ -834,7 +834,7 @@ class Found:
 
 _TRAIN = re.compile(r"train\w*")
 _VAL = re.compile(r"(eval(uation)?|val(id(ation)?)?|dev(elopment)?|test(ing)?)(set)?\d*")
-_SUFFIX = re.compile(r"\.(jsonl|json|ndjson)(\.gz)?$")
+_SUFFIX = re.compile(r"\.(jsonl|json|ndjson|csv|tsv|parquet)(\.gz)?$")
 
 
 def _role(path: Path) -> str:
