@@ -37,7 +37,7 @@ class Fields:
 
     def __post_init__(self) -> None:
         if bool(self.text) == bool(self.user and self.assistant) or (self.text and (self.user or self.assistant)):
-            raise UserError("data.fields: name user and assistant, or text alone")
+            raise UserError("name user and assistant, or text alone")
 
     @property
     def question(self) -> tuple[str, ...]:

@@ -256,8 +256,8 @@ def _sources(
     lines: list[str] = []
     reader = _reader(entry.reader, entry.map, registry, train)
     if entry.fields:
-        where_of = {key: recipe.where(f"data.{number}.fields.{key}") for key in entry.fields}
-        fields = options_from(Fields, entry.fields, where=lambda key: f"{where_of.get(key, '')}: data.fields")
+        origin = f"data.{number}.fields"
+        fields = options_from(Fields, entry.fields, where=lambda key: f"{recipe.where(f'{origin}.{key}')}: data.fields")
         mapper = cast(Fields, fields).map_function(name=FIELDS, summary="data.fields")
     else:
         name = entry.map
@@ -391,7 +391,7 @@ def _check_format(source: Source, registry: Registry) -> list[str]:
     items = [item for record in records for item in map_record(whole, record)]
     if reasons := dict.fromkeys(item.reason for item in items if isinstance(item, Drop)):
         if len(items) == sum(isinstance(item, Drop) for item in items):
-            reads = f"it reads {', '.join(wanted)}; " if wanted else ""
+            reads = f"it reads {', '.join(wanted[:5])}; " if wanted else ""
             raise DataError(
                 f"{origin}: map function {mapper.name!r} makes nothing of the first {len(records)} records "
                 f"({', '.join(reasons)}); {reads}keys there: {_keys(records)}; {_fitting(records, registry)}"

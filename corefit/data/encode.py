@@ -121,7 +121,7 @@ class Encoder:
                     f"{origin}: template {self.template.name!r} failed with {type(error).__name__}: {error}"
                 ) from error
             if self.rewrites:
-                self._check_turns(conversation.messages, origin)
+                self._check_turns(conversation.messages, segments, origin)
         try:
             for segment in segments:
                 if not segment.text.isascii():
@@ -170,11 +170,14 @@ class Encoder:
                 made[i] = Message(*messages[i][:-1], i in ruled)  # its last field
         return tuple(made)
 
-    def _check_turns(self, messages: Sequence[Message], origin: str) -> None:
-        """Refuse an answer to learn that would have been asked for in another text than it now stands in."""
-        asked = [i for i, message in enumerate(messages) if message.role == "user"]
+    def _check_turns(self, messages: Sequence[Message], segments: Sequence[Segment], origin: str) -> None:
+        """Refuse an answer to learn that stands behind another text than the one in which it will be asked for."""
+        asked, whole = [i for i, message in enumerate(messages) if message.role == "user"], _text(segments)
         for i, message in enumerate(messages):
-            if message.supervised and asked and i < asked[-1]:
+            if not message.supervised or not asked or i > asked[-1]:
+                continue
+            alone = list(self.template.render(Conversation(tuple(messages[: i + 1])), self.tokenizer, self.options))
+            if not whole.startswith(_until_answered(alone)):
                 turn = sum(j < i for j in asked)
                 raise DataError(
                     f"{origin}: turn {turn}: template {self.template.name!r} writes it otherwise because turn "
@@ -218,6 +221,16 @@ def _without_empty_thoughts(segments: Iterable[Segment]) -> Iterator[Segment]:
             if not segment.text:
                 continue
         yield segment
+
+
+def _text(segments: Iterable[Segment]) -> str:
+    return "".join(segment.text for segment in segments)
+
+
+def _until_answered(segments: Sequence[Segment]) -> str:
+    """Give the text up to the end of the last answer."""
+    answered = max((i + 1 for i, segment in enumerate(segments) if segment.supervised), default=0)
+    return _text(segments[:answered])
 
 
 _PROBE = Conversation(
@@ -272,13 +285,12 @@ def make_encoder(
         alone = encoder.segments(Conversation(probe.messages[:-2]), "start")
     except Unrenderable:
         alone = []
-    answered = max((i + 1 for i, segment in enumerate(alone) if segment.supervised), default=0)
-    first, whole = ("".join(segment.text for segment in some) for some in (alone[:answered], segments))
+    rewrites = not _text(segments).startswith(_until_answered(alone))
     plain = "\n".join(segment.text for segment in segments if not segment.control)
     for message in (system, *_PROBE.messages):
         plain = plain.replace(message.content, "\n")
     forgeable = [m for m in template.forgeable or markers([plain]) if tokenizer.token_id(m) not in forbidden]
-    return replace(encoder, stop=stop, forgeable=tuple(forgeable), rewrites=not whole.startswith(first))
+    return replace(encoder, stop=stop, forgeable=tuple(forgeable), rewrites=rewrites)
 
 
 def _not_one_token(token: str, template: PromptTemplate, tokenizer: Tokenizer) -> str:

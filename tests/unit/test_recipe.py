@@ -75,7 +75,7 @@ def test_sections_and_keys_are_those_of_the_recipe_page():
     assert keys == {
         "model": "base quantizer trust_remote_code",
         "adapter": "kind r alpha dropout targets modules_to_save dora rslora start",
-        "data": "path map reader shuffle ratio repeat first on_bad max_record_mb options",
+        "data": "path map fields reader shuffle ratio repeat first on_bad max_record_mb options",
         "template": "name supervise min_supervised options",
         "pack": "max_length algorithm held overlong arena",
         "train": "epochs max_steps packs_per_step micro_batch precision lr lr_mult scheduler warmup optimizer "
