@@ -144,7 +144,7 @@ def _reader(name: str | None, map_name: str | None, registry: Registry, paths: S
     }
     if len(set(by_suffix.values())) > 1:
         first = {reader: path for path, reader in reversed(by_suffix.items())}
-        words = " and ".join(map(str, first.values()))
+        words = " and ".join(sorted(map(str, first.values())))
         raise RecipeError(f"{words} need several readers; write a [[data]] for each, or name files of one kind")
     name = name or next(iter(by_suffix.values()), "")
     return registry.reader(name or (map_name if map_name and map_name in registry.readers else "jsonl"))
@@ -495,11 +495,10 @@ def _plugins(registry: Registry, used: set[tuple[str, str]]) -> dict[str, Any]:
     """Give version and code of the plugins behind (kind, name); corefit's own come with its version."""
     found: dict[str, Any] = {}
     for kind, name in sorted(used - {("map function", FIELDS)}):
-        if ":" in name:
-            short, digest = own_code(name)
-            found[f"code of {kind} {short}"] = digest
-            continue
         plugin = registry.provider(kind, name)
+        if ":" in name:  # the user's own, wherever it lies
+            found[f"code of {kind} {plugin.name}"] = plugin.version
+            continue
         found[f"version of {kind} {name}"] = plugin.source
         package = plugin.module.partition(":")[0].partition(".")[0]
         spec = importlib.util.find_spec(package)

@@ -19,7 +19,7 @@ import pluggy
 
 from corefit import hookspecs
 from corefit.errors import PluginError, unknown
-from corefit.own import own_map_function
+from corefit.own import own_code, own_map_function
 from corefit.types import DatasetReader, Entry, MapFunction, PromptTemplate, Quantizer, Scheduler
 
 GROUP = "corefit"
@@ -192,6 +192,9 @@ class Registry:
         Raises:
             PluginError: no plugin provides it, a broken one has its name, or two claim it.
         """
+        if ":" in name:
+            short, digest = own_code(name)
+            return PluginInfo(short, "own code", digest, name)
         self._get(kind, self.entries[kind], name)
         return next(info for info in self.plugins if name in info.entries.get(kind, ()))
 

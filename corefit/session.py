@@ -32,7 +32,7 @@ from corefit.engine.loss import CausalLoss
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_notice
 from corefit.errors import CheckpointError, DataError, LedgerError, ModelError, RecipeError, RunError, system_words
 from corefit.own import own_file
-from corefit.prepare import Prepared, encoding_threads, file_facts, make_stream, secrets, without_out
+from corefit.prepare import FIELDS, Prepared, encoding_threads, file_facts, make_stream, secrets, without_out
 from corefit.proofs import Proof, data_proofs, first_records
 from corefit.recipe import Train, to_toml
 from corefit.report import JsonLines, Progress, answers_table, finite, perplexity, read_lines, summary
@@ -576,7 +576,7 @@ class Session:
         plan = self.plan
         used = {
             "reader": [s.reader.name for s in plan.sources],
-            "map function": [s.map_function.name for s in plan.sources],
+            "map function": [s.map_function.name for s in plan.sources if s.map_function.name != FIELDS],
             "template": [plan.template.name],
             "quantizer": [self.recipe.model.quantizer],
             "scheduler": [self.scheduler.name],

@@ -78,7 +78,7 @@ def _header(path: Path, rows: Iterator[list[str]], lines: _Lines, delimiter: str
         raise DataError(f"{path}:{lines.line}: not a table in UTF-8")
     twice = next((name for name in names if names.count(name) > 1 or not name), None)
     if twice is not None:
-        what = f"two columns are called {twice!r}" if twice else "a column without a name"
+        what = f"two columns called {twice!r}" if twice else "a column without a name"
         raise DataError(
             f"{path}:{lines.line}: the header has {what}; data.options.columns names the columns of a file without one"
         )
