@@ -130,3 +130,14 @@ def mapped(name: str, row: dict[str, str], systems: dict[str, str]) -> list[Turn
         return [(system, ":".join(row["description"].split(":")[1:]).strip(), row["color"])]
     question, answer = ONE[name]
     return [(row["system_prompt"] if name == "openorca" else system, row[question], row[answer])]
+
+
+def oasst1_turns(text: str) -> list[Turn]:
+    """Give what XTuner's oasst1_map_fn makes of a guanaco row: split at every ``###``, paired by position."""
+    said = []
+    for piece in text.strip().split("###"):
+        for role in ("Human:", "Assistant:"):
+            if piece.strip().startswith(role):
+                said.append(piece.strip().removeprefix(role).strip())
+    said = said[: len(said) - len(said) % 2]
+    return [("", question, answer) for question, answer in zip(said[::2], said[1::2], strict=True)]

@@ -7,7 +7,6 @@ import json
 import pytest
 import xtuner_reference as xtuner
 from corefit_xtuner_datasets import DIFFERENCES, FORMATS, corefit_map_functions
-from corefit_xtuner_templates import corefit_prompt_templates as xtuner_templates
 from samples import encode_each
 
 from corefit.data.encode import make_encoder
@@ -372,28 +371,40 @@ def test_real_alpaca_rows_are_what_xtuner_makes_of_them_but_for_the_line_break(l
     assert n_without_input > 1000
 
 
-def test_ids_and_labels_of_real_rows_equal_xtuners_through_map_function_and_template(shared):
-    """With InternLM's real tokenizer, by an independent reference; rows with an input, so without the difference."""
+@pytest.mark.parametrize("template", ["internlm_chat", "default"])
+@pytest.mark.parametrize(
+    ("n_alpaca", "n_oasst"), [(30, 10), pytest.param(500, 100, marks=pytest.mark.full)], ids=["some", "all"]
+)
+def test_ids_and_labels_of_real_rows_equal_xtuners_through_map_function_and_template(
+    template, n_alpaca, n_oasst, shared
+):
+    """By an independent reference, with InternLM's tokenizer, but for the line break behind a lone instruction."""
     pytest.importorskip("sentencepiece")
     model = shared / "data/tokenizer_internlm/tokenizer.model"
-    oracle = xtuner.Encoder(model, {"<s>": 1, "</s>": 2})
-    template = next(t for t in xtuner_templates() if t.name == "default")
-    encoder = make_encoder(template, Tokenizer.load(model))
-    strings, systems = xtuner.strings_of(shared)["default"], xtuner.system_texts(shared)
-    checked = 0
-    for language in ("en", "zh"):
+    tokenizer, systems = Tokenizer.load(model), xtuner.system_texts(shared)
+    added = {token: tokenizer.token_id(token) for token in ("<s>", "</s>", "<eoh>", "<eoa>")}
+    oracle, strings = xtuner.Encoder(model, added), xtuner.strings_of(shared)[template]
+    encoder = make_encoder(Registry.load().template(template), tokenizer)
+    oasst1, pairs = Registry.load().map_function("oasst1"), []
+    for name, language in (("alpaca", "en"), ("alpaca", "zh"), ("medical", "zh")):
         rows = json.loads((shared / f"data/alpaca_{language}_demo.json").read_text(encoding="utf-8"))
-        rows = [row for row in rows if row["input"] and row["output"]][:60]
-        for name in ("alpaca", "medical"):
-            results = encode_each(encoder, [(only(name, row), "d:1") for row in rows])
-            for row, result in zip(rows, results, strict=True):
-                wanted = xtuner.mapped(name, row, systems)
-                ids, labels = oracle.encode(xtuner.written("default", strings, wanted, bos="<s>", eos="</s>"))
-                assert result.sample.input_ids.tolist() == ids
-                [(start, end)] = result.sample.spans.tolist()
-                assert [-100] * start + ids[start:end] + [-100] * (len(ids) - end) == labels
-                checked += 1
-    assert checked > 150
+        for row in [row for row in rows if row["output"]][:n_alpaca]:
+            [(system, question, answer)] = xtuner.mapped(name, row, systems)
+            question = question if row["input"] else question.removesuffix("\n")
+            pairs.append(([(system, question, answer)], only(name, row)))
+    for line in (shared / "data/oasst/guanaco_100.jsonl").read_text(encoding="utf-8").splitlines()[:n_oasst]:
+        row = json.loads(line)
+        [item] = oasst1.map(row)
+        pairs.append((xtuner.oasst1_turns(row["text"]), item))
+    assert len(pairs) == 3 * n_alpaca + n_oasst
+    results = encode_each(encoder, [(item, "d:1") for _, item in pairs])
+    for (turns, _), result in zip(pairs, results, strict=True):
+        ids, wanted = oracle.encode(xtuner.written(template, strings, turns, bos="<s>", eos="</s>"))
+        labels = [-100] * len(ids)
+        for start, end in result.sample.spans.tolist():
+            labels[start:end] = ids[start:end]
+        assert result.sample.input_ids.tolist() == ids
+        assert labels == wanted
 
 
 # --------------------------------------------------------------------- what corefit does differently; rows of the table
