@@ -159,6 +159,7 @@ def merge(
         stop=tuple(found.facts.get("stop", ())),
         stop_ids=tuple(found.stop_ids(tokenizer)),
         add_tokens=tuple(found.facts.get("add_tokens", ())),
+        system=found.facts.get("system", ""),
         supervise=found.facts.get("supervise", "all"),
         quantizer=quantizer,
         compute_dtype=found.facts.get("compute_dtype", ""),

@@ -463,16 +463,22 @@ def chat_with(
     model: str | None = None,
     quantizer: str | None = None,
     max_tokens: int = 512,
+    decoding: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Talk to a run, an adapter or a model on the terminal."""
-    from corefit.chat import Chatter, chat_loop
+    """Talk to a run, an adapter or a model on the terminal.
 
-    chatter = Chatter(
-        target, model=model, quantizer=quantizer, max_tokens=max_tokens, trust_remote_code=trust_remote_code
-    )
+    ``system``: a message, or the name of one that a map function puts into its data. ``decoding``: as ``Decoding``.
+    """
+    from corefit.chat import Chatter, chat_loop
+    from corefit.engine.evaluate import Decoding
+
+    systems = {name: function.system for name, function in Registry.load().map_functions.items() if function.system}
+    how: dict[str, Any] = dict(model=model, quantizer=quantizer, trust_remote_code=trust_remote_code)
+    chatter = Chatter(target, **how, max_tokens=max_tokens, decoding=Decoding(**decoding or {}))
+    system = systems.get(system, system) if system is not None else chatter.found.facts.get("system")
     if prompt is None:
-        chat_loop(chatter, system=system, compare=compare)
+        chat_loop(chatter, system=system, systems=systems, compare=compare)
         return
     messages = [{"role": role, "content": text} for role, text in (("system", system), ("user", prompt)) if text]
     for on in (False, True) if compare else (True,):

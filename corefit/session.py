@@ -217,6 +217,7 @@ class Session:
                 f"scheduler {self.scheduler.name!r} must know how long the run is, the size of the data isn't known: "
                 "--set train.max_steps=N, or --scheduler constant"
             )
+        self.system = common_system(first)
         return stream, batches, recipe.sample.prompts or questions(held_out or first)
 
     def _model(self, quantizer: Quantizer) -> None:
@@ -281,6 +282,7 @@ class Session:
             stop=plan.encoder.stop,
             stop_ids=plan.encoder.stop_ids,
             add_tokens=recipe.model.add_tokens,
+            system=self.system,
             supervise=recipe.template.supervise,
             quantizer=recipe.model.quantizer,
             compute_dtype=str(self.precision.compute_dtype).removeprefix("torch."),
@@ -493,7 +495,8 @@ class Session:
         self.sampled.add(step)
         for prompt in self.prompts:
             try:
-                ids = self.plan.encoder.prompt((Message("user", prompt),)).tolist()
+                asked = (Message("system", self.system), Message("user", prompt))[not self.system :]
+                ids = self.plan.encoder.prompt(asked).tolist()
             except Unrenderable as refusal:
                 self.progress.note(
                     f"sample: the template can't write this question ({refusal.reason}): {prompt[:80]!r}"
@@ -676,6 +679,14 @@ def questions(records: Sequence[tuple[Source, Record | BadRecord]]) -> tuple[str
                 if isinstance(item, Conversation) and item.messages and item.messages[0].role == "user":
                     found.append(item.messages[0].content)
     return tuple(found)
+
+
+def common_system(records: Sequence[tuple[Source, Record | BadRecord]]) -> str:
+    """Give the system message with which all conversations of these records begin; empty: not all do."""
+    items = [item for source, record in records if isinstance(record, Record) for item in map_record(source, record)]
+    first = [item.messages[0] for item in items if isinstance(item, Conversation) and item.messages]
+    found = {message.content if message.role == "system" else "" for message in first}
+    return found.pop() if len(found) == 1 else ""
 
 
 def before_after(lines: Sequence[Mapping[str, Any]], last: int) -> list[tuple[str, str, str]]:
