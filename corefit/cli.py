@@ -159,9 +159,7 @@ def _parser() -> _Parser:
     inspect.add_argument("recipe", nargs="?", metavar="RECIPE", help="a .toml file, a recipe's name or a run folder")
     _recipe_flags(inspect)
     inspect.add_argument("--tokenizer", metavar="PATH", help="a tokenizer folder or a bare tokenizer.model")
-    inspect.add_argument(
-        "--samples", type=int, default=3, metavar="N", help="random samples after the first (default 3)"
-    )
+    inspect.add_argument("--samples", type=int, default=3, metavar="N", help="random samples (default 3)")
     inspect.add_argument("--json", action="store_true", help="one JSON object a sample, all of them, in data order")
 
     chat = verb("chat", _chat, "Talk to a run, an adapter or a model, with the template that training used.")

@@ -20,7 +20,17 @@ from corefit.data.block import RECORD, Block, fit
 from corefit.data.encode import Encoder, make_encoder
 from corefit.data.jsonl import STDIN_NAME, find_files, spool
 from corefit.data.ledger import Ledger
-from corefit.data.source import as_found, encode_items, in_words, items_of, refused
+from corefit.data.source import (
+    At,
+    Input,
+    as_found,
+    encode_items,
+    encode_records,
+    in_words,
+    items_of,
+    record_row,
+    refused,
+)
 from corefit.data.stream import Source, Stream
 from corefit.data.tokenizer import Tokenizer
 from corefit.durable import read_json
@@ -357,6 +367,22 @@ def walk(plan: Prepared) -> Iterator[tuple[Item, Sample]]:
                 yield items[number][0], block.sample(i, items[number][1])
             if block.error is not None:
                 raise block.error
+
+
+def look(plan: Prepared) -> Iterator[tuple[Source, list[Record | BadRecord], Block]]:
+    """Yield records and what becomes of them, in the order of the first epoch; what is wrong with them ends nothing.
+
+    A block with an error has fewer records than the list: those before the one that would end the run.
+    """
+    for number, source in enumerate(plan.sources):
+        anyhow = dataclasses.replace(source, on_bad="skip")
+        if any(path.suffix == ".gz" for path in source.sources.paths):
+            anyhow = dataclasses.replace(anyhow, shuffle=False)  # a run unpacks such files first
+        records = (record for _, record in Input(number, anyhow, plan.recipe.train.seed, []).read(0, At()))
+        while group := list(islice(records, 64)):
+            rows = [record_row(0, i, record, 0, 0) for i, record in enumerate(group)]
+            block = encode_records([anyhow], group, rows, plan.encoder, names=("",))
+            yield source, group, fit(block, plan.recipe.pack.max_length, plan.recipe.pack.overlong)
 
 
 def encoding_threads(recipe: Recipe) -> int:
