@@ -170,6 +170,7 @@ def _parser() -> _Parser:
     chat.add_argument("--model", metavar="PATH", help="the base model, where it moved")
     chat.add_argument("--quantizer", metavar="NAME", help="how to store the base weights (default: as in training)")
     chat.add_argument("--max-tokens", type=int, default=512, metavar="N", help="the longest answer (default 512)")
+    chat.add_argument("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda, cuda:1")
     chat.add_argument(
         "--temperature",
         type=float,
@@ -306,6 +307,7 @@ def _chat(args: argparse.Namespace) -> int:
         quantizer=args.quantizer,
         max_tokens=args.max_tokens,
         decoding=decoding,
+        device=args.device,
         trust_remote_code=args.trust_remote_code,
     )
     return 0

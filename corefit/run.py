@@ -474,6 +474,7 @@ def chat_with(
     quantizer: str | None = None,
     max_tokens: int = 512,
     decoding: Mapping[str, Any] | None = None,
+    device: str = "auto",
     trust_remote_code: bool = False,
 ) -> None:
     """Talk to a run, an adapter or a model on the terminal.
@@ -484,7 +485,7 @@ def chat_with(
     from corefit.engine.evaluate import Decoding
 
     systems = {name: function.system for name, function in Registry.load().map_functions.items() if function.system}
-    how: dict[str, Any] = dict(model=model, quantizer=quantizer, trust_remote_code=trust_remote_code)
+    how: dict[str, Any] = dict(model=model, quantizer=quantizer, device=device, trust_remote_code=trust_remote_code)
     chatter = Chatter(target, **how, max_tokens=max_tokens, decoding=Decoding(**decoding or {}))
     system = systems.get(system, system) if system is not None else chatter.found.facts.get("system")
     if prompt is None:

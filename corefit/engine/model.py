@@ -105,7 +105,7 @@ def choose_device(wanted: str = "auto") -> str:
     kind, _, index = wanted.partition(":")
     if wanted != "auto" and (kind != "cuda" or (":" in wanted and not index.isdigit())):
         raise UserError(f"run.device: {unknown('device', wanted, ['auto', 'cpu', 'cuda', 'cuda:0'])}")
-    ways = "or choose the CPU: --set run.device=cpu"
+    ways = "or choose the CPU: --set run.device=cpu, chat --device cpu"
     if not torch.cuda.is_available():
         build = torch.version.cuda or torch.version.hip
         if wanted == "auto" and not _gpu_is_there():
@@ -630,6 +630,9 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
     Raises:
         ModelError: a target that the model lacks; full fine-tuning of quantised weights.
     """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # that row would never train, and it may be the stop's
     if spec is None:
         if is_quantized(model):
             raise ModelError(
