@@ -112,7 +112,7 @@ def test_the_padding_token_trains_as_every_other(tokens, tmp_path):
     spec = AdapterSpec(r=2, alpha=4, dropout=0.0, tokens=tokens) if tokens else None
     model = attach_adapter(model, spec, seed=0)
     model(input_ids=torch.tensor([[1, 2, 5]])).logits.sum().backward()
-    name = "embed_tokens.token_adapter" if tokens else "embed_tokens.weight"
+    name = "embed_tokens.token_adapter.trainable_tokens_delta" if tokens else "embed_tokens.weight"
     (grad,) = [p.grad for n, p in model.named_parameters() if name in n]
     assert (grad[0 if tokens else 2] != 0).any()
 
