@@ -176,6 +176,12 @@ class TestOwn:
         assert given("nothing") == [[Document("question 2")], [Drop("left_out")]]
         assert given("never") == [[Drop("nothing_given")]] * 2
 
+    def test_what_it_does_to_a_record_it_does_to_a_copy(self, own):
+        own.write_text("def f(record):\n    record['a'].pop()\n    return record.pop('item')\n", "utf-8")
+        row = {"a": ["x"], "item": Document("d")}
+        assert own_map_function(f"{own}:f", {}).map(row, None) == [Document("d")]
+        assert row == {"a": ["x"], "item": Document("d")}
+
     def test_a_relative_name_is_found_from_where_it_is_written(self, tmp_path, tiny_tokenizer, own, monkeypatch):
         data(tmp_path)
         (tmp_path / "r.toml").write_text('[[data]]\npath = "rows.jsonl"\nmap = "my_format.py:to_chat"\n', "utf-8")
