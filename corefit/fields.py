@@ -53,7 +53,9 @@ class Fields:
         self, *, name: str, summary: str, sniff: Callable[[Mapping[str, Any]], bool] | None = None
     ) -> MapFunction:
         """Give the map function that reads these fields."""
-        return MapFunction(name=name, summary=summary, map=self._map, sniff=sniff, fields=self.names)
+        return MapFunction(
+            name=name, summary=summary, map=self._map, sniff=sniff, fields=self.names, system=self.system_text
+        )
 
     def _map(self, record: Mapping[str, Any], options: object = None) -> Iterator[Item | Drop]:
         values = {name: record.get(name) for name in self.names}

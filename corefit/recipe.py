@@ -137,7 +137,7 @@ class Pack:
     held: Count = 256
     """Samples held at a time to choose from."""
     overlong: Literal["error", "drop", "truncate", "split"] = "truncate"
-    """What happens to a sample of more than max_length tokens."""
+    """What happens to a sample of more than max_length tokens; with ``truncate`` plain text is split all the same."""
     arena: Text | None = None
     """Folder that ``corefit pack`` wrote for this data, template and tokenizer; None: records are encoded as they are
     read."""

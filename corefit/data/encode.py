@@ -120,6 +120,8 @@ class Encoder:
                 raise PluginError(
                     f"{origin}: template {self.template.name!r} failed with {type(error).__name__}: {error}"
                 ) from error
+            if segments and not any(segment.turn for segment in segments):
+                segments[0] = segments[0]._replace(turn=True)  # without a turn it would be a document
             if self.rewrites:
                 self._check_turns(conversation.messages, segments, origin)
         try:

@@ -16,7 +16,7 @@ import ast
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from corefit import Conversation, Document, Drop, Fields, MapFunction, Message
@@ -396,7 +396,7 @@ def corefit_map_functions() -> Iterator[MapFunction]:
     for name in FORMATS:
         made = _of_table(name)
         if name == "colors":
-            made = MapFunction(name=name, summary=made.summary, map=_colors, fields=made.fields)
+            made = replace(made, map=_colors)
         yield made
     yield MapFunction(
         name="conversation",
