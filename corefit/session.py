@@ -680,8 +680,9 @@ def questions(records: Sequence[tuple[Source, Record | BadRecord]]) -> tuple[str
     for source, record in records:
         if len(found) < SAMPLED_PROMPTS and isinstance(record, Record):
             for item in map_record(source, record)[:1]:
-                if isinstance(item, Conversation) and item.messages and item.messages[0].role == "user":
-                    found.append(item.messages[0].content)
+                messages = item.messages if isinstance(item, Conversation) else ()
+                asked = [message for message in messages if message.role != "system"][:1]
+                found += [message.content for message in asked if message.role == "user"]
     return tuple(found)
 
 
