@@ -235,7 +235,7 @@ def resolve_base(base: str, *, trust_remote_code: bool = False, say: Callable[[s
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-    ways = "give a local model folder, or fetch the model once where there is a network"
+    ways = f"give a local model folder, or run where there is a network: {to_fetch(base)}"
     if not constants.HF_HUB_OFFLINE:
         say(f"{base}: no such folder here, so it is taken as a hub name")
     try:
@@ -293,7 +293,15 @@ def weight_files(folder: Path, base: str | None = None) -> list[Path]:
         raise ModelError(
             f"{base}: weights only as pickle ({pickles[0]}), which corefit never opens; {to_convert(folder)}"
         )
+    if folder.parent.name == "snapshots":  # the hub's copy, for which no pickles were fetched
+        name = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+        raise ModelError(f"{name}: no safetensors on the hub; run: {to_fetch(name)}; {to_convert(Path(name))}")
     raise ModelError(f"{base}: no *.safetensors weights in this folder")
+
+
+def to_fetch(name: str) -> str:
+    """Give the command that puts a model of the hub where its name is found as a folder."""
+    return f"hf download {shlex.quote(name)} --local-dir {shlex.quote(name)}"
 
 
 def to_convert(path: Path) -> str:
