@@ -626,6 +626,24 @@ def decoder_targets(model: PreTrainedModel) -> list[str]:
     return sorted(targets)
 
 
+def _taken_for_experts(model: PreTrainedModel, targets: list[str]) -> set[str]:
+    """Give the targets that peft takes for matrices of experts, which transformers 5 has in one parameter.
+
+    It would adapt those in the place of layers, or beside them, and so would whoever loads the adapter with it.
+    """
+    from peft import LoraConfig
+
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as convert
+    except ImportError:
+        return set()
+    trial = LoraConfig(target_modules=targets)
+    with contextlib.suppress(ValueError):  # some of them without others, with which they are one
+        convert(trial, model, None)
+        return set(targets) - set(trial.target_modules or ())
+    return set(targets)
+
+
 def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: int) -> Any:  # noqa: ANN401, PeftModel or the model
     """Make a loaded base trainable: with a LoRA adapter, or, where ``spec`` is None, all of it.
 
@@ -651,7 +669,9 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
         if "norm" in type(module).__name__.lower():
             module.float()
     targets, saved = internlm.llama_modules(model, spec.targets), internlm.llama_modules(model, spec.modules_to_save)
-    targets = targets or decoder_targets(model)
+    targets = targets or sorted({*(everything := decoder_targets(model))} - _taken_for_experts(model, everything))
+    if experts := _taken_for_experts(model, targets):
+        raise ModelError(f"adapter.targets: of this model peft takes {min(experts)!r} for its experts; leave it out")
     layers, modules = linear_layers(model), [name for name, _ in model.named_modules() if name]
     for where, names, known in (("targets", targets, list(layers)), ("modules_to_save", saved, modules)):
         for wanted in names:
@@ -675,7 +695,10 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
     with warnings.catch_warnings(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
         torch.manual_seed(seed)
-        adapted = get_peft_model(model, config)
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            raise ModelError(f"adapter.targets: {_first_line(error)}") from error
     # peft keeps a set, whose order changes from process to process, and would write it so
     adapted.peft_config["default"].target_modules = targets
     internlm.check_adapter(adapted)
