@@ -39,8 +39,8 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
 
 
-def _unsaid(line: str) -> None:
-    pass
+def unsaid(line: str) -> None:
+    """Take a notice that nobody needs."""
 
 
 # ------------------------------------------------------------------------------------------------------ the process
@@ -352,7 +352,7 @@ def base_dtype_of(base: str) -> str:
 
     Read from the weights themselves: ``config.json`` may say something else.
     """
-    folder = resolve_base(base, say=_unsaid)
+    folder = resolve_base(base, say=unsaid)
     sizes: dict[str, int] = {}
     for path in weight_files(folder, base):
         for entry in read_header(path)[0].values():
@@ -369,7 +369,7 @@ def model_fingerprint(base: str) -> str:
     Of values, 64 blocks of 4 KiB per file are read, evenly spread, so that 15 GB take no time: any training changes
     them, a single edited number may not.
     """
-    folder = resolve_base(base, say=_unsaid)
+    folder = resolve_base(base, say=unsaid)
     digest = hashlib.sha256(json.dumps(_read_config(folder, base), sort_keys=True).encode())
     for path in weight_files(folder, base):
         size = path.stat().st_size
@@ -444,9 +444,17 @@ def load_base(
         )
     if quantization is not None and not has_bitsandbytes and "itsAndBytes" in type(quantization).__name__:
         raise ModelError(f"quantizer {quantizer.name!r}: bitsandbytes is not installed; pip install bitsandbytes")
-    more: dict[str, Any] = {"dtype": getattr(torch, weights_dtype or compute_dtype), "output_loading_info": True}
+    dtype = getattr(torch, weights_dtype or compute_dtype)
+    more: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if quantization is not None:
         more["quantization_config"] = quantization
+    if type(quantization).__name__ == "BitsAndBytesConfig" and not trust_remote_code:
+        # of 4 bits, 64 weights have a scale of 8 bits, and 256 of those one of 32
+        bits = 4 + 8 / 64 + 32 / 64 / 256 if quantization.load_in_4bit else 8
+        with contextlib.suppress(OSError, ValueError, KeyError):  # loading says it better
+            skeleton, _, names = _skeleton(config, str(folder), quantization)
+            by = f"{base}: {quantizer.name}"
+            say(f"{by} {_said_storage(skeleton, names, by=by, bits=bits, dtype=dtype, device=device)}")
     if device != "cpu":
         more["device_map"] = {"": device}
 
@@ -489,6 +497,47 @@ def load_base(
     return model.eval()
 
 
+def _skeleton(config: Mapping[str, Any], base: str, quantization: Any) -> tuple[Any, Any, list[str]]:  # noqa: ANN401
+    """Give a model without weights, the method that would quantise it, and the names of weights that it would take."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    if config.get("model_type") in internlm.KINDS:
+        own = internlm.llama_config(config, base)
+    else:
+        own = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(own, trust_remote_code=False)
+    method = AutoHfQuantizer.from_config(quantization)
+    method.preprocess_model(skeleton, device_map=None)
+    names = [name for name, _ in skeleton.named_parameters() if method.param_needs_quantization(skeleton, name)]
+    return skeleton, method, names
+
+
+def _said_storage(
+    skeleton: PreTrainedModel, names: list[str], *, by: str, bits: float, dtype: torch.dtype, device: str
+) -> str:
+    """Say how much of a base a quantizer will store, and the memory that all of it will take.
+
+    ``by``: which base and quantizer, for errors. ``names``: the weights that it takes; ``bits``: to one of them, scales
+    included; ``dtype``: of all others.
+
+    Raises:
+        ModelError: the GPU has less.
+    """
+    sizes = {name: parameter.numel() for name, parameter in skeleton.named_parameters()}
+    total, stored = sum(sizes.values()), sum(sizes[name] for name in names)
+    fused = sum(n for name, n in sizes.items() if skeleton.get_parameter(name).dim() == 3 and name not in names)
+    size = (stored * bits / 8 + (total - stored) * dtype.itemsize) / 2**30
+    share, other = f"{stored / 1e6:,.1f}M of {total / 1e6:,.1f}M weights", str(dtype).removeprefix("torch.")
+    line = f"stores {share} ({stored / total:.0%}), the others are {other}: {size:,.2f} GiB"
+    if fused > stored:
+        line += f"; {fused / 1e6:,.1f}M are fused experts, which it can't store: have that memory, or take a dense base"
+    if device != "cpu" and size > (memory := torch.cuda.get_device_properties(device).total_memory / 2**30):
+        raise ModelError(f"{by} {line}; {device} has {memory:,.1f} GiB: take a smaller base or a larger GPU")
+    return line
+
+
 def as_stored(
     base: str, *, quantizer: Quantizer, compute_dtype: str, device: str
 ) -> tuple[frozenset[str], Callable[[str, torch.Tensor], torch.Tensor]]:
@@ -506,22 +555,12 @@ def as_stored(
     if not _import_bitsandbytes() or type(quantization).__name__ != "BitsAndBytesConfig":
         raise ModelError(f"quantizer {quantizer.name!r}: bitsandbytes dequantises what it stored itself, nothing else")
     from peft.utils.integrations import dequantize_bnb_weight
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.quantizers.auto import AutoHfQuantizer
 
-    own = _read_config(resolve_base(base, say=_unsaid), base)
+    own = _read_config(resolve_base(base, say=unsaid), base)
     try:
-        if own.get("model_type") in internlm.KINDS:
-            config = internlm.llama_config(own, base)
-        else:
-            config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        skeleton, method, names = _skeleton(own, base, quantization)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{base}: can't be dequantised: {_first_line(error)}") from error
-    method = AutoHfQuantizer.from_config(quantization)
-    method.preprocess_model(skeleton, device_map=None)
-    names = [name for name, _ in skeleton.named_parameters() if method.param_needs_quantization(skeleton, name)]
 
     def rounded(name: str, weight: torch.Tensor) -> torch.Tensor:
         if name not in names:
