@@ -24,7 +24,6 @@ TEXTS = 24
 _OTHER_LORA = (
     "lora_bias",
     "layer_replication",
-    "trainable_token_indices",
     "target_parameters",
 )
 """Settings under which peft computes something else than W + scale * B @ A with one scale."""
@@ -55,6 +54,7 @@ def merge(
         ModelError: no adapter or base there, a 4-bit base, an adapter that is not plain LoRA, or one of another base;
             nothing to dequantise.
     """
+    import torch
     from safetensors import safe_open
 
     from corefit.chat import find
@@ -66,6 +66,7 @@ def merge(
         serving_files,
         weight_files,
         with_keys,
+        with_vocabulary,
         write_files,
         written_aside,
     )
@@ -82,23 +83,31 @@ def merge(
         raise ModelError(f"{base}: its weights are stored quantised; merging needs the unquantised base, --model PATH")
     factors: dict[str, dict[str, torch.Tensor]] = {}
     whole: dict[str, torch.Tensor] = {}
+    tokens: dict[str, torch.Tensor] = {}
     with safe_open(found.adapter / "adapter_model.safetensors", framework="pt") as file:
         for key in file.keys():  # noqa: SIM118, not a mapping
-            name = key.removeprefix("base_model.model.")
+            if ".original_module." in key:  # peft writes whole modules three times where embeddings were resized
+                continue
+            name = key.removeprefix("base_model.model.").replace(".modules_to_save.", ".")
             module, _, factor = name.partition(".lora_")
-            if factor:
+            if ".token_adapter." in name:
+                tokens[f"{name.partition('.token_adapter.')[0]}.weight"] = file.get_tensor(key)
+            elif factor:
                 factors.setdefault(f"{module}.weight", {})[factor.removesuffix(".weight")] = file.get_tensor(key)
             else:
                 whole[name] = file.get_tensor(key)
 
-    names = {name for path in weight_files(base) for name in read_header(path)[0]}
+    shapes = {name: entry["shape"] for path in weight_files(base) for name, entry in read_header(path)[0].items()}
+    names, ids = set(shapes), {n: config["trainable_token_indices"][n.split(".")[-2]] for n in tokens}
+    rows = {name: max(ids[name]) + 1 for name in tokens} | {name: len(tensor) for name, tensor in whole.items()}
+    rows = {name: n for name, n in rows.items() if name in names and n > shapes[name][0]}
     added, changes = {}, {}
     if base_config.get("tie_word_embeddings") and "lm_head.weight" not in names:
         # An adapter acts on the embedding or on the head, not on both, so a tied pair becomes two.
         tied = [name for name in names if name.endswith("embed_tokens.weight")]
         if tied and {tied[0], "lm_head.weight"} & {*factors, *whole}:
             added, changes = {"lm_head.weight": tied[0]}, {"tie_word_embeddings": False}
-    strange = sorted({*factors, *whole} - names - set(added))
+    strange = sorted({*factors, *whole, *tokens} - names - set(added))
     if strange:
         raise ModelError(
             f"{found.adapter}: changes {strange[0]}, which {base} doesn't have: it belongs to another base"
@@ -117,6 +126,12 @@ def merge(
     def change(name: str, read: Callable[[], torch.Tensor]) -> torch.Tensor:
         if name in whole:
             return whole[name]
+        if name in tokens:
+            weight = read()
+            mean = weight.mean(0, keepdim=True, dtype=torch.float32).to(weight.dtype)
+            weight = torch.cat([weight, mean.expand(rows.get(name, len(weight)) - len(weight), -1)])
+            weight[ids[name]] = tokens[name].to(weight.dtype)
+            return weight
         if name not in factors:
             return rounded(name, read())
         pair = factors[name]
@@ -143,6 +158,8 @@ def merge(
         chat_template=tokenizer.chat_template,
         stop=tuple(found.facts.get("stop", ())),
         stop_ids=tuple(found.stop_ids(tokenizer)),
+        add_tokens=tuple(found.facts.get("add_tokens", ())),
+        system=found.facts.get("system", ""),
         supervise=found.facts.get("supervise", "all"),
         quantizer=quantizer,
         compute_dtype=found.facts.get("compute_dtype", ""),
@@ -151,9 +168,11 @@ def merge(
     with written_aside(Path(out)) as folder:
         files = base_files(base) | serving_files(facts, "model")
         files["config.json"] = with_keys(files["config.json"], changes)
+        if rows:
+            files["config.json"] = with_vocabulary(files["config.json"], max(rows.values()))
         files["corefit.json"] = with_keys(files["corefit.json"], {"merged_into": into})
         write_files(folder, files)
-        rewrite_weights(base, folder, change, added)
+        rewrite_weights(base, folder, change, added, rows)
     if quantizer != "none":
         device, trained_on = _device(found), facts.device
         other = "" if trained_on in ("", device) else f", in training on {trained_on}: a few may be rounded otherwise"

@@ -20,7 +20,17 @@ from corefit.data.block import RECORD, Block, fit
 from corefit.data.encode import Encoder, make_encoder
 from corefit.data.jsonl import STDIN_NAME, find_files, spool
 from corefit.data.ledger import Ledger
-from corefit.data.source import as_found, encode_items, in_words, items_of, refused
+from corefit.data.source import (
+    At,
+    Input,
+    as_found,
+    encode_items,
+    encode_records,
+    in_words,
+    items_of,
+    record_row,
+    refused,
+)
 from corefit.data.stream import Source, Stream
 from corefit.data.tokenizer import Tokenizer
 from corefit.durable import read_json
@@ -159,7 +169,7 @@ def prepare(
         again: a run goes on: what it unpacked from standard input is read, not standard input.
     """
     recipe = _with_start(recipe)
-    tok = Tokenizer.load(tokenizer)
+    tok = Tokenizer.load(tokenizer, recipe.model.add_tokens)
     template = registry.template(recipe.template.name or "tokenizer")
     choices = []
     if recipe.template.name is None:
@@ -215,6 +225,8 @@ def _with_start(recipe: Recipe) -> Recipe:
     fused = isinstance(r, int) and config.get("rank_pattern") == {"wqkv": 3 * r}  # InternLM 2's q, k and v, of rank r
     odd = [key for key in OTHER_LORA if config.get(key) and not (fused and key in ("rank_pattern", "alpha_pattern"))]
     odd += [] if plain else ["init_lora_weights"]
+    added = tuple(read_json(path.with_name("corefit.json")).get("add_tokens") or ())
+    odd = [key for key in odd if not (added and key == "trainable_token_indices")]
     if config.get("peft_type") != "LORA" or not isinstance(config.get("target_modules"), list) or odd:
         what = odd[0] if odd else f"peft_type {config.get('peft_type')!r}"
         raise ModelError(f"adapter.start: {path}: {what}: not a LoRA adapter that corefit can train on")
@@ -231,7 +243,8 @@ def _with_start(recipe: Recipe) -> Recipe:
         if f"adapter.{key}" in recipe.origins and (asked := getattr(recipe.adapter, key)) != value:
             where = recipe.where(f"adapter.{key}")
             raise RecipeError(f"{where}: adapter.{key} is {asked!r}, the adapter in adapter.start has {value!r}")
-    return dataclasses.replace(recipe, adapter=dataclasses.replace(recipe.adapter, **own))
+    model = dataclasses.replace(recipe.model, add_tokens=tuple(dict.fromkeys((*added, *recipe.model.add_tokens))))
+    return dataclasses.replace(recipe, model=model, adapter=dataclasses.replace(recipe.adapter, **own))
 
 
 def _sources(
@@ -368,6 +381,22 @@ def walk(plan: Prepared) -> Iterator[tuple[Item, Sample]]:
                 yield items[number][0], block.sample(i, items[number][1])
             if block.error is not None:
                 raise block.error
+
+
+def look(plan: Prepared) -> Iterator[tuple[Source, list[Record | BadRecord], Block]]:
+    """Yield records and what becomes of them, in the order of the first epoch; what is wrong with them ends nothing.
+
+    A block with an error has fewer records than the list: those before the one that would end the run.
+    """
+    for number, source in enumerate(plan.sources):
+        anyhow = dataclasses.replace(source, on_bad="skip")
+        if any(path.suffix == ".gz" for path in source.sources.paths):
+            anyhow = dataclasses.replace(anyhow, shuffle=False)  # a run unpacks such files first
+        records = (record for _, record in Input(number, anyhow, plan.recipe.train.seed, []).read(0, At()))
+        while group := list(islice(records, 64)):
+            rows = [record_row(0, i, record, 0, 0) for i, record in enumerate(group)]
+            block = encode_records([anyhow], group, rows, plan.encoder, names=("",))
+            yield source, group, fit(block, plan.recipe.pack.max_length, plan.recipe.pack.overlong)
 
 
 def encoding_threads(recipe: Recipe) -> int:

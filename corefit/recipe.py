@@ -48,6 +48,8 @@ class Model:
     """Folder, or hub name where no such folder is there; None: not set (the embedded model, where data is not set)."""
     quantizer: Text = "nf4"
     """Name of a quantizer: how the frozen base weights are stored."""
+    add_tokens: tuple[Text, ...] = ()
+    """Tokens that the vocabulary is to have and whose embeddings train; new ones begin as the mean of all."""
     trust_remote_code: bool = False
     """Run Python code that the model folder brings along."""
 

@@ -217,6 +217,7 @@ class Session:
                 f"scheduler {self.scheduler.name!r} must know how long the run is, the size of the data isn't known: "
                 "--set train.max_steps=N, or --scheduler constant"
             )
+        self.system = common_system(first)
         return stream, batches, recipe.sample.prompts or questions(held_out or first)
 
     def _model(self, quantizer: Quantizer) -> None:
@@ -238,7 +239,9 @@ class Session:
             say=self.say,
         )
         tokenizer, encoder = self.plan.tokenizer, self.plan.encoder
-        special = (*tokenizer.control_tokens, *self.plan.template.control, *encoder.stop)
+        if tokenizer.new_ids:
+            model.add_rows(network, tokenizer.vocab_size, tokenizer.new_ids)
+        special = (*recipe.model.add_tokens, *tokenizer.control_tokens, *self.plan.template.control, *encoder.stop)
         ids = {token: id for token in special if (id := tokenizer.token_id(token)) is not None}
         sizes = model.check_vocabulary(network, tokenizer.vocab_size, ids)
         line = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
@@ -252,6 +255,7 @@ class Session:
             dora=recipe.adapter.dora,
             rslora=recipe.adapter.rslora,
             start=recipe.adapter.start,
+            tokens=tuple(ids[token] for token in recipe.model.add_tokens),
         )
         self.network = network = model.attach_adapter(network, None if full else spec, seed=settings.seed)
         wanted = settings.gradient_checkpointing
@@ -277,6 +281,8 @@ class Session:
             chat_template=plan.template.chat_template,
             stop=plan.encoder.stop,
             stop_ids=plan.encoder.stop_ids,
+            add_tokens=recipe.model.add_tokens,
+            system=self.system,
             supervise=recipe.template.supervise,
             quantizer=recipe.model.quantizer,
             compute_dtype=str(self.precision.compute_dtype).removeprefix("torch."),
@@ -439,18 +445,18 @@ class Session:
         if saved is not None:
             self.facts["resumed"] = [*before, {"step": saved.step, "changed": [list(change) for change in changes]}]
         self.facts["identity"] = identity
+        self.progress = Progress(endless=not self.recipe.train.epochs and not self.recipe.train.max_steps)
         try:
             write_whole(self.folder / "recipe.toml", to_toml(without_out(self.recipe)).encode())
             self._write_run("running")
+            self.metrics = JsonLines(self.folder / "metrics.jsonl", keep=self.lengths["metrics.jsonl"])
+            self.samples = JsonLines(self.folder / "samples.jsonl", keep=self.lengths["samples.jsonl"])
+            sync(self.folder)
         except OSError as error:
             raise RecipeError(f"run.out: {self.folder}: can't be written: {system_words(error)}") from error
-        self.progress = Progress(endless=not self.recipe.train.epochs and not self.recipe.train.max_steps)
-        self.metrics = JsonLines(self.folder / "metrics.jsonl", keep=self.lengths["metrics.jsonl"])
-        self.samples = JsonLines(self.folder / "samples.jsonl", keep=self.lengths["samples.jsonl"])
         for file in (self.metrics, self.samples):
             if file.missing:
                 self.say(f"{file.path}: {file.missing:,} bytes that the checkpoint counts on are gone")
-        sync(self.folder)
         if saved is not None:  # the line about this save came after it, so it was cut
             self._write(
                 self.metrics,
@@ -489,7 +495,8 @@ class Session:
         self.sampled.add(step)
         for prompt in self.prompts:
             try:
-                ids = self.plan.encoder.prompt((Message("user", prompt),)).tolist()
+                asked = (Message("system", self.system), Message("user", prompt))[not self.system :]
+                ids = self.plan.encoder.prompt(asked).tolist()
             except Unrenderable as refusal:
                 self.progress.note(
                     f"sample: the template can't write this question ({refusal.reason}): {prompt[:80]!r}"
@@ -672,6 +679,14 @@ def questions(records: Sequence[tuple[Source, Record | BadRecord]]) -> tuple[str
                 if isinstance(item, Conversation) and item.messages and item.messages[0].role == "user":
                     found.append(item.messages[0].content)
     return tuple(found)
+
+
+def common_system(records: Sequence[tuple[Source, Record | BadRecord]]) -> str:
+    """Give the system message with which all conversations of these records begin; empty: not all do."""
+    items = [item for source, record in records if isinstance(record, Record) for item in map_record(source, record)]
+    first = [item.messages[0] for item in items if isinstance(item, Conversation) and item.messages]
+    found = {message.content if message.role == "system" else "" for message in first}
+    return found.pop() if len(found) == 1 else ""
 
 
 def before_after(lines: Sequence[Mapping[str, Any]], last: int) -> list[tuple[str, str, str]]:

@@ -324,6 +324,8 @@ class MapFunction:
     fields: tuple[str, ...] | None = None
     """The only keys of a record that ``map`` reads; None: any."""
     options: type | None = None
+    system: str = ""
+    """The system message that it puts before every conversation, where it puts one: ``corefit chat`` has it by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -128,8 +128,13 @@ class Encoder:
             raise Unrenderable("lone_surrogate") from None
         return segments
 
-    def prompt(self, messages: Sequence[Message]) -> NDArray[np.int32]:
+    def prompt(
+        self, messages: Sequence[Message], known: Mapping[str, Sequence[int]] | None = None
+    ) -> NDArray[np.int32]:
         """Give the ids after which training taught the model to answer ``messages``: int32 [L].
+
+        ``known``: text -> ids of answers that the model gave; they stay what they are, however the text would be
+        encoded.
 
         Raises:
             Unrenderable: the messages can't be written in this format, or one would yield a control token.
@@ -143,7 +148,9 @@ class Encoder:
         ids, sizes = self._ids([segment.text for segment in segments[:answer]], control)
         if (self.forbidden[ids] & ~np.repeat(control, sizes)).any():
             raise Unrenderable("control_in_content")
-        return ids
+        parts = np.split(ids, np.cumsum(sizes)[:-1])
+        said = [None if c or not known else known.get(s.text) for s, c in zip(segments, control, strict=False)]
+        return np.concatenate([p if s is None else np.array(s, np.int32) for p, s in zip(parts, said, strict=True)])
 
     def _document(self, item: Document) -> list[Segment]:
         if not item.text:
@@ -271,7 +278,8 @@ def make_encoder(
 def _not_one_token(token: str, template: PromptTemplate, tokenizer: Tokenizer) -> str:
     return (
         f"template {template.name!r} needs {token!r}, which is not one token of the tokenizer {tokenizer.name}; choose "
-        "another with --template ('tokenizer' is the model's own), or a model made for this format"
+        "another with --template ('tokenizer' is the model's own), a model made for this format, or add "
+        "it with model.add_tokens"
     )
 
 

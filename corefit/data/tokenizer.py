@@ -47,6 +47,8 @@ class Tokenizer:
         backend.no_padding()
         backend.encode_special_tokens = False
         self._prefix = ""
+        self.new_ids: tuple[int, ...] = ()
+        """Of tokens that the base's vocabulary lacked."""
         self._named = {key: _text(config.get(key)) for key in NAMED if config.get(key)}
         templates = config.get("chat_template") or {}
         if isinstance(templates, list):
@@ -85,15 +87,14 @@ class Tokenizer:
     # ------------------------------------------------------------------------------------------------- loading
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
+    def load(cls, path: str | Path, add: Sequence[str] = ()) -> Tokenizer:
         """Load a folder with ``tokenizer.json`` or ``tokenizer.model``, or a bare sentencepiece ``.model`` file.
+
+        ``add``: tokens that it is to have, special ones; those that are new come after all others, in this order.
 
         Raises:
             ModelError: nothing there, a broken file, or a kind of sentencepiece model that is not supported.
         """
-        from tokenizers import AddedToken
-        from tokenizers import Tokenizer as Backend
-
         path = Path(path)
         if path.is_file() and path.name == "tokenizer.json":
             path = path.parent
@@ -111,6 +112,18 @@ class Tokenizer:
                 f"{path}: no tokenizer here; needs tokenizer.json or tokenizer.model (transformers' "
                 "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes the first from older files)"
             )
+        found = cls._of(path, files)
+        new = [token for token in dict.fromkeys(add) if found.token_id(token) is None]
+        if new:
+            found = cls._of(path, found._files_with(new))
+            found.new_ids = tuple(range(found.vocab_size - len(new), found.vocab_size))
+        return found
+
+    @classmethod
+    def _of(cls, path: Path, files: Mapping[str, bytes]) -> Tokenizer:
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as Backend
+
         config: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             config |= {key: value for key, value in _json(path, files, name).items() if value is not None}
@@ -160,6 +173,18 @@ class Tokenizer:
             }
             made["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
         return made | self._files
+
+    def _files_with(self, tokens: Sequence[str]) -> dict[str, bytes]:
+        """Give the files of a tokenizer that has these tokens too, special and last."""
+        files = self.files()
+        content, config = (_json(Path(self.name), files, name) for name in ("tokenizer.json", "tokenizer_config.json"))
+        no = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added = {id: {"content": token, **no, "special": True} for id, token in enumerate(tokens, self.vocab_size)}
+        content["added_tokens"] = [*(content.get("added_tokens") or ()), *({"id": id, **t} for id, t in added.items())]
+        if config.get("added_tokens_decoder"):
+            config["added_tokens_decoder"] |= {str(id): token for id, token in added.items()}
+            files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
+        return files | {"tokenizer.json": json.dumps(content, ensure_ascii=False).encode()}
 
     # ------------------------------------------------------------------------------------------------- encoding
 

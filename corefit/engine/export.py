@@ -65,6 +65,10 @@ class Provenance:
     """The Jinja of the template that training used; None: the tokenizer's own."""
     stop: tuple[str, ...]
     stop_ids: tuple[int, ...]
+    add_tokens: tuple[str, ...] = ()
+    """Tokens whose embeddings were trained; some of them the base's vocabulary lacks."""
+    system: str = ""
+    """The system message of all conversations; empty: there is none that all have."""
     supervise: str = "all"
     quantizer: str = "none"
     """How training stored the base's weights; with the next two ``as_stored`` stores them so again."""
@@ -89,8 +93,8 @@ class Provenance:
         cls, data: Mapping[str, Any], *, base_folder: Path, tokenizer_files: Mapping[str, bytes]
     ) -> Provenance:
         """Undo ``as_dict``."""
-        stops = {name: tuple(data[name]) for name in ("stop", "stop_ids")}
-        return cls(**{**data, **stops}, base_folder=base_folder, tokenizer_files=tokenizer_files)
+        tuples = {name: tuple(data[name]) for name in ("stop", "stop_ids", "add_tokens") if name in data}
+        return cls(**{**data, **tuples}, base_folder=base_folder, tokenizer_files=tokenizer_files)
 
 
 def public_name(base: str) -> str:
@@ -151,6 +155,12 @@ def with_keys(data: bytes, keys: Mapping[str, Any]) -> bytes:
     return _json(content | dict(keys))
 
 
+def with_vocabulary(config: bytes, rows: int) -> bytes:
+    """Give config.json's bytes with so many rows of embeddings and head."""
+    inner = json.loads(config).get("text_config")
+    return with_keys(config, {"text_config": inner | {"vocab_size": rows}} if inner else {"vocab_size": rows})
+
+
 def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
@@ -184,6 +194,8 @@ def serving_files(facts: Provenance, kind: str) -> dict[str, bytes]:
             "template": facts.template,
             "stop": list(facts.stop),
             "stop_ids": list(facts.stop_ids),
+            **({"add_tokens": list(facts.add_tokens)} if facts.add_tokens else {}),
+            **({"system": facts.system} if facts.system else {}),
             "supervise": facts.supervise,
             "quantizer": facts.quantizer,
             "compute_dtype": facts.compute_dtype,
@@ -207,9 +219,10 @@ def _readme(facts: Provenance, kind: str, stops: list[int]) -> str:
     lines = "corefit chat DIR                    # talk to it; DIR is this folder\n"
     if kind == "adapter":
         title, peft = f"LoRA adapter for {facts.name}", "from peft import PeftModel\n"
+        rows = "base.resize_token_embeddings(len(tokenizer))  # it has new tokens\n" if facts.add_tokens else ""
         load = (
             f'base = AutoModelForCausalLM.from_pretrained({json.dumps(facts.name)}, dtype="auto"{code})'
-            "  # or its folder\nmodel = PeftModel.from_pretrained(base, folder)"
+            f"  # or its folder\n{rows}model = PeftModel.from_pretrained(base, folder)"
         )
         lines += "corefit chat DIR --model BASE       # where the base model lies elsewhere\n"
         lines += "corefit merge DIR --out MERGED      # one plain model folder for any server\n"
@@ -285,6 +298,7 @@ def rewrite_weights(
     out: Path,
     change: Callable[[str, Callable[[], torch.Tensor]], torch.Tensor],
     added: Mapping[str, str] | None = None,
+    rows: Mapping[str, int] | None = None,
 ) -> None:
     """Write the base's weight files anew into ``out``: same files, names, order and dtypes, values from ``change``.
 
@@ -294,6 +308,7 @@ def rewrite_weights(
         change: ``change(name, read)`` gives a tensor's values; ``read()`` gives those of the base.
         added: new name -> the base's name after which it is put, in whose file, dtype and shape; ``read`` gives
             that one's values.
+        rows: name -> rows that the tensor has now, where these are more.
 
     One tensor is held at a time.
     """
@@ -304,6 +319,9 @@ def rewrite_weights(
         for new, old in added.items():
             if old in entries:
                 entries[new], source[new] = entries[old], old
+        for name, n in (rows or {}).items():
+            if name in entries:
+                entries[name] = {**entries[name], "shape": [n, *entries[name]["shape"][1:]]}
         with safe_open(path, framework="pt") as file:
 
             def tensor_of(name: str, file: Any = file, source: Any = source) -> torch.Tensor:  # noqa: ANN401
@@ -313,9 +331,9 @@ def rewrite_weights(
     if (base / INDEX).is_file() and not (out / "model.safetensors").is_file():
         index = json.loads((base / INDEX).read_bytes())
         index["weight_map"] |= {new: index["weight_map"][old] for new, old in added.items()}
-        if added:
+        if added or rows:
             index.get("metadata", {}).pop("total_size", None)
-        (out / INDEX).write_bytes(_json(index) if added else (base / INDEX).read_bytes())
+        (out / INDEX).write_bytes(_json(index) if added or rows else (base / INDEX).read_bytes())
 
 
 # -------------------------------------------------------------------------------------------------------- exports
@@ -405,10 +423,15 @@ def _write_model(
     known = {name: entry for path in weight_files(facts.base_folder) for name, entry in read_header(path)[0].items()}
     if layout := internlm.layout_of_folder(facts.base_folder):
         state, parameters = layout.to_published(state), set(map(internlm.published_name, parameters))
+    files = base_files(facts.base_folder) | serving_files(facts, "model")
+    rows = {name: len(state[name]) for name in known if name in state and len(state[name]) > known[name]["shape"][0]}
+    if rows:  # of embeddings and head
+        files["config.json"] = with_vocabulary(files["config.json"], max(rows.values()))
     with written_aside(out, replace=True) as folder:
-        write_files(folder, base_files(facts.base_folder) | serving_files(facts, "model"))
+        write_files(folder, files)
         if parameters <= set(known):
-            rewrite_weights(facts.base_folder, folder, lambda name, read: state[name] if name in state else read())
+            change = lambda name, read: state[name] if name in state else read()  # noqa: E731
+            rewrite_weights(facts.base_folder, folder, change, rows=rows)
         else:
             dtypes = [entry["dtype"] for entry in known.values()]
             usual = max(dtypes, key=dtypes.count)

@@ -273,6 +273,8 @@ class Layout:
         for key in ("target_modules", "modules_to_save"):
             if isinstance(config.get(key), list):
                 config[key] = [new for name in config[key] for new in llama_names(name)]
+        tokens = config.get("trainable_token_indices") or {}
+        config["trainable_token_indices"] = {llama_names(name)[0]: ids for name, ids in tokens.items()} or None
         folded = [b for name, b in tensors.items() if ".wqkv.lora_B." in name]
         if _patterns(config).items() <= config.items() and all(self._is_folded(b, r) for b in folded):
             config |= {"rank_pattern": {}, "alpha_pattern": {}}
@@ -298,6 +300,8 @@ class Layout:
         for key in ("target_modules", "modules_to_save"):
             if config.get(key):
                 config[key] = sorted({published_name(name) for name in config[key]})
+        if tokens := config.get("trainable_token_indices"):
+            config["trainable_token_indices"] = {published_name(name): ids for name, ids in tokens.items()}
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             part = next((part for part in name.split(".") if part in QKV), "")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,25 @@ CHUNK = 256
 """Rows whose logits exist at the same time."""
 
 
+class Head(NamedTuple):
+    """The matrix that makes logits."""
+
+    weight: Tensor
+    """[V, H]"""
+    rows: Tensor | None
+    """[R, H]: what stands in for the rows ``at`` of it; None: nothing does."""
+    at: Sequence[int]
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """Give the matrix [V, H] that hidden states are multiplied with."""
+        weight = self.weight.to(dtype)
+        if self.rows is None:
+            return weight
+        return weight.index_copy(0, torch.tensor(self.at, device=weight.device), self.rows.to(dtype))
+
+
 class LinearCrossEntropy(torch.autograd.Function):
-    """Sum of ``-log softmax(hidden @ weight.T)[target]`` over rows, in chunks.
+    """Sum of ``-log softmax(hidden @ weight.T)[target]`` over rows, in chunks; some rows of the weight may be others.
 
     The gradient is made in the forward, chunk by chunk, while the chunk's logits are there; backward only scales it.
     Products are in ``dtype``, everything else is fp32. Rounding the unscaled softmax to fp16 loses less than rounding a
@@ -34,14 +52,21 @@ class LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         chunk: int,
         with_grad: bool,
+        rows: Tensor | None = None,
+        at: Sequence[int] = (),
     ) -> Tensor:
-        """Take hidden [N, H], weight [V, H], targets int64 [N]; give an fp32 scalar, in nats."""
+        """Take hidden [N, H], weight [V, H], targets int64 [N]; give an fp32 scalar, in nats.
+
+        ``weight``, ``rows`` and ``at`` are those of a ``Head``.
+        """
         for_hidden, for_weight = (with_grad and need for need in ctx.needs_input_grad[:2])
+        for_rows = with_grad and any(ctx.needs_input_grad[6:7])
         loss = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty(hidden.shape, device=hidden.device) if for_hidden else None
         grad_weight = torch.zeros(weight.shape, device=weight.device) if for_weight else None
+        grad_rows = torch.zeros(rows.shape, device=weight.device) if rows is not None and for_rows else None
         with torch.autocast(hidden.device.type, enabled=False):
-            w = weight.to(dtype)
+            w = Head(weight, rows, at).whole(dtype)
             for i in range(0, len(hidden), chunk):
                 h, y = hidden[i : i + chunk].to(dtype), targets[i : i + chunk, None]
                 z = (h @ w.T).float()
@@ -49,7 +74,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 at_target = z.gather(1, y)
                 total = z.exp_().sum(-1, keepdim=True)
                 loss += (total.log() - at_target).sum()
-                if not (for_hidden or for_weight):
+                if not (for_hidden or for_weight or for_rows):
                     continue
                 z /= total
                 p = z.scatter_add_(1, y, torch.full_like(at_target, -1.0)).to(dtype)
@@ -57,8 +82,10 @@ class LinearCrossEntropy(torch.autograd.Function):
                     grad_hidden[i : i + chunk] = p @ w
                 if grad_weight is not None:
                     grad_weight += p.T @ h
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtypes = hidden.dtype, weight.dtype
+                if grad_rows is not None:
+                    grad_rows += p[:, list(at)].T @ h
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_rows)
+        ctx.dtypes = hidden.dtype, weight.dtype, torch.float32
         return loss
 
     @staticmethod
@@ -66,8 +93,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Scale what the forward made."""
         made = ctx.saved_tensors
-        hidden, weight = (None if g is None else (g * grad).to(d) for g, d in zip(made, ctx.dtypes, strict=True))
-        return hidden, weight, None, None, None, None
+        grads = [None if g is None else (g * grad).to(d) for g, d in zip(made, ctx.dtypes, strict=True)]
+        return *grads[:2], None, None, None, None, grads[2], None
 
 
 class CausalLoss(nn.Module):
@@ -103,7 +130,14 @@ class CausalLoss(nn.Module):
         head = _linear_head(self.model)
         assert head is not None
         loss: Tensor = LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden, head.weight, targets, _product_dtype(hidden), self.chunk, torch.is_grad_enabled()
+            hidden,
+            head.weight,
+            targets,
+            _product_dtype(hidden),
+            self.chunk,
+            torch.is_grad_enabled(),
+            head.rows,
+            head.at,
         )
         return loss
 
@@ -115,45 +149,52 @@ class CausalLoss(nn.Module):
         return self.plain
 
     def _why_plain(self) -> str | None:
-        lm, head = causal_lm(self.model), _linear_head(self.model)
+        lm: Any = causal_lm(self.model)
+        head = _linear_head(self.model)
         if head is None:
             return "the head is not a plain linear layer (a bias, an adapter or a quantizer is on it)"
-        device = head.weight.device
-        positions = torch.arange(8, device=device)[None]
-        ids = positions * 7 % head.weight.shape[0]
+        weight = head.whole(head.weight.dtype)
+        positions = torch.arange(8, device=weight.device)[None]
+        ids = positions * 7 % len(weight)
         try:
             hidden = run_packed(decoder(self.model), ids, positions).last_hidden_state
         except AttributeError:
             return "the model has no decoder of its own"
         # large logits, on which a soft cap shows; the head's real input is also compared with the decoder's output
-        factor = 100 / float(F.linear(hidden.to(head.weight.dtype), head.weight).abs().max().clamp_min(1e-6))
+        factor = 100 / float(F.linear(hidden.to(weight.dtype), weight).abs().max().clamp_min(1e-6))
         seen: list[Tensor] = []
 
         def enlarge(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             seen.append(args[0])
             return (args[0] * factor, *args[1:])
 
-        hook = head.register_forward_pre_hook(enlarge)
+        hook = lm.get_output_embeddings().register_forward_pre_hook(enlarge)
         try:
             logits = run_packed(lm, ids, positions).logits
         finally:
             hook.remove()
         if not seen or not _close(seen[0], hidden):
             return "the head's input is not the decoder's output"
-        if not _close(
-            logits, F.linear((seen[0] * factor).to(_product_dtype(hidden)), head.weight.to(_product_dtype(hidden)))
-        ):
+        dtype = _product_dtype(hidden)
+        if not _close(logits, F.linear((seen[0] * factor).to(dtype), weight.to(dtype))):
             return "the logits are not the head's output (a soft cap or a scale)"
         return None
 
 
-def _linear_head(model: nn.Module) -> nn.Linear | None:
-    """The head where it is a bare matrix, also inside peft's wrapper for modules that are trained whole."""
+def _linear_head(model: nn.Module) -> Head | None:
+    """The head where it is a bare matrix, also inside peft's wrappers for what trains whole or row by row."""
     head: Any = causal_lm(model).get_output_embeddings()  # type: ignore[operator]
+    rows, at = None, list[int]()
+    if hasattr(head, "token_adapter"):
+        tokens = head.token_adapter
+        head = tokens.base_layer
+        if not tokens.disable_adapters and tokens.active_adapters:
+            name = tokens.active_adapters[0]
+            rows, at = tokens.trainable_tokens_delta[name], tokens.token_indices[name]
     if hasattr(head, "modules_to_save"):
         off = head.disable_adapters or not head.active_adapters
         head = head.original_module if off else head.modules_to_save[head.active_adapters[0]]
-    return head if type(head) is nn.Linear and head.bias is None else None
+    return Head(head.weight, rows, at) if type(head) is nn.Linear and head.bias is None else None
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

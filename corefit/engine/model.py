@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -105,7 +105,7 @@ def choose_device(wanted: str = "auto") -> str:
     kind, _, index = wanted.partition(":")
     if wanted != "auto" and (kind != "cuda" or (":" in wanted and not index.isdigit())):
         raise UserError(f"run.device: {unknown('device', wanted, ['auto', 'cpu', 'cuda', 'cuda:0'])}")
-    ways = "or choose the CPU: --set run.device=cpu"
+    ways = "or choose the CPU: --set run.device=cpu, chat --device cpu"
     if not torch.cuda.is_available():
         build = torch.version.cuda or torch.version.hip
         if wanted == "auto" and not _gpu_is_there():
@@ -638,6 +638,8 @@ class AdapterSpec:
     """True: the scale is alpha / sqrt(r)."""
     start: str | None = None
     """A folder with an adapter of just these settings, whose weights are the first ones."""
+    tokens: tuple[int, ...] = ()
+    """Ids whose rows of the embeddings, and of the head, train too."""
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -693,6 +695,9 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
     Raises:
         ModelError: a target that the model lacks; full fine-tuning of quantised weights.
     """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # that row would never train, and it may be the stop's
     if spec is None:
         if is_quantized(model):
             raise ModelError(
@@ -719,6 +724,13 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
                 raise ModelError(
                     f"adapter.{where}: {unknown('layer', wanted, {end for end in ends if not end.isdigit()})}"
                 )
+    tables = vocabulary(model) if spec.tokens else {}
+    for name in tables:
+        if [target for target in targets if f".{name}".endswith(f".{target}")]:
+            raise ModelError(f"adapter.targets: {name} can't have LoRA beside model.add_tokens")
+        if getattr(model.get_submodule(name), "bias", None) is not None:
+            raise ModelError(f"model.add_tokens: {name} has a bias, with which peft can't train single rows")
+    rows = [name.rpartition(".")[2] for name in tables if not any(f".{name}".endswith(f".{end}") for end in saved)]
     config = LoraConfig(
         r=spec.r,
         lora_alpha=spec.alpha,
@@ -729,6 +741,7 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
         task_type=TaskType.CAUSAL_LM,
         use_dora=spec.dora,
         use_rslora=spec.rslora,
+        trainable_token_indices={end: list(spec.tokens) for end in rows} or None,
     )
     device = next(model.parameters()).device
     with warnings.catch_warnings(), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -776,7 +789,35 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> Any:  # noqa: ANN401, 
 
     with warnings.catch_warnings(), internlm.llama_adapter(model, folder) as adapter:
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        tokens = json.loads((adapter / "adapter_config.json").read_bytes()).get("trainable_token_indices") or {}
+        whole = {
+            name: entry["shape"][0] for name, entry in read_header(adapter / "adapter_model.safetensors")[0].items()
+        }
+        rows = [whole.get(f"base_model.model.{name}.weight", 0) for name in vocabulary(model)]
+        add_rows(model, max([*rows, *(id + 1 for ids in tokens.values() for id in ids)]))
         return PeftModel.from_pretrained(model, str(adapter))
+
+
+def vocabulary(model: Any) -> dict[str, nn.Module]:  # noqa: ANN401
+    """Give what has a row for every token, by name: embeddings and head, or the embeddings where both are one."""
+    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = [inner] if outer is None or outer.weight is inner.weight else [inner, outer]
+    return {name: module for name, module in model.named_modules() if any(module is table for table in tables)}
+
+
+@torch.no_grad()
+def add_rows(model: PreTrainedModel, rows: int, new: Sequence[int] = ()) -> None:
+    """Give embeddings and head at least so many rows; those beyond the old ones, and ``new``, are the mean of the rest.
+
+    Source: Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models".
+    """
+    before = len(model.get_input_embeddings().weight)
+    if rows > before:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    for table in vocabulary(model).values():
+        weight: torch.Tensor = table.requires_grad_(False).get_parameter("weight")
+        mean = weight[: min([before, *new])].mean(0, dtype=torch.float32)
+        weight[[*new, *range(before, rows)]] = mean.to(weight.dtype)
 
 
 def adapted_layers(model: Any) -> dict[str, int]:  # noqa: ANN401, PeftModel

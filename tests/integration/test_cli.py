@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -199,18 +200,38 @@ def test_a_format_nobody_knows_lists_the_candidates(tmp_path: Path, tiny_tokeniz
     assert "oasst1" in done.stderr
 
 
-def test_broken_json_names_the_line_and_can_be_skipped(tmp_path: Path, tiny_tokenizer: Path) -> None:
-    path = tmp_path / "broken.jsonl"
-    good = json.dumps(ROWS[0])
-    path.write_text("\n".join([good, good, good[:-3], *[good] * 7]) + "\n", "utf-8")
+def test_inspect_says_what_is_left_out_and_where(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    good, ends = json.dumps(ROWS[0]), json.dumps({"text": ROWS[0]["text"] + "### Human: And then?"})
+    long = json.dumps({"text": f"### Human: Say it.### Assistant: {'really ' * 60}so."})
+    lines = [good, ends, good[:-3], json.dumps({"text": "### Human: Nobody answers."}), good, "[]", long, *[good] * 5]
+    path.write_text("".join(line + "\n" for line in lines), "utf-8")
     base = ["inspect", "--plugin", "oasst1", "--template", "chatml", "--data", path, "--tokenizer", tiny_tokenizer]
+    base += ["--set", "pack.max_length=64"]
     done = corefit(*base, cwd=tmp_path)
     assert done.returncode == 2
-    assert f"{path}:3:" in done.stderr
-    done = corefit(*base, "--on-bad-record", "skip", cwd=tmp_path)
+    assert done.stderr.startswith(f"corefit: error: {path}:3:72: broken JSON: a string that never ends; ")
+    left_out = [
+        f"  messages: 1 trailing_user: {path}:2",
+        f"  records: 2 bad_record: {path}:3:72: broken JSON: a string that never ends, "
+        f"{path}:6:1: expected a JSON object, found a list",
+        f"  records: 1 no_answer: {path}:4",
+    ]
+    assert done.stdout.split("where first:\n")[1].splitlines()[:3] == left_out
+    done = corefit(*base, "--on-bad-record", "skip", "--seed", "3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "9 used + 1 dropped" in done.stdout
-    assert "bad_record" in done.stdout
+    said, ledger = done.stdout.split("where first:\n")[1].split("\n\n")
+    assert said.splitlines()[:3] == left_out
+    beyond = re.fullmatch(
+        rf"  tokens: ([\d,]+) beyond pack\.max_length: {re.escape(str(path))}:7", said.splitlines()[3]
+    )
+    assert beyond and f" + {beyond[1]} truncated" in ledger
+    assert "9 used + 3 dropped" in done.stdout
+    shown = [line for line in done.stdout.splitlines() if line.startswith("--- ")]
+    assert len(shown) == 3
+    assert shown != [
+        line for line in corefit(*base, "--seed", "4", cwd=tmp_path).stdout.splitlines() if line[:4] == "--- "
+    ]
 
 
 def test_standard_input_can_be_closed_early(tmp_path: Path) -> None:

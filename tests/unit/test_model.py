@@ -110,6 +110,19 @@ def test_full_fine_tuning_trains_everything_in_fp32_as_stored(tmp_path):
     assert check_trainable(attach_adapter(load(folder, compute_dtype="bfloat16"), None, seed=0))
 
 
+@pytest.mark.parametrize("tokens", [None, (2, 5)])
+def test_the_padding_token_trains_as_every_other(tokens, tmp_path):
+    folder = write_model(tmp_path, pad_token_id=2)  # </s>, as LLaMA's folders often say
+    model = load(folder, weights_dtype="float32")
+    assert model.get_input_embeddings().padding_idx == 2
+    spec = AdapterSpec(r=2, alpha=4, dropout=0.0, tokens=tokens) if tokens else None
+    model = attach_adapter(model, spec, seed=0)
+    model(input_ids=torch.tensor([[1, 2, 5]])).logits.sum().backward()
+    name = "embed_tokens.token_adapter.trainable_tokens_delta" if tokens else "embed_tokens.weight"
+    (grad,) = [p.grad for n, p in model.named_parameters() if name in n]
+    assert (grad[0 if tokens else 2] != 0).any()
+
+
 def test_4_bit_layers_are_protected_from_repacking_and_counted_whole(tmp_path):
     folder = write_model(tmp_path)
     seen = []

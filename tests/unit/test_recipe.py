@@ -70,7 +70,7 @@ def test_nothing_gives_the_defaults_of_the_recipe_page():
 def test_sections_and_keys_are_those_of_the_recipe_page():
     keys = {title: " ".join(item.name for item in dataclasses.fields(cls)) for title, cls in SECTIONS.items()}
     assert keys == {
-        "model": "base quantizer trust_remote_code",
+        "model": "base quantizer add_tokens trust_remote_code",
         "adapter": "kind r alpha dropout targets modules_to_save dora rslora start",
         "data": "path map reader shuffle ratio repeat first on_bad max_record_mb options",
         "template": "name supervise min_supervised options",

@@ -92,9 +92,9 @@ def no_checkpointing(patch):
 def chunks_without_their_last_row(patch):
     apply = loss.LinearCrossEntropy.apply
 
-    def wrong(hidden, weight, targets, dtype, chunk, with_grad):
+    def wrong(hidden, weight, targets, dtype, chunk, *rest):
         kept = torch.arange(len(hidden)) % chunk != chunk - 1
-        return apply(hidden[kept], weight, targets[kept], dtype, chunk, with_grad)
+        return apply(hidden[kept], weight, targets[kept], dtype, chunk, *rest)
 
     patch.setattr(loss, "LinearCrossEntropy", SimpleNamespace(apply=wrong))
 
@@ -138,8 +138,9 @@ def adapter_without_a_layer(patch):
 def model_without_its_last_norm(patch):
     rewrite = export.rewrite_weights
 
-    def wrong(base, out, change, added=None):
-        rewrite(base, out, lambda name, read: read() if name == "model.norm.weight" else change(name, read), added)
+    def wrong(base, out, change, added=None, rows=None):
+        kept = lambda name, read: read() if name == "model.norm.weight" else change(name, read)  # noqa: E731
+        rewrite(base, out, kept, added, rows)
 
     patch.setattr(export, "rewrite_weights", wrong)
 

@@ -1,0 +1,197 @@
+"""Tokens that a base's vocabulary lacks: added, trained, saved, merged, gone on with; other rows stay as they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import write_model
+from tiny_internlm import write_internlm
+
+import corefit
+from corefit.chat import find
+from corefit.data.tokenizer import Tokenizer
+from corefit.engine.loss import CausalLoss
+from corefit.engine.model import AdapterSpec, add_rows, attach_adapter, load_base, with_adapter
+from corefit.errors import ModelError
+from corefit.merge import load, logits, merge
+from corefit.registry import Registry
+
+TOKENS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+SETS = [
+    *("pack.max_length=128", "train.packs_per_step=2", "train.max_steps=4", "sample.max_tokens=2", "adapter.r=4"),
+    *(
+        "pack.held=16",
+        "train.lr=5e-3",
+        "run.threads=1",
+        "val.records=0",
+        "train.precision=fp32",
+        f"model.add_tokens={json.dumps(TOKENS)}",
+    ),
+]
+ROWS = "".join(json.dumps({"text": f"### Human: What is {i}?### Assistant: It is {i}."}) + "\n" for i in range(60))
+
+
+def make(folder: Path, kind: str) -> Path:
+    """Write a model with as many rows as its tokenizer has tokens, or more."""
+    if kind == "internlm2":
+        return write_internlm(folder, "internlm2")
+    size = Tokenizer.load(write_model(folder / "sized")).vocab_size
+    rows = size + 20 if kind == "spare" else size
+    return write_model(folder, vocab_size=rows, tie_word_embeddings=kind == "tied")
+
+
+def trained(folder: Path, base: Path, *sets: str, quantizer: str = "none", **more: Any) -> Path:
+    (folder / "rows.jsonl").write_text(ROWS, "utf-8")
+    data = dict(data=str(folder / "rows.jsonl"), plugin="oasst1", template="llama3_chat")
+    more = {"out": folder / "run", **more}
+    return corefit.train(model=str(base), **data, quantizer=quantizer, sets=[*SETS, *sets], **more).path
+
+
+def tables(weights: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    names = ("embed_tokens.weight", "lm_head.weight", "tok_embeddings.weight", "output.weight")
+    return [tensor for name, tensor in weights.items() if name.endswith(names)]
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "spare", "internlm2"])
+def test_new_tokens_train_and_are_in_what_is_merged(kind: str, tmp_path: Path) -> None:
+    base = make(tmp_path / "base", kind)
+    run = trained(tmp_path, base, quantizer="nf4" if kind == "untied" else "none")
+    before, after = Tokenizer.load(base), Tokenizer.load(run / "adapter")
+    ids = [after.token_id(token) for token in TOKENS]
+    assert ids == list(range(before.vocab_size, before.vocab_size + 3))
+    assert json.loads((run / "adapter" / "corefit.json").read_bytes())["add_tokens"] == TOKENS
+    out = merge(run, tmp_path / "merged", measured=0)
+    old, new = (tables(load_file(folder / "model.safetensors")) for folder in (base, out))
+    assert len(old) == len(new) == (1 if kind == "tied" else 2)
+    for was, now in zip(old, new, strict=True):
+        assert len(now) == max(len(was), before.vocab_size + 3)
+        mean = was[: before.vocab_size].mean(0)
+        assert all((now[id] - mean).abs().max() > 1e-4 for id in ids), "a new row did not train"
+        kept = [row for row in range(len(was)) if row not in ids]
+        assert torch.equal(now[kept], was[kept])
+    assert json.loads((out / "config.json").read_bytes())["vocab_size"] == len(new[0])
+    if kind != "untied":  # merged into the stored weights, not those of nf4
+        texts = [[*ids, 40, 50, 60, *ids]]
+        for a, b in zip(logits(load(find(run)), texts), logits(load(find(out)), texts), strict=True):
+            assert a.shape[-1] == b.shape[-1] == len(new[0])
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+    assert isinstance(corefit.Run(run).chat("What is 5?", max_tokens=4), str)
+
+
+def test_full_fine_tuning_writes_the_larger_vocabulary(tmp_path: Path) -> None:
+    base = make(tmp_path / "base", "tied")
+    run = trained(tmp_path, base, "adapter.kind=none", "train.lr=1e-3")
+    rows = Tokenizer.load(run / "model").vocab_size
+    (table,) = tables(load_file(run / "model" / "model.safetensors"))
+    assert len(table) == rows == json.loads((run / "model" / "config.json").read_bytes())["vocab_size"]
+    assert isinstance(corefit.Run(run).chat("What is 5?", max_tokens=4), str)
+
+
+def test_it_resumes_to_the_same_bits_and_another_run_goes_on_from_its_adapter(tmp_path: Path) -> None:
+    base = make(tmp_path / "base", "untied")
+    straight = trained(tmp_path, base)
+    half = trained(tmp_path, base, "train.max_steps=2", "train.scheduler=constant", out=tmp_path / "half")
+    whole = trained(tmp_path, base, "train.scheduler=constant", out=tmp_path / "whole")
+    again = trained(tmp_path, base, "train.scheduler=constant", out=half, resume=True)
+    weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, again)]
+    assert weights[0] == weights[1]
+    sets = [s for s in SETS if not s.startswith("model.add_tokens")]
+    more = corefit.train(
+        model=str(base),
+        data=str(tmp_path / "rows.jsonl"),
+        plugin="oasst1",
+        template="llama3_chat",
+        quantizer="none",
+        sets=[*sets, f"adapter.start={straight / 'adapter'}"],
+        out=tmp_path / "more",
+    )
+    assert json.loads((more.path / "adapter" / "corefit.json").read_bytes())["add_tokens"] == TOKENS
+    first, last = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (straight, more.path))
+    assert first.keys() == last.keys()
+    assert find(f"{half}@2", model=str(base)).tokenizer().token_id(TOKENS[0]) is not None
+
+
+def test_plain_peft_opens_it_as_its_readme_says(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = make(tmp_path / "base", "untied")
+    run = trained(tmp_path, base)
+    readme = (run / "adapter" / "README.md").read_text("utf-8")
+    assert "base.resize_token_embeddings(len(tokenizer))" in readme
+    tokenizer, model = AutoTokenizer.from_pretrained(run / "adapter"), AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(len(tokenizer))
+    model = PeftModel.from_pretrained(model, run / "adapter").eval()
+    ids = torch.tensor([tokenizer(f"{TOKENS[0]}What{TOKENS[2]}", add_special_tokens=False)["input_ids"]])
+    (ours,) = logits(load(find(run)), ids.tolist())
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits[0], ours, atol=1e-5, rtol=1e-4)
+
+
+def test_loss_and_gradients_of_trained_rows_are_those_of_full_logits(tiny_model: Path) -> None:
+    network = load_base(
+        str(tiny_model), quantizer=Registry.load().quantizer("none"), compute_dtype="float32", device="cpu"
+    )
+    add_rows(network, 514, [512, 513])
+    for table in (network.get_input_embeddings(), network.get_output_embeddings()):
+        assert len(table.weight) == 514
+        torch.testing.assert_close(table.weight[512:], table.weight[:512].mean(0).expand(2, -1))
+    network = attach_adapter(network, AdapterSpec(r=4, alpha=8, dropout=0.0, tokens=(7, 512, 513)), seed=0)
+    ids = torch.tensor([[1, 7, 512, 30, 513, 7, 40, 512]])
+    labels = torch.tensor([[7, 512, 30, 513, 7, 40, 512, -100]])
+    found = []
+    for chunked in (True, False):
+        loss_fn = CausalLoss(network, chunk=3)
+        assert loss_fn.probe() is None
+        loss_fn.plain = None if chunked else "asked for"
+        network.zero_grad()
+        loss = loss_fn(ids, torch.arange(8)[None], labels)
+        loss.backward()
+        grads = {n: p.grad.clone() for n, p in network.named_parameters() if "trainable_tokens_delta" in n}
+        found.append((loss.detach(), grads))
+    assert len(found[0][1]) == 2
+    assert all(grad.abs().sum() > 0 for grad in found[0][1].values())
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+
+
+def test_an_adapter_of_others_with_whole_embeddings_of_a_larger_vocabulary_opens_and_merges(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = make(tmp_path / "base", "untied")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    rows = model.config.vocab_size + 5
+    model.resize_token_embeddings(rows)
+    spec = LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(model, spec)
+    adapted.save_pretrained(tmp_path / "theirs")
+    network = with_adapter(
+        load_base(str(base), quantizer=Registry.load().quantizer("none"), compute_dtype="float32", device="cpu"),
+        tmp_path / "theirs",
+    ).eval()
+    ids = torch.tensor([[1, 5, rows - 1, 9]])
+    with torch.no_grad():
+        expected = adapted.eval()(input_ids=ids).logits
+        torch.testing.assert_close(network(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4)
+    out = merge(tmp_path / "theirs", tmp_path / "merged", model=str(base), measured=0)
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(out)(input_ids=ids).logits
+    torch.testing.assert_close(merged, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_what_can_not_be_together_is_refused_by_name(tmp_path: Path) -> None:
+    base = make(tmp_path / "base", "untied")
+    with pytest.raises(ModelError, match=r"adapter\.targets: lm_head can't have LoRA beside model\.add_tokens"):
+        trained(tmp_path, base, 'adapter.targets=["lm_head", "q_proj"]')
+    sets = [s for s in SETS if not s.startswith("model.add_tokens")]
+    with pytest.raises(ModelError, match=r"model\.add_tokens"):  # what to do where a template's token is missing
+        corefit.train(
+            model=str(base), data=str(tmp_path / "rows.jsonl"), plugin="oasst1", template="llama3_chat", sets=sets
+        )
