@@ -25,7 +25,7 @@ fine-tune a chat model:
   safetensors PATH     read the tensors of pickled weights (.bin, .pt, .pth) without running what is in them
 
 look around:
-  recipes [PATTERN]    list the recipes (also: list-cfg -p PATTERN)
+  recipes [PATTERN]    list the recipes; --all: also names of XTuner that are none, with why (also: list-cfg -p PATTERN)
   copy NAME [DEST]     copy a recipe to edit it (also: copy-cfg)
   templates [NAME]     list the prompt templates, show one on a sample conversation, or --diff A B
   plugins              list every plugin: where it comes from, what it contributes, why it is broken

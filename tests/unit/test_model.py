@@ -240,6 +240,16 @@ def test_pickled_weights_are_refused_unopened(tmp_path):
         base_dtype_of(str(folder))
 
 
+def test_a_copy_of_the_hub_without_safetensors_says_what_to_run(tmp_path):
+    folder = write_model(tmp_path / "models--internlm--internlm-chat-7b" / "snapshots" / "0123")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError) as caught:
+        load(folder)
+    name = "internlm/internlm-chat-7b"
+    for command in (f"hf download {name} --local-dir {name}; ", f"corefit safetensors {name} --out {name}-safetensors"):
+        assert command in str(caught.value)
+
+
 def test_an_adapter_beside_the_model_is_refused_for_transformers_would_load_the_base_it_names(tmp_path):
     folder, other = write_model(tmp_path / "model"), write_model(tmp_path / "other", seed=1)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(other)}
