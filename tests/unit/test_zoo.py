@@ -17,9 +17,9 @@ CLASSIC = set((Path(__file__).parents[1] / "golden" / "xtuner_zoo.txt").read_tex
 MAPS = (
     *("alpaca", "alpaca_zh", "arxiv", "code_alpaca", "colors", "crime_kg_assitan", "default", "law_reference", "llava"),
     *("llava_image_only", "medical", "msagent_react", "oasst1", "openai", "openorca", "pretrain", "sql"),
-    *("stack_exchange", "tiny_codes", "wizardlm", "conversation"),
+    *("stack_exchange", "tiny_codes", "wizardlm", "conversation", "moss_sft"),
 )
-"""The names of XTuner's ``list-dataset-format``, and its own format."""
+"""The names of XTuner's ``list-dataset-format``, its own format, and MOSS's."""
 
 
 def refusal(ask, *arguments) -> str:
