@@ -25,7 +25,7 @@ fine-tune a chat model:
   safetensors PATH     read the tensors of pickled weights (.bin, .pt, .pth) without running what is in them
 
 look around:
-  recipes [PATTERN]    list the recipes (also: list-cfg -p PATTERN)
+  recipes [PATTERN]    list the recipes; --all: also names of XTuner that are none, with why (also: list-cfg -p PATTERN)
   copy NAME [DEST]     copy a recipe to edit it (also: copy-cfg)
   templates [NAME]     list the prompt templates, show one on a sample conversation, or --diff A B
   plugins              list every plugin: where it comes from, what it contributes, why it is broken
@@ -219,7 +219,8 @@ def _parser() -> _Parser:
     tensors.add_argument("--out", metavar="DIR", help="a new or empty folder (default: beside the pickles)")
 
     recipes = verb("recipes", _recipes, "List the recipes.", aliases=["list-cfg"])
-    recipes.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name")
+    recipes.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name, or a glob")
+    recipes.add_argument("--all", action="store_true", help="also XTuner's names that are no recipe here, with why")
     recipes.add_argument("-p", "--pattern", dest="p", metavar="PATTERN", help=argparse.SUPPRESS)
 
     copy = verb("copy", _copy, "Copy a recipe, to edit it.", aliases=["copy-cfg"])
@@ -337,17 +338,23 @@ def _safetensors(args: argparse.Namespace) -> int:
 
 
 def _recipes(args: argparse.Namespace) -> int:
-    from corefit.recipe import list_recipes
+    from corefit import zoo
 
-    for name, summary in list_recipes(args.pattern or args.p):
-        say(f"{name}  {summary}")
+    pattern = args.pattern or args.p or ""
+    for name in zoo.matching(pattern, zoo.names()):
+        say(f"{name}  {zoo.summary(name)}")
+    rest = zoo.matching(pattern, zoo.excluded())
+    for name in rest if args.all else ():
+        say(f"{name}  can't run: {zoo.excluded()[name]}")
+    if rest and not args.all:
+        notice(f"{len(rest)} more names of XTuner's zoo are no recipes here; --all lists them, each with why")
     return 0
 
 
 def _copy(args: argparse.Namespace) -> int:
-    from corefit.recipe import copy_recipe
+    from corefit.zoo import copy_recipe
 
-    say(copy_recipe(args.name, args.dest))
+    say(copy_recipe(args.name, args.dest, "_copy" if args.verb == "copy-cfg" else ""))
     return 0
 
 

@@ -210,9 +210,9 @@ def load(found: Found) -> Any:  # noqa: ANN401, a PeftModel or a language model
     """Load an adapter on its base, stored as in training, or a model; it multiplies in fp32, whatever training did."""
     import torch
 
-    from corefit.engine.model import load_base, with_adapter
+    from corefit.engine.model import load_base, unsaid, with_adapter
 
-    network: Any = load_base(**_storage(found))
+    network: Any = load_base(**_storage(found), say=unsaid)
     if found.adapter:
         network = with_adapter(network, found.adapter)
     for module in network.modules():

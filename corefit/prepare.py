@@ -47,12 +47,12 @@ from corefit.recipe import (
     load_recipe,
     option_keys,
     options_from,
-    recipe_path,
     run_and_step,
     to_toml,
 )
 from corefit.registry import Registry
 from corefit.types import BadRecord, DatasetReader, Drop, Item, MapFunction, PromptTemplate, Record, Sample, Sources
+from corefit.zoo import named_recipe
 
 EMBEDDED = Path(__file__).parent / "embedded"
 SNIFFED = 32
@@ -103,8 +103,8 @@ def resolve(
         name = (flags.get("plugin") or "run").rpartition(":")[2]
     else:
         folder, _ = run_and_step(recipe)
-        file = Path(folder) / "recipe.toml" if Path(folder).is_dir() else recipe_path(recipe)
-        resolved = apply_overrides(load_recipe(file), flags, sets)
+        file = Path(folder) / "recipe.toml" if Path(folder).is_dir() else Path(recipe)
+        resolved = apply_overrides(named_recipe(str(file)), flags, sets)
         name = file.parent.name.rsplit("-", 1)[0] if file.name == "recipe.toml" else file.stem
     text = to_toml(resolved)
     for variable in [name for name, value in secrets().items() if value in text]:
@@ -135,7 +135,21 @@ def resolve(
         raise RecipeError("--model without --data: name a file, a folder or a glob, or - for standard input")
     if resolved.model.base is None and need_model:
         raise RecipeError("--data without --model: name a local model folder or a hub name")
+    if resolved.model.base is not None and not Path(resolved.model.base).is_dir():
+        _check_paths(resolved)
     return resolved, name, []
+
+
+def _check_paths(recipe: Recipe) -> None:
+    """Refuse data that isn't there, all of it together, before a model is fetched for it."""
+    missing = []
+    for entry in recipe.data:
+        try:
+            find_files(entry.path or "-", base=Path.cwd())
+        except DataError as error:
+            missing.append(str(error))
+    if missing:
+        raise DataError("\n".join(missing))
 
 
 def secrets() -> dict[str, str]:

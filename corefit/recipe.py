@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import difflib
-import fnmatch
 import glob
 import math
 import os
@@ -25,8 +23,6 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, g
 
 from corefit.errors import PluginError, RecipeError, unknown
 from corefit.own import own_file
-
-ZOO = Path(__file__).parent / "recipes"
 
 
 class Is(NamedTuple):
@@ -817,41 +813,6 @@ def _value(value: object) -> str:
     raise RecipeError(f"{value!r}: TOML can't hold a {type(value).__name__}")
 
 
-# ------------------------------------------------------------------------------------------------------ the zoo
-
-
-def list_recipes(pattern: str | None = None) -> list[tuple[str, str]]:
-    """Give name and summary (the first comment line) of the recipes that ship, sorted.
-
-    Args:
-        pattern: part of a name, or a glob over all of it; case does not matter.
-    """
-    wanted = (pattern or "").lower()
-    found = []
-    for file in sorted(ZOO.glob("*.toml")):
-        name = file.stem.lower()
-        if wanted in name or fnmatch.fnmatchcase(name, wanted):
-            first = file.read_text(encoding="utf-8").partition("\n")[0]
-            found.append((file.stem, first.lstrip("# ") if first.startswith("#") else ""))
-    return found
-
-
-def recipe_path(name: str | Path) -> Path:
-    """Give the file of a recipe: a path, or the name of a recipe that ships.
-
-    Raises:
-        RecipeError: neither is there; gives the nearest name.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    names = [known for known, _ in list_recipes()]
-    if str(name) in names:
-        return ZOO / f"{name}.toml"
-    near = difflib.get_close_matches(Path(name).stem, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise RecipeError(f"{name}: no such file or recipe; {hint}`corefit recipes` lists those that ship")
-
-
 def run_and_step(target: str) -> tuple[str, str | None]:
     """Take ``RUN@500``, ``RUN@best`` or ``RUN/checkpoints/step-00000500`` apart; anything else comes back with None.
 
@@ -865,24 +826,3 @@ def run_and_step(target: str) -> tuple[str, str | None]:
     if path.parent.name == "checkpoints" and path.name.removeprefix("step-").isdecimal():
         return str(path.parent.parent), path.name.removeprefix("step-")
     return target, None
-
-
-def copy_recipe(name: str, dest: str | Path | None = None) -> Path:
-    """Copy a recipe to a file, or into a folder, by default the current one; gives the new file.
-
-    Raises:
-        RecipeError: there is no such recipe, or the file is there already.
-    """
-    source = recipe_path(name)
-    target = Path("." if dest is None else dest)
-    if target.is_dir() or str(dest).endswith(("/", os.sep)):
-        target = target / source.name
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(source.read_text(encoding="utf-8"))
-    except FileExistsError:
-        raise RecipeError(f"{target}: is there already; name another file") from None
-    except OSError as error:
-        raise RecipeError(f"{target}: can't be written: {error.strerror}") from error
-    return target
