@@ -51,7 +51,18 @@ from corefit.recipe import (
     to_toml,
 )
 from corefit.registry import Registry
-from corefit.types import BadRecord, DatasetReader, Drop, Item, MapFunction, PromptTemplate, Record, Sample, Sources
+from corefit.types import (
+    BadRecord,
+    DatasetReader,
+    Document,
+    Drop,
+    Item,
+    MapFunction,
+    PromptTemplate,
+    Record,
+    Sample,
+    Sources,
+)
 from corefit.zoo import named_recipe
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -193,14 +204,7 @@ def prepare(
     """
     recipe = _with_start(recipe)
     tok = Tokenizer.load(tokenizer, recipe.model.add_tokens)
-    template = registry.template(recipe.template.name or "tokenizer")
-    choices = []
-    if recipe.template.name is None:
-        choices.append("template: tokenizer (none was named: the chat template that the tokenizer carries)")
-    else:
-        choices.append(f"template: {template.name}")
-    template_options = options_from(template.options, recipe.template.options, where="template.options")
-    encoder = make_encoder(template, tok, template_options=template_options, supervise=recipe.template.supervise)
+    choices: list[str] = []
     sources: list[Source] = []
     val_sources: list[Source] = []
     for number in range(len(recipe.data)):
@@ -208,6 +212,15 @@ def prepare(
         sources.append(train)
         val_sources += val
         choices += lines
+    name, why = recipe.template.name or "tokenizer", ""
+    if recipe.template.name is None:
+        why = " (none was named: the chat template that the tokenizer carries)"
+        if not tok.chat_template and _only_text(sources):
+            name, why = "text", " (none was named, and the data is plain text)"
+    template = registry.template(name)
+    choices.insert(0, f"template: {name}{why}")
+    template_options = options_from(template.options, recipe.template.options, where="template.options")
+    encoder = make_encoder(template, tok, template_options=template_options, supervise=recipe.template.supervise)
     return Prepared(
         recipe=dataclasses.replace(
             recipe,
@@ -225,6 +238,13 @@ def prepare(
         val_sources=tuple(val_sources),
         choices=tuple(choices),
     )
+
+
+def _only_text(sources: Sequence[Source]) -> bool:
+    """Whether the first records of all sources are plain text."""
+    first = [(source, record) for source in sources for record in islice(source.read(), SNIFFED)]
+    items = items_of(first, "all")
+    return bool(items) and all(isinstance(item, Document) for item, _ in items)
 
 
 def _with_start(recipe: Recipe) -> Recipe:
