@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from corefit.data.jsonl import fetch_jsonl, index_jsonl, read_jsonl
     from corefit.errors import CorefitError, DataError, RecipeError, UserError
+    from corefit.fields import Fields
     from corefit.hookspecs import hookimpl
     from corefit.run import Run, inspect, train
     from corefit.types import (
@@ -46,6 +47,7 @@ _HOME = {
     "DatasetReader": "corefit.types",
     "Document": "corefit.types",
     "Drop": "corefit.types",
+    "Fields": "corefit.fields",
     "IGNORE_INDEX": "corefit.types",
     "ImportedRecipe": "corefit.types",
     "MapFunction": "corefit.types",
@@ -80,6 +82,7 @@ __all__ = [
     "DatasetReader",
     "Document",
     "Drop",
+    "Fields",
     "IGNORE_INDEX",
     "ImportedRecipe",
     "MapFunction",

@@ -21,6 +21,7 @@ from corefit.types import Message, Unrenderable
 
 if TYPE_CHECKING:
     from corefit.data.tokenizer import Tokenizer
+    from corefit.engine.evaluate import Decoding
 
 Say = Callable[[str], None]
 
@@ -176,7 +177,7 @@ class Chatter:
         quantizer: str | None = None,
         device: str = "auto",
         max_tokens: int = 512,
-        temperature: float = 0.0,
+        decoding: Decoding | None = None,
         trust_remote_code: bool = False,
         say: Say = notice,
     ) -> None:
@@ -188,7 +189,7 @@ class Chatter:
             quantizer: how to store the base; None: as training stored it, a whole model as it is.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             max_tokens: the longest answer.
-            temperature: 0 is greedy: the same question gives the same answer.
+            decoding: how tokens are chosen; None: greedily.
             trust_remote_code: run the Python files of the base. The recipe of a run folder, which may be anybody's,
                 doesn't decide it.
             say: takes notices, one line each.
@@ -197,6 +198,7 @@ class Chatter:
             ModelError: nothing to talk to, no base, no chat template.
         """
         from corefit.data.encode import make_encoder
+        from corefit.engine.evaluate import GREEDY, Memory
         from corefit.engine.model import base_dtype_of, choose_device, choose_precision, load_base, with_adapter
         from corefit.registry import Registry
 
@@ -212,7 +214,9 @@ class Chatter:
                 )
         self.encoder = make_encoder(template, self.tokenizer)
         self.stop_ids = frozenset(self.found.stop_ids(self.tokenizer))
-        self.max_tokens, self.temperature = max_tokens, temperature
+        self.max_tokens, self.decoding = max_tokens, decoding or GREEDY
+        self._read = {True: Memory(), False: Memory()}  # with the adapter on, and off
+        self._said: dict[str, tuple[int, ...]] = {}  # the ids of answers: their text may be encoded otherwise
         self.device = choose_device(device)
         base = str(self.found.base)
         self.precision = choose_precision("auto", device=self.device, base_dtype=base_dtype_of(base))
@@ -235,7 +239,7 @@ class Chatter:
             UserError: the template can't write these messages.
         """
         try:
-            ids = self.encoder.prompt([Message(str(m["role"]), str(m["content"])) for m in messages])
+            ids = self.encoder.prompt([Message(str(m["role"]), str(m["content"])) for m in messages], self._said)
         except Unrenderable as refusal:
             name = self.encoder.template.name
             raise UserError(f"template {name!r} can't write this conversation ({refusal.reason})") from None
@@ -259,27 +263,37 @@ class Chatter:
             raise UserError(f"the conversation has {len(prompt)} tokens, the model's context {room}; start a new one")
         off = not adapter and self.found.adapter is not None
         ids: list[int] = []
-        shown = 0
-        with self.model.disable_adapter() if off else contextlib.nullcontext():
-            for id in stream(
-                self.model,
-                prompt,
-                max_tokens=min(self.max_tokens, room - len(prompt)),
-                device=self.device,
-                compute_dtype=self.precision.compute_dtype,
-                temperature=self.temperature,
-            ):
-                if id in self.stop_ids:
-                    break
-                ids.append(id)
-                text = self.tokenizer.decode(ids, skip_special=True)
-                if not text.endswith("\ufffd"):  # else the bytes of a character are not all there yet
-                    yield text[shown:]
-                    shown = len(text)
-        yield self.tokenizer.decode(ids, skip_special=True)[shown:]
+        shown, at = "", 0
+        tokens = stream(
+            self.model,
+            prompt,
+            max_tokens=min(self.max_tokens, room - len(prompt)),
+            device=self.device,
+            compute_dtype=self.precision.compute_dtype,
+            decoding=self.decoding,
+            memory=self._read[not off],
+        )
+        try:
+            with self.model.disable_adapter() if off else contextlib.nullcontext():
+                for id in tokens:
+                    if id in self.stop_ids:
+                        break
+                    ids.append(id)
+                    text = self.tokenizer.decode(ids, skip_special=True)
+                    if not text.endswith("\ufffd"):  # else the bytes of a character are not all there yet
+                        piece, shown, at = text[len(shown) :], text, len(ids)
+                        yield piece
+            piece = self.tokenizer.decode(ids, skip_special=True)[len(shown) :]
+            shown, at = shown + piece, len(ids)
+            yield piece
+        finally:  # also where the answer is broken off
+            forbidden = self.encoder.forbidden
+            if all(id < len(forbidden) and not forbidden[id] for id in ids[:at]):
+                self._said[shown] = tuple(ids[:at])
 
     def ask(self, prompt: str, *, system: str | None = None, adapter: bool = True) -> str:
-        """Give the answer to one question."""
+        """Give the answer to one question; ``system`` None: the system message of training, where it had one."""
+        system = self.found.facts.get("system") if system is None else system
         return "".join(self.answer([*_system(system), {"role": "user", "content": prompt}], adapter=adapter)).strip()
 
 
@@ -287,31 +301,55 @@ def _system(text: str | None) -> list[dict[str, str]]:
     return [{"role": "system", "content": text}] if text else []
 
 
+HELP = """/new, /reset     start afresh
+/system          show the system message, and those that have a name
+/system WHAT     start afresh with a system message: its name, or its text; - is none
+\"\"\"              begins and ends a message of several lines
+/exit            end; ctrl-C ends an answer, then the chat
+"""
+
+
 def chat_loop(
     chatter: Chatter,
     *,
     system: str | None = None,
+    systems: Mapping[str, str] | None = None,
     compare: bool = False,
     read: Callable[[str], str] = input,
     write: Callable[[str], object] = answer,
 ) -> None:
-    """Talk until ``/exit`` or the end of input; ``/new`` starts afresh; ctrl-C ends an answer, then the chat.
+    """Talk until ``/exit`` or the end of input; ``HELP`` says what else there is. ``systems``: name -> system message.
 
     With ``compare`` every question is answered twice, first with the adapter off; the conversation goes on with the
     answer of the adapter.
     """
-    history = _system(system)
+    history, systems = _system(system), systems or {}
     sides = [(False, "adapter off: "), (True, "adapter on:  ")] if compare else [(True, "")]
     while True:
         try:
             line = read("> ").strip()
+            if line.startswith('"""'):
+                while len(line) < 6 or not line.endswith('"""'):
+                    line += "\n" + read(". ").rstrip()
+                line = line[3:-3].strip("\n")
         except (EOFError, KeyboardInterrupt):
             write("\n")
             return
+        word, _, rest = line.partition(" ")
         if line in ("/exit", "/quit"):
             return
-        if line == "/new":
+        if line in ("/new", "/reset"):
             history = _system(system)
+        elif line == "/help":
+            write(HELP)
+        elif line == "/system":
+            named = (f"{name}: {text}" for name, text in sorted(systems.items()))
+            write("\n".join([f"system: {system or 'none'}", *named]) + "\n")
+        elif word == "/system":
+            system = systems.get(rest.strip(), rest.strip().removeprefix("-") or None)
+            history = _system(system)
+        elif word.startswith("/") and word[1:].isalpha() and not rest:
+            write(f"no command {word}\n{HELP}")
         elif line:
             question = {"role": "user", "content": line}
             said = ""

@@ -31,7 +31,7 @@ fine-tune a chat model:
   safetensors PATH     read the tensors of pickled weights (.bin, .pt, .pth) without running what is in them
 
 look around:
-  recipes [PATTERN]    list the recipes (also: list-cfg -p PATTERN)
+  recipes [PATTERN]    list the recipes; --all: also names of XTuner that are none, with why (also: list-cfg -p PATTERN)
   copy NAME [DEST]     copy a recipe to edit it (also: copy-cfg)
   templates [NAME]     list the prompt templates, show one on a sample conversation, or --diff A B
   import CONFIG        print an XTuner config (.py) as a recipe; train and inspect also take it as it is
@@ -189,19 +189,28 @@ def _parser() -> _Parser:
     )
     _recipe_flags(inspect)
     inspect.add_argument("--tokenizer", metavar="PATH", help="a tokenizer folder or a bare tokenizer.model")
-    inspect.add_argument(
-        "--samples", type=int, default=3, metavar="N", help="random samples after the first (default 3)"
-    )
+    inspect.add_argument("--samples", type=int, default=3, metavar="N", help="random samples (default 3)")
     inspect.add_argument("--json", action="store_true", help="one JSON object a sample, all of them, in data order")
 
     chat = verb("chat", _chat, "Talk to a run, an adapter or a model, with the template that training used.")
     chat.add_argument("target", metavar="RUN[@STEP]|ADAPTER|MODEL")
     chat.add_argument("--prompt", metavar="TEXT", help="one answer instead of a conversation")
-    chat.add_argument("--system", metavar="TEXT", help="a system message")
+    chat.add_argument("--system", metavar="TEXT|NAME", help="a system message, or the map function whose own it is")
     chat.add_argument("--compare", action="store_true", help="answers with the adapter off and on")
     chat.add_argument("--model", metavar="PATH", help="the base model, where it moved")
     chat.add_argument("--quantizer", metavar="NAME", help="how to store the base weights (default: as in training)")
-    chat.add_argument("--max-tokens", type=int, default=512, metavar="N")
+    chat.add_argument("--max-tokens", type=int, default=512, metavar="N", help="the longest answer (default 512)")
+    chat.add_argument("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda, cuda:1")
+    chat.add_argument(
+        "--temperature",
+        type=float,
+        metavar="X",
+        help="0: the most likely token, always (default; 1 with --top-k, --top-p, --seed)",
+    )
+    chat.add_argument("--top-k", type=int, metavar="N", help="sample from the N most likely tokens")
+    chat.add_argument("--top-p", type=float, metavar="P", help="sample from the most likely tokens that reach P")
+    chat.add_argument("--repetition-penalty", type=float, metavar="X", help="make what is there already less likely")
+    chat.add_argument("--seed", type=int, metavar="N", help="of the sampling")
     chat.add_argument("--trust-remote-code", action="store_true", help="run the Python code in the model's folder")
 
     score = verb("eval", _eval, "Score a run, an adapter or a model on held-out records, with the adapter off and on.")
@@ -241,7 +250,8 @@ def _parser() -> _Parser:
     tensors.add_argument("--config", metavar="CONFIG", help="what an XTuner .pth was trained with: --out is an adapter")
 
     recipes = verb("recipes", _recipes, "List the recipes.", aliases=["list-cfg"])
-    recipes.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name")
+    recipes.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name, or a glob")
+    recipes.add_argument("--all", action="store_true", help="also XTuner's names that are no recipe here, with why")
     recipes.add_argument("-p", "--pattern", dest="p", metavar="PATTERN", help=argparse.SUPPRESS)
 
     copy = verb("copy", _copy, "Copy a recipe, to edit it.", aliases=["copy-cfg"])
@@ -328,6 +338,10 @@ def _pack(args: argparse.Namespace) -> int:
 def _chat(args: argparse.Namespace) -> int:
     from corefit.run import chat_with
 
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    decoding = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if {"top_k", "top_p", "seed"} & set(decoding):
+        decoding.setdefault("temperature", 1.0)  # who sets these wants to sample
     chat_with(
         args.target,
         prompt=args.prompt,
@@ -336,6 +350,8 @@ def _chat(args: argparse.Namespace) -> int:
         model=args.model,
         quantizer=args.quantizer,
         max_tokens=args.max_tokens,
+        decoding=decoding,
+        device=args.device,
         trust_remote_code=args.trust_remote_code,
     )
     return 0
@@ -373,17 +389,23 @@ def _safetensors(args: argparse.Namespace) -> int:
 
 
 def _recipes(args: argparse.Namespace) -> int:
-    from corefit.recipe import list_recipes
+    from corefit import zoo
 
-    for name, summary in list_recipes(args.pattern or args.p):
-        say(f"{name}  {summary}")
+    pattern = args.pattern or args.p or ""
+    for name in zoo.matching(pattern, zoo.names()):
+        say(f"{name}  {zoo.summary(name)}")
+    rest = zoo.matching(pattern, zoo.excluded())
+    for name in rest if args.all else ():
+        say(f"{name}  can't run: {zoo.excluded()[name]}")
+    if rest and not args.all:
+        notice(f"{len(rest)} more names of XTuner's zoo are no recipes here; --all lists them, each with why")
     return 0
 
 
 def _copy(args: argparse.Namespace) -> int:
-    from corefit.recipe import copy_recipe
+    from corefit.zoo import copy_recipe
 
-    say(copy_recipe(args.name, args.dest))
+    say(copy_recipe(args.name, args.dest, "_copy" if args.verb == "copy-cfg" else ""))
     return 0
 
 

@@ -159,6 +159,7 @@ def merge(
         stop=tuple(found.facts.get("stop", ())),
         stop_ids=tuple(found.stop_ids(tokenizer)),
         add_tokens=tuple(found.facts.get("add_tokens", ())),
+        system=found.facts.get("system", ""),
         supervise=found.facts.get("supervise", "all"),
         quantizer=quantizer,
         compute_dtype=found.facts.get("compute_dtype", ""),
@@ -209,9 +210,9 @@ def load(found: Found) -> Any:  # noqa: ANN401, a PeftModel or a language model
     """Load an adapter on its base, stored as in training, or a model; it multiplies in fp32, whatever training did."""
     import torch
 
-    from corefit.engine.model import load_base, with_adapter
+    from corefit.engine.model import load_base, unsaid, with_adapter
 
-    network: Any = load_base(**_storage(found))
+    network: Any = load_base(**_storage(found), say=unsaid)
     if found.adapter:
         network = with_adapter(network, found.adapter)
     for module in network.modules():

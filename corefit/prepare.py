@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -10,22 +11,35 @@ import importlib.util
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from corefit.data.arena import Arena, write_arena
 from corefit.data.block import RECORD, Block, fit
 from corefit.data.encode import Encoder, make_encoder
 from corefit.data.jsonl import STDIN_NAME, find_files, spool
 from corefit.data.ledger import Ledger
-from corefit.data.source import as_found, encode_items, in_words, items_of, refused
+from corefit.data.source import (
+    At,
+    Input,
+    as_found,
+    encode_items,
+    encode_records,
+    in_words,
+    items_of,
+    map_record,
+    record_row,
+    refused,
+)
 from corefit.data.stream import Source, Stream
 from corefit.data.tokenizer import Tokenizer
 from corefit.durable import read_json
 from corefit.errors import CorefitError, DataError, ModelError, PluginError, RecipeError, unknown
+from corefit.fields import Fields
+from corefit.own import own_code, own_file
 from corefit.recipe import (
     Data,
     Recipe,
@@ -35,7 +49,6 @@ from corefit.recipe import (
     load_recipe,
     option_keys,
     options_from,
-    recipe_path,
     run_and_step,
     to_toml,
 )
@@ -43,6 +56,8 @@ from corefit.registry import Registry
 from corefit.types import (
     BadRecord,
     DatasetReader,
+    Document,
+    Drop,
     ImportedRecipe,
     Item,
     MapFunction,
@@ -51,11 +66,14 @@ from corefit.types import (
     Sample,
     Sources,
 )
+from corefit.zoo import named_recipe
 
 EMBEDDED = Path(__file__).parent / "embedded"
 SNIFFED = 32
 """Records looked at when no map function is named."""
-CODE = ("types.py", "templates.py", "defaults.py", "prepare.py", "recipe.py")
+FIELDS = "fields"
+"""Name of the map function that ``[data.fields]`` describes."""
+CODE = ("types.py", "templates.py", "fields.py", "own.py", "defaults.py", "prepare.py", "recipe.py")
 """Files of corefit that samples depend on, beside those in ``data``."""
 HASHED_WHOLE = 2**26
 """Bytes of a data file up to which all of it is hashed."""
@@ -101,12 +119,12 @@ def resolve(
     flags = {flag: value for flag, value in flags.items() if flag != "cfg-options"}
     if recipe is None:
         resolved = apply_overrides(Recipe(), flags, sets)
-        name = flags.get("plugin") or "run"
+        name = (flags.get("plugin") or "run").rpartition(":")[2]
     else:
         folder, _ = run_and_step(recipe)
-        file = Path(folder) / "recipe.toml" if Path(folder).is_dir() else recipe_path(recipe)
+        file = Path(folder) / "recipe.toml" if Path(folder).is_dir() else Path(recipe)
         if file.suffix in (".toml", "") or not file.is_file():
-            read = load_recipe(file)
+            read = named_recipe(str(file))
         else:
             found = read_config(file, overrides, registry)
             read, overrides = imported_recipe(found, name=str(file), base=Path.cwd()), []
@@ -148,6 +166,8 @@ def resolve(
         raise RecipeError("--model without --data: name a file, a folder or a glob, or - for standard input")
     if resolved.model.base is None and need_model:
         raise RecipeError("--data without --model: name a local model folder or a hub name")
+    if resolved.model.base is not None and not Path(resolved.model.base).is_dir():
+        _check_paths(resolved)
     paths = [
         ", ".join([d.path] if isinstance(d.path, str) else d.path or ["records of the reader"]) for d in resolved.data
     ]
@@ -173,14 +193,43 @@ def read_config(file: Path, overrides: Sequence[str], registry: Registry) -> Imp
         ) from error
 
 
+def _check_paths(recipe: Recipe) -> None:
+    """Refuse data that isn't there, all of it together, before a model is fetched for it."""
+    missing = []
+    for entry in recipe.data:
+        try:
+            find_files(entry.path or "-", base=Path.cwd())
+        except DataError as error:
+            missing.append(str(error))
+    if missing:
+        raise DataError("\n".join(missing))
+
+
 def secrets() -> dict[str, str]:
     """Give the environment variables whose names look like those of secrets: nothing that is written holds a value."""
     return {name: value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= 8}
 
 
-def _reader(name: str | None, map_name: str, registry: Registry) -> DatasetReader:
-    """Give the named reader, else the one of the map function's name, else ``jsonl``."""
-    return registry.reader(name or (map_name if map_name in registry.readers else "jsonl"))
+def _reader(name: str | None, map_name: str | None, registry: Registry, paths: Sequence[Path] = ()) -> DatasetReader:
+    """Give the named reader, else that for the files' suffix, else that of the map function's name, else ``jsonl``.
+
+    Raises:
+        RecipeError: files for several readers.
+    """
+    by_suffix = {
+        path: next((r.name for r in registry.readers.values() if path.name.lower().endswith(_endings(r))), "")
+        for path in ([] if name else paths)
+    }
+    if len(set(by_suffix.values())) > 1:
+        first = {reader: path for path, reader in reversed(by_suffix.items())}
+        words = " and ".join(sorted(map(str, first.values())))
+        raise RecipeError(f"{words} need several readers; write a [[data]] for each, or name files of one kind")
+    name = name or next(iter(by_suffix.values()), "")
+    return registry.reader(name or (map_name if map_name and map_name in registry.readers else "jsonl"))
+
+
+def _endings(reader: DatasetReader) -> tuple[str, ...]:
+    return tuple(suffix + packed for suffix in reader.suffixes for packed in ("", ".gz"))
 
 
 def prepare(
@@ -197,31 +246,28 @@ def prepare(
     """
     recipe = _with_start(recipe)
     tok = Tokenizer.load(tokenizer, recipe.model.add_tokens)
-    template = registry.template(recipe.template.name or "tokenizer")
-    choices = []
-    if recipe.template.name is None:
-        choices.append("template: tokenizer (none was named: the chat template that the tokenizer carries)")
-    else:
-        choices.append(f"template: {template.name}")
-    template_options = options_from(template.options, recipe.template.options, where="template.options")
-    encoder = make_encoder(template, tok, template_options=template_options, supervise=recipe.template.supervise)
-    if encoder.rewrites and recipe.template.supervise == "all":
-        choices.append(
-            "template: it writes an answer otherwise once another turn follows, so earlier answers are learnt in that "
-            'form; template.supervise="unroll" makes a sample of every turn, as the model will be asked'
-        )
+    choices: list[str] = []
     sources: list[Source] = []
     val_sources: list[Source] = []
-    for entry in recipe.data:
-        train, val, lines = _sources(entry, recipe, registry, spool_to, again)
+    for number in range(len(recipe.data)):
+        train, val, lines = _sources(number, recipe, registry, spool_to, again)
         sources.append(train)
         val_sources += val
         choices += lines
+    name, why = recipe.template.name or "tokenizer", ""
+    if recipe.template.name is None:
+        why = " (none was named: the chat template that the tokenizer carries)"
+        if not tok.chat_template and _only_text(sources):
+            name, why = "text", " (none was named, and the data is plain text)"
+    template = registry.template(name)
+    choices.insert(0, f"template: {name}{why}")
+    template_options = options_from(template.options, recipe.template.options, where="template.options")
+    encoder = make_encoder(template, tok, template_options=template_options, supervise=recipe.template.supervise)
     return Prepared(
         recipe=dataclasses.replace(
             recipe,
             data=tuple(
-                dataclasses.replace(d, map=s.map_function.name, reader=s.reader.name)
+                dataclasses.replace(d, map=None if d.fields else s.map_function.name, reader=s.reader.name)
                 for d, s in zip(recipe.data, sources, strict=True)
             ),
             template=dataclasses.replace(recipe.template, name=template.name),
@@ -234,6 +280,13 @@ def prepare(
         val_sources=tuple(val_sources),
         choices=tuple(choices),
     )
+
+
+def _only_text(sources: Sequence[Source]) -> bool:
+    """Whether the first records of all sources are plain text."""
+    first = [(source, record) for source in sources for record in islice(source.read(), SNIFFED)]
+    items = items_of(first, "all")
+    return bool(items) and all(isinstance(item, Document) for item, _ in items)
 
 
 def _with_start(recipe: Recipe) -> Recipe:
@@ -275,13 +328,14 @@ def _with_start(recipe: Recipe) -> Recipe:
 
 
 def _sources(
-    entry: Data,
+    number: int,
     recipe: Recipe,
     registry: Registry,
     spool_to: Path | None,
     again: bool,
 ) -> tuple[Source, tuple[Source, ...], list[str]]:
     """Resolve one ``[[data]]`` table: the training source, its validation sources, lines about what was chosen."""
+    entry = recipe.data[number]
     specs = [entry.path] if isinstance(entry.path, str) else list(entry.path or ())
     train: tuple[Path, ...] = ()
     val: tuple[Path, ...] = ()
@@ -290,12 +344,18 @@ def _sources(
         train, val = tuple(_plain(path, recipe, entry, spool_to, again) for path in found.train), found.val
     limit = entry.max_record_mb * 2**20
     lines: list[str] = []
-    name = entry.map
-    if name is None:
-        name, lines = _sniff(Sources(train, limit), registry, entry.on_bad)
-        lines.append(f"format: {name} (none was named: recognised from the first records)")
-    mapper = registry.map_function(name)
-    reader = _reader(entry.reader, name, registry)
+    reader = _reader(entry.reader, entry.map, registry, train)
+    if entry.fields:
+        origin = f"data.{number}.fields"
+        fields = options_from(Fields, entry.fields, where=lambda key: f"{recipe.where(f'{origin}.{key}')}: data.fields")
+        mapper = cast(Fields, fields).map_function(name=FIELDS, summary="data.fields")
+    else:
+        name = entry.map
+        if name is None:
+            name, lines = _sniff(Sources(train, limit), reader, registry, entry.on_bad)
+            lines.append(f"format: {name} (none was named: recognised from the first records)")
+            reader = _reader(entry.reader, name, registry, train)
+        mapper = registry.map_function(name)
     if reader.needs_path and not train:
         raise RecipeError(f"reader {reader.name!r} needs data.path; --data names it")
     reader_options, map_options = _split_options(entry.options, reader, mapper)
@@ -315,7 +375,8 @@ def _sources(
         )
 
     where = ", ".join(map(str, train)) if len(train) <= 3 else f"{len(train)} files"
-    lines.append(f"data: {where or 'made by the reader'}; map function {name}, reader {reader.name}")
+    lines.append(f"data: {where or 'made by the reader'}; map function {mapper.name}, reader {reader.name}")
+    lines += _check_format(source(train, shuffle=False), registry)
     if recipe.val.data is not None and not val:
         found = find_files(recipe.val.data, base=Path.cwd())
         val = (*found.train, *found.val)
@@ -349,13 +410,13 @@ def _split_options(
     )
 
 
-def _sniff(sources: Sources, registry: Registry, on_bad: str) -> tuple[str, list[str]]:
+def _sniff(sources: Sources, reader: DatasetReader, registry: Registry, on_bad: str) -> tuple[str, list[str]]:
     """Give the one map function that recognises the first records, and lines about those that failed at them.
 
     Raises:
         DataError: none does, or several do; names the keys that are there and the candidates.
     """
-    first = list(islice(registry.reader("jsonl").read(sources, None), SNIFFED))
+    first = list(islice(reader.read(sources, None), SNIFFED))
     for record in first:
         if isinstance(record, BadRecord) and on_bad == "error":
             raise refused(record)
@@ -363,22 +424,72 @@ def _sniff(sources: Sources, registry: Registry, on_bad: str) -> tuple[str, list
     if not records:
         where, n = ", ".join(map(str, sources.paths)), len(first)
         raise DataError(f"{where}: none of the first {n} records can be read; --plugin names their format")
+    fits, lines = _recognised(records, registry)
+    if len(fits) == 1:
+        return fits[0], lines
+    if fits:
+        raise DataError(f"{records[0].origin}: several formats fit ({', '.join(fits)}); choose one with --plugin")
+    known = ", ".join(name for name, m in registry.map_functions.items() if m.sniff is not None)
+    raise DataError(
+        f"{records[0].origin}: no installed plugin knows this format (keys: {_keys(records)}); they "
+        f"recognise: {known}; {_fitting(records, registry)}`corefit plugins` lists all"
+    )
+
+
+def _recognised(records: Sequence[Record], registry: Registry) -> tuple[list[str], list[str]]:
+    """Give the map functions that recognise all records, and lines about those that failed at them."""
     fits, lines = list[str](), list[str]()
     for name, function in registry.map_functions.items():
         try:
             fits += [name] if function.sniff is not None and all(map(function.sniff, records)) else []
         except Exception as error:  # harms nobody who doesn't ask for it
             lines.append(f"map function {name!r} failed at {records[0].origin}: {in_words(error)}")
-    if len(fits) == 1:
-        return fits[0], lines
-    keys = ", ".join(sorted(records[0]))
-    if fits:
-        raise DataError(f"{records[0].origin}: several formats fit ({', '.join(fits)}); choose one with --plugin")
-    known = ", ".join(name for name, m in registry.map_functions.items() if m.sniff is not None)
-    raise DataError(
-        f"{records[0].origin}: no installed plugin knows this format (keys: {keys}); they recognise: {known}; "
-        "--plugin names one, `corefit plugins` lists all"
-    )
+    return fits, lines
+
+
+def _fitting(records: Sequence[Record], registry: Registry) -> str:
+    """Give words about what could read the first record: what recognises it, else what makes something of it."""
+    fits = _recognised(records[:1], registry)[0]
+    for name, function in () if fits else registry.map_functions.items():
+        with contextlib.suppress(Exception):
+            fits += [name] if any(not isinstance(item, Drop) for item in function.map(records[0], None)) else []
+    words = f"--plugin {' or '.join(fits)} fits; " if fits else ""
+    return f"{words}[data.fields] says which field is what; "
+
+
+def _keys(records: Sequence[Record]) -> str:
+    return ", ".join(sorted(records[0])) or "none"
+
+
+def _check_format(source: Source, registry: Registry) -> list[str]:
+    """Refuse a map function that makes nothing of the first records, and fields that none of them has.
+
+    Gives a line where the records look like another format than the one that was named.
+    """
+    mapper, wanted = source.map_function, source.sources.fields
+    whole = dataclasses.replace(source, sources=dataclasses.replace(source.sources, fields=None))
+    records = [record for record in islice(whole.read(), SNIFFED) if isinstance(record, Record)]
+    if not records:
+        return []
+    origin, there = records[0].origin, sorted({key for record in records for key in record})
+    for key in (wanted or ()) if mapper.name == FIELDS else ():
+        if key not in there:
+            raise DataError(f"{origin}: data.fields: {unknown('field', key, there)}")
+    fits = _recognised(records, registry)[0]
+    if mapper.name in fits:
+        return []
+    items = [item for record in records for item in map_record(whole, record)]
+    if reasons := dict.fromkeys(item.reason for item in items if isinstance(item, Drop)):
+        if len(items) == sum(isinstance(item, Drop) for item in items):
+            reads = f"it reads {', '.join(wanted[:5])}; " if wanted else ""
+            raise DataError(
+                f"{origin}: map function {mapper.name!r} makes nothing of the first {len(records)} records "
+                f"({', '.join(reasons)}); {reads}keys there: {_keys(records)}; {_fitting(records, registry)}"
+                "`corefit plugins` lists all"
+            )
+    if fits and mapper.sniff is not None:
+        return [f"data: the records look like {' or '.join(fits)}, but {mapper.name} was named"]
+    return []
 
 
 def without_out(recipe: Recipe) -> Recipe:
@@ -408,6 +519,22 @@ def walk(plan: Prepared) -> Iterator[tuple[Item, Sample]]:
                 yield items[number][0], block.sample(i, items[number][1])
             if block.error is not None:
                 raise block.error
+
+
+def look(plan: Prepared) -> Iterator[tuple[Source, list[Record | BadRecord], Block]]:
+    """Yield records and what becomes of them, in the order of the first epoch; what is wrong with them ends nothing.
+
+    A block with an error has fewer records than the list: those before the one that would end the run.
+    """
+    for number, source in enumerate(plan.sources):
+        anyhow = dataclasses.replace(source, on_bad="skip")
+        if any(path.suffix == ".gz" for path in source.sources.paths):
+            anyhow = dataclasses.replace(anyhow, shuffle=False)  # a run unpacks such files first
+        records = (record for _, record in Input(number, anyhow, plan.recipe.train.seed, []).read(0, At()))
+        while group := list(islice(records, 64)):
+            rows = [record_row(0, i, record, 0, 0) for i, record in enumerate(group)]
+            block = encode_records([anyhow], group, rows, plan.encoder, names=("",))
+            yield source, group, fit(block, plan.recipe.pack.max_length, plan.recipe.pack.overlong)
 
 
 def encoding_threads(recipe: Recipe) -> int:
@@ -462,6 +589,7 @@ def arena_key(plan: Prepared) -> dict[str, Any]:
         key[f"{where}.path"] = [path for path, _ in stats]
         key |= {f"size and time of {path}": [stat.st_size, stat.st_mtime_ns] for path, stat in stats}
         key |= {f"{where}.map": source.map_function.name, f"{where}.reader": source.reader.name}
+        key[f"{where}.fields"] = dict(entry.fields)
         for name in ("first", "on_bad", "max_record_mb"):
             key[f"{where}.{name}"] = getattr(entry, name)
         key[f"{where}.options"] = dict(entry.options)
@@ -469,11 +597,14 @@ def arena_key(plan: Prepared) -> dict[str, Any]:
     return key | _plugins(registry, used)
 
 
-def _plugins(registry: Registry, used: Iterable[tuple[str, str]]) -> dict[str, Any]:
+def _plugins(registry: Registry, used: set[tuple[str, str]]) -> dict[str, Any]:
     """Give version and code of the plugins behind (kind, name); corefit's own come with its version."""
     found: dict[str, Any] = {}
-    for kind, name in sorted(used):
+    for kind, name in sorted(used - {("map function", FIELDS)}):
         plugin = registry.provider(kind, name)
+        if ":" in name:  # the user's own, wherever it lies
+            found[f"code of {kind} {plugin.name}"] = plugin.version
+            continue
         found[f"version of {kind} {name}"] = plugin.source
         package = plugin.module.partition(":")[0].partition(".")[0]
         spec = importlib.util.find_spec(package)
@@ -493,6 +624,9 @@ def identity(plan: Prepared, base_fingerprint: str) -> dict[str, str]:
     """
     recipe = plan.recipe
     found = flat(without_out(recipe))
+    for number, source in enumerate(plan.sources):
+        if own_file(source.map_function.name):  # may lie elsewhere now; its code is compared
+            found[f"data.{number}.map"] = own_code(source.map_function.name)[0]
     found |= {"base model": base_fingerprint[:16], "tokenizer": plan.tokenizer.fingerprint[:16]}
     for word, sources in (("data", plan.sources), ("val", plan.val_sources)):
         for number, source in enumerate(sources):

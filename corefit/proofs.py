@@ -78,7 +78,7 @@ def data_proofs(plan: Prepared, records: Sequence[tuple[Source, Record | BadReco
                 wanted[i] = want = _Wanted(item, origin, plan.encoder)
                 if drop and (want.state[1:] == MUST).any():
                     raise want.error(f"left out as {drop}, but it has an answer to learn")
-    mask = _mask(wanted, block, fitted, split=pack.overlong == "split")
+    mask = _mask(wanted, block, fitted)
     yield mask
     long = pack.max_length if pack.overlong == "drop" else np.inf  # left out, and counted, for its length
     looked_at = [(i, want) for i, want in wanted.items() if len(want.ids) <= long]
@@ -278,7 +278,7 @@ class _Wanted:
             raise self.error(f"{when}token {at}, {tokens[at]!r}, {what}: {_shown(tokens, at)}")
 
 
-def _mask(wanted: dict[int, _Wanted], block: Block, fitted: Block, *, split: bool) -> Proof:
+def _mask(wanted: dict[int, _Wanted], block: Block, fitted: Block) -> Proof:
     """Compare every sample with what it must be, before and after it was made to fit."""
     whole: dict[int, tuple[NDArray[np.int64], NDArray[np.bool_], int]] = {}
     for row, (start, number) in enumerate(block.samples[:, [START, RECORD]].tolist()):
@@ -293,7 +293,7 @@ def _mask(wanted: dict[int, _Wanted], block: Block, fitted: Block, *, split: boo
         begin, end = start - first, start - first + length
         follows = rows[row + 1][0] - first if [r[2] for r in rows[row + 1 : row + 2]] == [number] else len(ids)
         part, state = ids[begin:end].copy(), np.where(target[begin:end], MUST, NOT)
-        anywhere = split and not any(segment.turn for segment in want.segments)  # as documents are split
+        anywhere = not any(segment.turn for segment in want.segments)  # as documents are split
         if end < follows and target[end - 1] and target[end] and not anywhere:  # an answer is cut here
             if target[end - 2]:  # it ends with its stop
                 part[-1] = ids[end + int(np.argmin(np.append(target[end:], False))) - 1]

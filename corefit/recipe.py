@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import difflib
-import fnmatch
 import glob
 import math
 import os
@@ -24,9 +22,8 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 from corefit.errors import PluginError, RecipeError, unknown
+from corefit.own import own_file
 from corefit.types import ImportedRecipe
-
-ZOO = Path(__file__).parent / "recipes"
 
 
 class Is(NamedTuple):
@@ -90,9 +87,12 @@ class Data:
     path: Text | tuple[Text, ...] | None = None
     """Files, folders or globs; ``-`` is standard input; None: not set (the reader may need none)."""
     map: Text | None = None
-    """Name of a map function; None: recognised from the first records."""
+    """Name of a map function, or one of your own, ``module:function`` or ``file.py:function``; None: recognised from
+    the first records."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """In place of ``map``: which field of a record is the question, the answer and so on (``corefit.Fields``)."""
     reader: Text | None = None
-    """Name of a reader; None: the one of the map function's name if there is one, else ``jsonl``."""
+    """Name of a reader; None: by the suffix of the files, else the one of the map function's name, else ``jsonl``."""
     shuffle: bool = True
     """In a new order every epoch."""
     ratio: Positive | None = None
@@ -134,7 +134,7 @@ class Pack:
     held: Count = 256
     """Samples held at a time to choose from."""
     overlong: Literal["error", "drop", "truncate", "split"] = "truncate"
-    """What happens to a sample of more than max_length tokens."""
+    """What happens to a sample of more than max_length tokens; with ``truncate`` plain text is split all the same."""
     arena: Text | None = None
     """Folder that ``corefit pack`` wrote for this data, template and tokenizer; None: records are encoded as they are
     read."""
@@ -537,6 +537,8 @@ def _setting(key: str, value: object, base: Path) -> Any:  # noqa: ANN401
         value = _convert(hints[name], value)
     except _Mismatch:
         raise RecipeError(_mismatch(key, hints[name], value)) from None
+    if key == "data.map" and isinstance(value, str) and (file := own_file(value)):
+        return f"{_absolute(str(file), base)}:{value.rpartition(':')[2]}"
     if key not in _PATHS or value is None:
         return value
     if isinstance(value, tuple):
@@ -576,6 +578,9 @@ def _conflicts(recipe: Recipe) -> list[str]:
     for pattern, mult in train.lr_mult.items():
         if isinstance(mult, bool) or not isinstance(mult, (int, float)) or not 0 < mult < math.inf:
             conflict("train.lr_mult", f"train.lr_mult: {pattern!r} is {mult!r}, expected a number > 0")
+    for number, data in enumerate(recipe.data):
+        if data.map and data.fields:
+            conflict(f"data.{number}.fields", "data.fields says what data.map would say; set one of them")
     if train.epochs == 0 and train.max_steps is None:
         conflict("train.epochs", "train.epochs=0 has no end; set train.max_steps")
     if recipe.adapter.kind == "none" and recipe.model.quantizer in ("nf4", "int8"):
@@ -669,7 +674,7 @@ def apply_overrides(
         flags: ``plugin``, ``template``, ``model``, ``data``, ``quantizer``, ``scheduler``, ``out`` or ``seed`` -> the
             text given; None: not given. Paths are relative to the current folder. ``plugin`` also unsets the reader.
         sets: ``section.key=value``, the value in TOML; a bare word is text, nothing at all is the default.
-            ``data.KEY`` means every source, ``section.options.NAME`` one option.
+            ``data.KEY`` means every source, ``section.options.NAME`` one option, ``data.fields.NAME`` one field.
 
     Raises:
         RecipeError: one line for every argument that is wrong, beginning with the argument as typed.
@@ -685,7 +690,7 @@ def apply_overrides(
             tries = [given, _toml(given)] if isinstance(given, str) else [list(given)]
             recipe = _assign(recipe, _FLAGS[flag], tries, f"--{flag} {words}")
             if flag == "plugin":
-                sources = (dataclasses.replace(source, reader=None) for source in recipe.data)
+                sources = (dataclasses.replace(source, reader=None, fields={}) for source in recipe.data)
                 recipe = dataclasses.replace(recipe, data=tuple(sources))
         except RecipeError as error:
             problems.append(f"--{flag} {words}: {error}")
@@ -718,13 +723,13 @@ def _toml(text: str) -> object:
 def _assign(recipe: Recipe, key: str, tries: Sequence[object], origin: str) -> Recipe:
     """Set ``section.key`` or ``section.options.name`` to the first of ``tries`` that fits; none: to the default."""
     title, name, *inner = key.split(".", 2)
-    if inner and not (name == "options" and name in _hints(SECTIONS[title])):
+    if inner and not (name in ("options", "fields") and name in _hints(SECTIONS[title])):
         raise RecipeError(f"{title}.{name} has no keys of its own")
 
     def changed(section: Any) -> Any:  # noqa: ANN401, one of the section classes
         if inner:
-            options = {k: v for k, v in section.options.items() if k != inner[0]}
-            return dataclasses.replace(section, options={**options, inner[0]: tries[0]} if tries else options)
+            kept = {k: v for k, v in getattr(section, name).items() if k != inner[0]}
+            return dataclasses.replace(section, **{name: {**kept, inner[0]: tries[0]} if tries else kept})
         first: RecipeError | None = None
         for value in tries or [getattr(type(section)(), name, None)]:
             try:
@@ -833,41 +838,6 @@ def _value(value: object) -> str:
     raise RecipeError(f"{value!r}: TOML can't hold a {type(value).__name__}")
 
 
-# ------------------------------------------------------------------------------------------------------ the zoo
-
-
-def list_recipes(pattern: str | None = None) -> list[tuple[str, str]]:
-    """Give name and summary (the first comment line) of the recipes that ship, sorted.
-
-    Args:
-        pattern: part of a name, or a glob over all of it; case does not matter.
-    """
-    wanted = (pattern or "").lower()
-    found = []
-    for file in sorted(ZOO.glob("*.toml")):
-        name = file.stem.lower()
-        if wanted in name or fnmatch.fnmatchcase(name, wanted):
-            first = file.read_text(encoding="utf-8").partition("\n")[0]
-            found.append((file.stem, first.lstrip("# ") if first.startswith("#") else ""))
-    return found
-
-
-def recipe_path(name: str | Path) -> Path:
-    """Give the file of a recipe: a path, or the name of a recipe that ships.
-
-    Raises:
-        RecipeError: neither is there; gives the nearest name.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    names = [known for known, _ in list_recipes()]
-    if str(name) in names:
-        return ZOO / f"{name}.toml"
-    near = difflib.get_close_matches(Path(name).stem, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise RecipeError(f"{name}: no such file or recipe; {hint}`corefit recipes` lists those that ship")
-
-
 def run_and_step(target: str) -> tuple[str, str | None]:
     """Take ``RUN@500``, ``RUN@best`` or ``RUN/checkpoints/step-00000500`` apart; anything else comes back with None.
 
@@ -881,24 +851,3 @@ def run_and_step(target: str) -> tuple[str, str | None]:
     if path.parent.name == "checkpoints" and path.name.removeprefix("step-").isdecimal():
         return str(path.parent.parent), path.name.removeprefix("step-")
     return target, None
-
-
-def copy_recipe(name: str, dest: str | Path | None = None) -> Path:
-    """Copy a recipe to a file, or into a folder, by default the current one; gives the new file.
-
-    Raises:
-        RecipeError: there is no such recipe, or the file is there already.
-    """
-    source = recipe_path(name)
-    target = Path("." if dest is None else dest)
-    if target.is_dir() or str(dest).endswith(("/", os.sep)):
-        target = target / source.name
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(source.read_text(encoding="utf-8"))
-    except FileExistsError:
-        raise RecipeError(f"{target}: is there already; name another file") from None
-    except OSError as error:
-        raise RecipeError(f"{target}: can't be written: {error.strerror}") from error
-    return target

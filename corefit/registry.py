@@ -19,6 +19,7 @@ import pluggy
 
 from corefit import hookspecs
 from corefit.errors import PluginError, unknown
+from corefit.own import own_code, own_map_function
 from corefit.types import DatasetReader, Entry, MapFunction, PromptTemplate, Quantizer, RecipeReader, Scheduler
 
 GROUP = "corefit"
@@ -174,7 +175,9 @@ class Registry:
         return self._get("reader", self.readers, name)
 
     def map_function(self, name: str) -> MapFunction:
-        """Give the map function of this name; raises ``PluginError`` where there is none that can be used."""
+        """Give the map function of this name, or the user's own; ``PluginError`` where there is none to be used."""
+        if ":" in name:
+            return own_map_function(name, self.map_functions)
         return self._get("map function", self.map_functions, name)
 
     def template(self, name: str) -> PromptTemplate:
@@ -207,6 +210,9 @@ class Registry:
         Raises:
             PluginError: no plugin provides it, a broken one has its name, or two claim it.
         """
+        if ":" in name:
+            short, digest = own_code(name)
+            return PluginInfo(short, "own code", digest, name)
         self._get(kind, self.entries[kind], name)
         return next(info for info in self.plugins if name in info.entries.get(kind, ()))
 

@@ -17,19 +17,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from corefit import __version__, show, terminal
 from corefit.data.arena import Arena
-from corefit.data.block import Block, gains
+from corefit.data.block import LENGTH, RECORD, Block, gains
+from corefit.data.source import refused
 from corefit.durable import read_json, write_whole
 from corefit.errors import RecipeError, UserError, system_words
-from corefit.prepare import Prepared, arena_key, identity, make_arena, prepare, resolve, tally, walk, without_out
+from corefit.prepare import Prepared, arena_key, identity, look, make_arena, prepare, resolve, tally, walk, without_out
 from corefit.recipe import Recipe, flat, load_recipe, run_and_step
 from corefit.registry import Registry
 from corefit.report import read_lines
+from corefit.types import BadRecord, Record, Sample
 
 LIMITS = re.compile(r"(train\.(epochs|max_steps)|val\.(every_steps|patience)|checkpoint\..*|sample\..*|run\..*)$")
 """Recipe keys that may change where a run goes on."""
@@ -386,23 +387,32 @@ def inspect_from(
         return
     for line in plan.choices:
         terminal.say(line)
-    chosen, lengths, generator = [], [], random.Random(plan.recipe.train.seed)
-    for number, (_, sample) in enumerate(islice(walk(plan), INSPECTED)):
-        lengths.append(len(sample.input_ids))
-        if number <= samples:  # the first, and then a reservoir of the rest
-            chosen.append((number, sample))
-        elif samples and (slot := generator.randrange(number)) < samples:
-            chosen[slot + 1] = (number, sample)
+    chosen, lengths, generator = list[tuple[str, Sample]](), list[int](), random.Random(plan.recipe.train.seed)
+    reasons, error, seen = show.Reasons(), None, 0
+    for source, records, block in look(plan):
+        reasons.add(records, block)
+        bad = (r for r in records[: len(block.records)] if isinstance(r, BadRecord) and source.on_bad == "error")
+        error = error or next(map(refused, bad), block.error)
+        for row, number in enumerate(block.samples[:, RECORD].tolist()):
+            record, slot = records[number], generator.randrange(len(lengths) + 1)
+            lengths.append(int(block.samples[row, LENGTH]))
+            if min(slot, len(chosen)) < samples and isinstance(record, Record):  # a reservoir
+                chosen[slot : slot + 1] = [(record.origin, block.sample(row, record.origin))]
+        seen += len(records)
+        if len(lengths) >= INSPECTED:
+            break
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for number, sample in sorted(chosen, key=lambda pair: pair[0]):
+    for origin, sample in chosen:
         sizes = f"{len(sample.input_ids):,} tokens, {sample.n_supervised:,} supervised"
-        terminal.say(f"\n--- sample {number + 1}: {sample.origin}, {sizes}")
+        terminal.say(f"\n--- {origin}, {sizes}")
         terminal.write(show.marked(sample, plan.tokenizer, colour=colour))
-    if lengths:
-        terminal.say(
-            f"\nlengths in tokens ({len(lengths):,} samples{' looked at' if len(lengths) == INSPECTED else ''}):"
-        )
-        terminal.say("\n".join(show.histogram(lengths)))
+    terminal.say(f"\nlengths in tokens ({len(lengths):,} samples of {seen:,} records):")
+    terminal.say("\n".join(show.histogram(lengths)))
+    if lines := reasons.lines():
+        terminal.say("\nleft out or noticed, and where first:")
+        terminal.say("\n".join(lines))
+    if error is not None:
+        raise error
     fill, ledger = tally(plan, INSPECTED)
     terminal.say(f"\nfill: {fill:.1f} % of {plan.recipe.pack.max_length} slots a pack")
     terminal.say("ledger:")
@@ -460,16 +470,23 @@ def chat_with(
     model: str | None = None,
     quantizer: str | None = None,
     max_tokens: int = 512,
+    decoding: Mapping[str, Any] | None = None,
+    device: str = "auto",
     trust_remote_code: bool = False,
 ) -> None:
-    """Talk to a run, an adapter or a model on the terminal."""
-    from corefit.chat import Chatter, chat_loop
+    """Talk to a run, an adapter or a model on the terminal.
 
-    chatter = Chatter(
-        target, model=model, quantizer=quantizer, max_tokens=max_tokens, trust_remote_code=trust_remote_code
-    )
+    ``system``: a message, or the name of one that a map function puts into its data. ``decoding``: as ``Decoding``.
+    """
+    from corefit.chat import Chatter, chat_loop
+    from corefit.engine.evaluate import Decoding
+
+    systems = {name: function.system for name, function in Registry.load().map_functions.items() if function.system}
+    how: dict[str, Any] = dict(model=model, quantizer=quantizer, device=device, trust_remote_code=trust_remote_code)
+    chatter = Chatter(target, **how, max_tokens=max_tokens, decoding=Decoding(**decoding or {}))
+    system = systems.get(system, system) if system is not None else chatter.found.facts.get("system")
     if prompt is None:
-        chat_loop(chatter, system=system, compare=compare)
+        chat_loop(chatter, system=system, systems=systems, compare=compare)
         return
     messages = [{"role": role, "content": text} for role, text in (("system", system), ("user", prompt)) if text]
     for on in (False, True) if compare else (True,):

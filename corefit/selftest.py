@@ -238,7 +238,8 @@ class Lab:
 
     def base(self) -> Any:  # noqa: ANN401, a language model
         """Load the base."""
-        return model.load_base(str(self.path), quantizer=self.quantizer, compute_dtype="float32", device=self.device)
+        how: dict[str, Any] = {"compute_dtype": "float32", "device": self.device, "say": model.unsaid}
+        return model.load_base(str(self.path), quantizer=self.quantizer, **how)
 
     def spec(self, dropout: float = 0.0, save: Sequence[str] = ()) -> model.AdapterSpec:
         """Give an adapter whose scale is not 1."""

@@ -31,7 +31,8 @@ from corefit.engine.loop import Every, LoopState, autocast, progress_at, train
 from corefit.engine.loss import CausalLoss
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_notice
 from corefit.errors import CheckpointError, DataError, LedgerError, ModelError, RecipeError, RunError, system_words
-from corefit.prepare import Prepared, encoding_threads, file_facts, make_stream, secrets, without_out
+from corefit.own import own_file
+from corefit.prepare import FIELDS, Prepared, encoding_threads, file_facts, make_stream, secrets, without_out
 from corefit.proofs import Proof, data_proofs, first_records
 from corefit.recipe import Train, to_toml
 from corefit.report import JsonLines, Progress, answers_table, finite, perplexity, read_lines, summary
@@ -217,6 +218,7 @@ class Session:
                 f"scheduler {self.scheduler.name!r} must know how long the run is, the size of the data isn't known: "
                 "--set train.max_steps=N, or --scheduler constant"
             )
+        self.system = common_system(first)
         return stream, batches, recipe.sample.prompts or questions(held_out or first)
 
     def _model(self, quantizer: Quantizer) -> None:
@@ -281,6 +283,7 @@ class Session:
             stop=plan.encoder.stop,
             stop_ids=plan.encoder.stop_ids,
             add_tokens=recipe.model.add_tokens,
+            system=self.system,
             supervise=recipe.template.supervise,
             quantizer=recipe.model.quantizer,
             compute_dtype=str(self.precision.compute_dtype).removeprefix("torch."),
@@ -446,6 +449,9 @@ class Session:
         self.progress = Progress(endless=not self.recipe.train.epochs and not self.recipe.train.max_steps)
         try:
             write_whole(self.folder / "recipe.toml", to_toml(without_out(self.recipe)).encode())
+            for source in self.plan.sources:
+                if (code := own_file(source.map_function.name)) and code.is_file():
+                    write_whole(self.folder / code.name, code.read_bytes())
             self._write_run("running")
             self.metrics = JsonLines(self.folder / "metrics.jsonl", keep=self.lengths["metrics.jsonl"])
             self.samples = JsonLines(self.folder / "samples.jsonl", keep=self.lengths["samples.jsonl"])
@@ -493,7 +499,8 @@ class Session:
         self.sampled.add(step)
         for prompt in self.prompts:
             try:
-                ids = self.plan.encoder.prompt((Message("user", prompt),)).tolist()
+                asked = (Message("system", self.system), Message("user", prompt))[not self.system :]
+                ids = self.plan.encoder.prompt(asked).tolist()
             except Unrenderable as refusal:
                 self.progress.note(
                     f"sample: the template can't write this question ({refusal.reason}): {prompt[:80]!r}"
@@ -576,7 +583,7 @@ class Session:
         plan = self.plan
         used = {
             "reader": [s.reader.name for s in plan.sources],
-            "map function": [s.map_function.name for s in plan.sources],
+            "map function": [s.map_function.name for s in plan.sources if s.map_function.name != FIELDS],
             "template": [plan.template.name],
             "quantizer": [self.recipe.model.quantizer],
             "scheduler": [self.scheduler.name],
@@ -673,9 +680,18 @@ def questions(records: Sequence[tuple[Source, Record | BadRecord]]) -> tuple[str
     for source, record in records:
         if len(found) < SAMPLED_PROMPTS and isinstance(record, Record):
             for item in map_record(source, record)[:1]:
-                if isinstance(item, Conversation) and item.messages and item.messages[0].role == "user":
-                    found.append(item.messages[0].content)
+                messages = item.messages if isinstance(item, Conversation) else ()
+                asked = [message for message in messages if message.role != "system"][:1]
+                found += [message.content for message in asked if message.role == "user"]
     return tuple(found)
+
+
+def common_system(records: Sequence[tuple[Source, Record | BadRecord]]) -> str:
+    """Give the system message with which all conversations of these records begin; empty: not all do."""
+    items = [item for source, record in records if isinstance(record, Record) for item in map_record(source, record)]
+    first = [item.messages[0] for item in items if isinstance(item, Conversation) and item.messages]
+    found = {message.content if message.role == "system" else "" for message in first}
+    return found.pop() if len(found) == 1 else ""
 
 
 def before_after(lines: Sequence[Mapping[str, Any]], last: int) -> list[tuple[str, str, str]]:

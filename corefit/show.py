@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from corefit.data.block import DROPPED, SAMPLES, TRUNCATED, WORDS
 from corefit.errors import ModelError
 from corefit.terminal import visible
-from corefit.types import IGNORE_INDEX, Conversation, Item, Message, PromptTemplate, Sample, Unrenderable
+from corefit.types import IGNORE_INDEX, BadRecord, Conversation, Item, Message, PromptTemplate, Sample, Unrenderable
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from corefit.data.block import Block
+    from corefit.types import Record
+
+PLACES = 3
+"""Records that are named for each reason why something is left out."""
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 
 
@@ -114,6 +121,36 @@ def as_json(item: Item, sample: Sample, text: str) -> dict[str, Any]:
         "labels": labels(sample),
         "text": text,
     }
+
+
+class Reasons:
+    """What is left out of records, or noticed in them: how often, and where first."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._places: dict[tuple[str, str], set[tuple[int, int, str]]] = {}
+
+    def add(self, records: Sequence[Record | BadRecord], block: Block) -> None:
+        """Take in the records of a block."""
+        for record, row in zip(records, block.records.tolist(), strict=False):
+            words, place = block.words[row[WORDS]], str(record) if isinstance(record, BadRecord) else record.origin
+            for what, reasons in (
+                ("parts of records" if row[SAMPLES] else "records", Counter(words.drops)),
+                ("messages", Counter(words.messages)),
+                ("noticed", Counter(words.notes)),
+                ("tokens", Counter({"beyond pack.max_length": row[TRUNCATED] + row[DROPPED]})),
+            ):
+                for key, n in (((what, reason), n) for reason, n in reasons.items() if n):
+                    self._counts[key] += n
+                    places = self._places.setdefault(key, set()) | {(record.file, record.line, place)}
+                    self._places[key] = set(sorted(places)[:PLACES])
+
+    def lines(self) -> list[str]:
+        """Give a line for each reason."""
+        return [
+            f"  {what}: {n:,} {reason}: {', '.join(place for *_, place in sorted(self._places[what, reason]))}"
+            for (what, reason), n in sorted(self._counts.items())
+        ]
 
 
 def histogram(lengths: Sequence[int], *, width: int = 40) -> list[str]:

@@ -304,6 +304,8 @@ class DatasetReader:
     as ``read`` from there would give it first. None: one ``read(start=...)`` each."""
     needs_path: bool = True
     """False: the reader makes its records itself, and ``data.path`` is not asked for."""
+    suffixes: tuple[str, ...] = ()
+    """Endings of file names (``.csv``) that are read with this reader where none is named."""
     bounded: bool = False
     """True: no file is read beyond its size in ``Sources.states`` (``read_jsonl`` and its siblings see to that), so
     rows may be added to it during a run. False: they end the run, as any other change does."""
@@ -324,6 +326,8 @@ class MapFunction:
     fields: tuple[str, ...] | None = None
     """The only keys of a record that ``map`` reads; None: any."""
     options: type | None = None
+    system: str = ""
+    """The system message that it puts before every conversation, where it puts one: ``corefit chat`` has it by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

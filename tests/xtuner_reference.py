@@ -81,3 +81,63 @@ class Encoder:
             ids += made
             labels += made if trained else [-100] * len(made)
         return ids, labels
+
+
+# ------------------------------------------------------------------------------------------------- the map functions
+
+JOINED = {"alpaca": ("instruction", "input"), "medical": ("instruction", "input"), "sql": ("context", "question")}
+JOINED["alpaca@0.1.9"] = JOINED["alpaca"]
+ONE = {
+    "arxiv": ("abstract", "title"),
+    "code_alpaca": ("prompt", "completion"),
+    "crime_kg_assitan": ("input", "output"),
+    "default": ("input", "output"),
+    "law_reference": ("question", "answer"),
+    "openorca": ("question", "response"),
+    "stack_exchange": ("question", "response"),
+    "tiny_codes": ("prompt", "response"),
+}
+SYSTEM_OF = {
+    "alpaca@0.1.9": "alpaca",
+    "arxiv": "arxiv_gentile",
+    "code_alpaca": "coder",
+    "colors": "colorist",
+    "crime_kg_assitan": "lawyer",
+    "law_reference": "lawyer",
+    "medical": "medical",
+    "sql": "sql",
+    "tiny_codes": "coder",
+}
+
+
+def system_texts(shared: Path) -> dict[str, str]:
+    """Give XTuner's SYSTEM_TEMPLATE."""
+    known = json.loads((shared / "reference/xtuner_templates.json").read_text(encoding="utf-8"))
+    return known["xtuner_v0.1.23"]["SYSTEM_TEMPLATE"]
+
+
+def mapped(name: str, row: dict[str, str], systems: dict[str, str]) -> list[Turn]:
+    """Give what XTuner's map function makes of a row of text, its mistakes included. Source: ``dataset_map_fns``."""
+    system = systems[SYSTEM_OF[name]] if name in SYSTEM_OF else ""
+    if name in JOINED:
+        first, second = JOINED[name]
+        answer = row["answer" if name == "sql" else "output"]
+        dropped = name.startswith("alpaca") and answer == "<nooutput>"
+        return [] if dropped else [(system, f"{row[first]}\n{row[second]}", answer)]
+    if name == "alpaca_zh":
+        return [("", f"{row['instruction_zh']}\n{row['input_zh']}", row["output_zh"])]
+    if name == "colors":
+        return [(system, ":".join(row["description"].split(":")[1:]).strip(), row["color"])]
+    question, answer = ONE[name]
+    return [(row["system_prompt"] if name == "openorca" else system, row[question], row[answer])]
+
+
+def oasst1_turns(text: str) -> list[Turn]:
+    """Give what XTuner's oasst1_map_fn makes of a guanaco row: split at every ``###``, paired by position."""
+    said = []
+    for piece in text.strip().split("###"):
+        for role in ("Human:", "Assistant:"):
+            if piece.strip().startswith(role):
+                said.append(piece.strip().removeprefix(role).strip())
+    said = said[: len(said) - len(said) % 2]
+    return [("", question, answer) for question, answer in zip(said[::2], said[1::2], strict=True)]

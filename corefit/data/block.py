@@ -172,10 +172,10 @@ def hold_out(block: Block, hashes: Table) -> Block:
 def fit(block: Block, max_length: int, overlong: str) -> Block:
     """Make every sample fit ``max_length`` tokens, by the policy ``error``, ``drop``, ``truncate`` or ``split``.
 
-    ``truncate`` keeps the head, and the stop of an answer that it cuts. ``split`` cuts documents anywhere and
-    conversations between turns, repeating nothing; a turn that is longer by itself is truncated. What is lost is
-    counted in the records' TRUNCATED and DROPPED. With ``error`` the block ends before the first long one, with the
-    DataError that stops the run.
+    ``truncate`` keeps the head of a conversation, and the stop of an answer that it cuts. ``split`` cuts conversations
+    between turns, repeating nothing; a turn that is longer by itself is truncated. Both cut documents anywhere, and
+    lose nothing of them. What is lost is counted in the records' TRUNCATED and DROPPED. With ``error`` the block ends
+    before the first long one, with the DataError that stops the run.
     """
     samples = block.samples
     long = np.flatnonzero(samples[:, LENGTH] > max_length)
@@ -230,8 +230,8 @@ def _fitted(block: Block, row: list[int], max_length: int, overlong: str) -> tup
         return [], 0, length
     spans = block.spans[row[SPAN] : row[SPAN] + row[SPANS]]
     bounds = [start, start + length]
-    if overlong == "split":
-        turns = block.cuts[slice(*np.searchsorted(block.cuts, (start, start + length)))].tolist()
+    turns = block.cuts[slice(*np.searchsorted(block.cuts, (start, start + length)))].tolist()
+    if overlong == "split" or not turns:
         bounds = [start]
         if not turns:
             bounds += range(start + max_length, start + length, max_length)

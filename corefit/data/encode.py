@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -120,6 +120,10 @@ class Encoder:
                 raise PluginError(
                     f"{origin}: template {self.template.name!r} failed with {type(error).__name__}: {error}"
                 ) from error
+            if segments and not any(segment.turn for segment in segments):
+                segments[0] = segments[0]._replace(turn=True)  # without a turn it would be a document
+            if self.rewrites:
+                self._check_turns(conversation.messages, segments, origin)
         try:
             for segment in segments:
                 if not segment.text.isascii():
@@ -128,8 +132,13 @@ class Encoder:
             raise Unrenderable("lone_surrogate") from None
         return segments
 
-    def prompt(self, messages: Sequence[Message]) -> NDArray[np.int32]:
+    def prompt(
+        self, messages: Sequence[Message], known: Mapping[str, Sequence[int]] | None = None
+    ) -> NDArray[np.int32]:
         """Give the ids after which training taught the model to answer ``messages``: int32 [L].
+
+        ``known``: text -> ids of answers that the model gave; they stay what they are, however the text would be
+        encoded.
 
         Raises:
             Unrenderable: the messages can't be written in this format, or one would yield a control token.
@@ -143,7 +152,9 @@ class Encoder:
         ids, sizes = self._ids([segment.text for segment in segments[:answer]], control)
         if (self.forbidden[ids] & ~np.repeat(control, sizes)).any():
             raise Unrenderable("control_in_content")
-        return ids
+        parts = np.split(ids, np.cumsum(sizes)[:-1])
+        said = [None if c or not known else known.get(s.text) for s, c in zip(segments, control, strict=False)]
+        return np.concatenate([p if s is None else np.array(s, np.int32) for p, s in zip(parts, said, strict=True)])
 
     def _document(self, item: Document) -> list[Segment]:
         if not item.text:
@@ -167,6 +178,20 @@ class Encoder:
             if messages[i].supervised is None:
                 made[i] = Message(*messages[i][:-1], i in ruled)  # its last field
         return tuple(made)
+
+    def _check_turns(self, messages: Sequence[Message], segments: Sequence[Segment], origin: str) -> None:
+        """Refuse an answer to learn that stands behind another text than the one in which it will be asked for."""
+        asked, whole = [i for i, message in enumerate(messages) if message.role == "user"], _text(segments)
+        for i, message in enumerate(messages):
+            if not message.supervised or not asked or i > asked[-1]:
+                continue
+            alone = list(self.template.render(Conversation(tuple(messages[: i + 1])), self.tokenizer, self.options))
+            if not whole.startswith(_until_answered(alone)):
+                turn = sum(j < i for j in asked)
+                raise DataError(
+                    f"{origin}: turn {turn}: template {self.template.name!r} writes it otherwise because turn "
+                    f'{turn + 1} follows; set template.supervise to "unroll" (a sample of every turn) or "last"'
+                )
 
     def _look_alikes(self, item: Item) -> tuple[str, ...]:
         if not isinstance(item, Conversation):
@@ -205,6 +230,16 @@ def _without_empty_thoughts(segments: Iterable[Segment]) -> Iterator[Segment]:
             if not segment.text:
                 continue
         yield segment
+
+
+def _text(segments: Iterable[Segment]) -> str:
+    return "".join(segment.text for segment in segments)
+
+
+def _until_answered(segments: Sequence[Segment]) -> str:
+    """Give the text up to the end of the last answer."""
+    answered = max((i + 1 for i, segment in enumerate(segments) if segment.supervised), default=0)
+    return _text(segments[:answered])
 
 
 _PROBE = Conversation(
@@ -259,13 +294,12 @@ def make_encoder(
         alone = encoder.segments(Conversation(probe.messages[:-2]), "start")
     except Unrenderable:
         alone = []
-    answered = max((i + 1 for i, segment in enumerate(alone) if segment.supervised), default=0)
-    first, whole = ("".join(segment.text for segment in some) for some in (alone[:answered], segments))
+    rewrites = not _text(segments).startswith(_until_answered(alone))
     plain = "\n".join(segment.text for segment in segments if not segment.control)
     for message in (system, *_PROBE.messages):
         plain = plain.replace(message.content, "\n")
     forgeable = [m for m in template.forgeable or markers([plain]) if tokenizer.token_id(m) not in forbidden]
-    return replace(encoder, stop=stop, forgeable=tuple(forgeable), rewrites=not whole.startswith(first))
+    return replace(encoder, stop=stop, forgeable=tuple(forgeable), rewrites=rewrites)
 
 
 def _not_one_token(token: str, template: PromptTemplate, tokenizer: Tokenizer) -> str:

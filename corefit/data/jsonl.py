@@ -21,6 +21,7 @@ import json
 import mmap
 import os
 import re
+import shlex
 import shutil
 import stat
 import sys
@@ -834,7 +835,7 @@ class Found:
 
 _TRAIN = re.compile(r"train\w*")
 _VAL = re.compile(r"(eval(uation)?|val(id(ation)?)?|dev(elopment)?|test(ing)?)(set)?\d*")
-_SUFFIX = re.compile(r"\.(jsonl|json|ndjson)(\.gz)?$")
+_SUFFIX = re.compile(r"\.(jsonl|json|ndjson|csv|tsv|parquet)(\.gz)?$")
 
 
 def _role(path: Path) -> str:
@@ -931,7 +932,11 @@ def _check(path: Path) -> None:
         if path.is_symlink():
             raise DataError(f"{path}: a link to {os.readlink(path)}, which is not there") from None
         if not path.parent.is_dir():
-            raise DataError(f"{path}: no such folder: {path.parent}") from None
+            name, here = shlex.quote("/".join(path.parts[-2:])), shlex.quote(str(path))
+            get = (
+                f"; corefit downloads no data; from the hub: hf download {name} --repo-type dataset --local-dir {here}"
+            )
+            raise DataError(f"{path}: no such folder: {path.parent}{'' if path.suffix else get}") from None
         names = [other.name for other in path.parent.iterdir() if other.is_dir() or _is_data(other)]
         near = difflib.get_close_matches(path.name, names, n=20, cutoff=0)
         raise DataError(f"{path}: {unknown('file', path.name, near)}") from None

@@ -34,6 +34,7 @@ from corefit.data.block import (
 from corefit.data.encode import parts
 from corefit.data.jsonl import changed, content_hash, file_state
 from corefit.errors import CorefitError, DataError
+from corefit.own import line_in, own_file
 from corefit.types import (
     BadRecord,
     Conversation,
@@ -218,7 +219,9 @@ def map_record(source: Source, record: Record) -> list[Item | Drop]:
     except BaseException as error:  # whatever it does, a plugin doesn't end the process
         keys, where = (", ".join(map(str, record)) or "none"), f"{record.origin}: map function {function.name!r}"
         what = "keys of the record" if source.sources.fields is None else "of the fields it declares the record has"
-        raise DataError(f"{where} failed: {in_words(error)}; {what}: {keys[:MOST]}") from error
+        place = line_in(str(own_file(function.name)), error)
+        at = f" (line {place})" if place else ""
+        raise DataError(f"{where} failed: {in_words(error)}{at}; {what}: {keys[:MOST]}") from error
 
 
 def in_words(error: BaseException) -> str:

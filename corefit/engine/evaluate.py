@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from corefit.engine.loop import autocast, to_device
 from corefit.engine.model import evaluating
-from corefit.errors import RunError
+from corefit.errors import RunError, UserError
 from corefit.types import Batch
 
 
@@ -25,6 +25,57 @@ class Generated:
     """Without the stop token."""
     stopped: bool
     """True: a stop token came. False: ``max_tokens`` were reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How the next token is chosen from the logits."""
+
+    temperature: float = 0.0
+    """0: greedy, the most likely token."""
+    top_k: int = 0
+    """Only the so many most likely tokens; 0: all."""
+    top_p: float = 1.0
+    """Only the smallest set of them whose probabilities reach it."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens that are there already, and multiplies negative ones; 1: neither."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise UserError where a value is out of range."""
+        for name, low, high in (
+            ("temperature", 0, 100),
+            ("top_k", 0, 2**31),
+            ("top_p", 0, 1),
+            ("repetition_penalty", 0.01, 100),
+            ("seed", 0, 2**63 - 1),
+        ):
+            if not low <= (value := getattr(self, name)) <= high:
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
+
+
+GREEDY = Decoding()
+
+
+@dataclass(slots=True)
+class Memory:
+    """What a model has read: of a prompt that begins alike, only what follows is read anew."""
+
+    ids: list[int] = field(default_factory=list)
+    cache: Any = None
+    """Keys and values of ``ids``, as transformers keeps them; None: none."""
+
+    def forget(self, prompt_ids: Sequence[int]) -> None:
+        """Keep what the prompt begins with, all of it but its last id at most; nothing where a cache can't be cut."""
+        n = 0
+        while n < min(len(self.ids), len(prompt_ids) - 1) and self.ids[n] == prompt_ids[n]:
+            n += 1
+        if n < len(self.ids) and self.cache is not None:
+            if all(type(layer).__name__ == "DynamicLayer" for layer in getattr(self.cache, "layers", [None])):
+                self.cache.crop(n - len(self.ids))
+            else:  # a sliding window, a state
+                self.cache = None
+        self.ids = [] if self.cache is None else self.ids[:n]
 
 
 @contextmanager
@@ -70,9 +121,7 @@ def generate(
     max_tokens: int,
     device: str = "cpu",
     compute_dtype: torch.dtype = torch.float32,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    decoding: Decoding = GREEDY,
     on_token: Callable[[int], object] | None = None,
 ) -> Generated:
     """Answer a prompt; see ``stream``. Fit to be called in the middle of a training run. ``on_token`` sees each id."""
@@ -85,9 +134,7 @@ def generate(
             device=device,
             compute_dtype=compute_dtype,
             max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
+            decoding=decoding,
         )
         for token in tokens:
             if token in stops:
@@ -106,37 +153,48 @@ def stream(
     max_tokens: int,
     device: str = "cpu",
     compute_dtype: torch.dtype = torch.float32,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    decoding: Decoding = GREEDY,
+    memory: Memory | None = None,
 ) -> Iterator[int]:
     """Yield up to ``max_tokens`` ids as they are made, stop tokens and all: the caller decides what ends an answer.
 
-    Greedy at temperature 0; else sampled from the smallest set of tokens whose probabilities reach ``top_p``, with a
-    generator of its own from ``seed``. The model must be in eval mode. Its generation settings are not looked at: a
-    sampling default of the base would make samples incomparable.
-
-    Source: nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751.
+    Samples with a generator of its own. The model must be in eval mode. Its generation settings are not looked at: a
+    sampling default of the base would make samples incomparable. ``memory`` is what the model has read before, and has
+    read afterwards.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, memory = torch.Generator().manual_seed(decoding.seed), memory or Memory()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     # The logits of a whole prompt would take prompt x vocabulary x 4 bytes, for one row that is used.
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
-    ids, cache = torch.tensor([list(prompt_ids)], dtype=torch.int64, device=device), None
+    ids = list(prompt_ids)
+    memory.forget(ids)
     for _ in range(max_tokens):
+        new, cache = torch.tensor([ids[len(memory.ids) :]], dtype=torch.int64, device=device), memory.cache
+        memory.ids, memory.cache = [], None  # should this be interrupted, some layers have read more than others
         with autocast(device, compute_dtype):
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True, **last_only)
-        token = pick(out.logits[0, -1].float(), temperature, top_p, generator)
-        yield token
-        cache, new = out.past_key_values, ids.new_tensor([[token]])
-        ids = new if cache is not None else torch.cat([ids, new], dim=1)  # a model without a cache reads all again
+            out = model(input_ids=new, past_key_values=cache, use_cache=True, **last_only)
+        if out.past_key_values is not None:  # else a model without a cache, which reads all again
+            memory.ids, memory.cache = list(ids), out.past_key_values
+        ids.append(pick(out.logits[0, -1].float(), decoding, generator, ids))
+        yield ids[-1]
 
 
-def pick(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Choose a token from fp32 logits [V]."""
-    if temperature <= 0:
+def pick(logits: torch.Tensor, decoding: Decoding, generator: torch.Generator, seen: Sequence[int] = ()) -> int:
+    """Choose a token from fp32 logits [V]; ``seen``: what is there already.
+
+    Source: repetition penalty, Keskar et al. 2019, arXiv:1909.05858; nucleus sampling, Holtzman et al. 2019,
+    arXiv:1904.09751.
+    """
+    if decoding.repetition_penalty != 1:
+        there = torch.tensor(sorted(set(seen)), device=logits.device)
+        was, by = logits[there], decoding.repetition_penalty
+        logits = logits.index_copy(0, there, torch.where(was > 0, was / by, was * by))
+    if decoding.temperature <= 0:
         return int(logits.argmax())
-    probabilities, order = (logits.cpu() / temperature).softmax(-1).sort(descending=True, stable=True)
+    probabilities, order = (logits.cpu() / decoding.temperature).softmax(-1).sort(descending=True, stable=True)
+    if decoding.top_k:
+        probabilities[decoding.top_k :] = 0
+        probabilities /= probabilities.sum()
     # The first token is always in; a later one while those before it do not reach top_p.
-    keep = probabilities.cumsum(-1) - probabilities < max(top_p, 1e-9)
+    keep = probabilities.cumsum(-1) - probabilities < max(decoding.top_p, 1e-9)
     return int(order[torch.multinomial(probabilities * keep, 1, generator=generator)])

@@ -67,6 +67,8 @@ class Provenance:
     stop_ids: tuple[int, ...]
     add_tokens: tuple[str, ...] = ()
     """Tokens whose embeddings were trained; some of them the base's vocabulary lacks."""
+    system: str = ""
+    """The system message of all conversations; empty: there is none that all have."""
     supervise: str = "all"
     quantizer: str = "none"
     """How training stored the base's weights; with the next two ``as_stored`` stores them so again."""
@@ -193,6 +195,7 @@ def serving_files(facts: Provenance, kind: str) -> dict[str, bytes]:
             "stop": list(facts.stop),
             "stop_ids": list(facts.stop_ids),
             **({"add_tokens": list(facts.add_tokens)} if facts.add_tokens else {}),
+            **({"system": facts.system} if facts.system else {}),
             "supervise": facts.supervise,
             "quantizer": facts.quantizer,
             "compute_dtype": facts.compute_dtype,

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from corefit.engine.nonfinite import explain, random_state, set_random_state
-from corefit.errors import RunError
+from corefit.errors import CorefitError, RunError
 from corefit.types import Batch, StepReport
 
 if TYPE_CHECKING:
@@ -107,17 +107,23 @@ def train(
         NonFiniteError: the loss of a step was not finite, and what is saved is as if that step had not begun; or the
             gradients of 20 steps in a row were not. The weights are those before these steps.
         RunError: memory ran out.
+        CorefitError: what ``steps`` raised; the steps before it are saved.
     """
     loss_fn.train()
     supply = iter(steps)
-    first, next_scale, failed = state.step, scaler.get_scale(), False
+    first, next_scale, failed, broken = state.step, scaler.get_scale(), False, None
     scales: deque[tuple[int, float, str | None]] = deque(maxlen=SCALES)
     while not (reason := should_stop()):
         if max_steps and state.step >= max_steps:
             reason = "max_steps"
             break
         begun = time.perf_counter()
-        if (batches := next(supply, None)) is None:
+        try:
+            batches = next(supply, None)
+        except CorefitError as error:  # what was trained so far is good
+            broken = error
+            break
+        if batches is None:
             reason = "epochs"
             break
         epoch = batches[-1].epoch
@@ -146,6 +152,8 @@ def train(
                 hook.run(state.step)
     if checkpoint is not None and state.step not in (first, checkpoint.last_step):
         checkpoint.run(state.step)
+    if broken is not None:
+        raise broken
     if failed:
         run = partial(nats, loss_fn, device=device, compute_dtype=compute_dtype)
         raise explain(

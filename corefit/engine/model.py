@@ -39,8 +39,8 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
 
 
-def _unsaid(line: str) -> None:
-    pass
+def unsaid(line: str) -> None:
+    """Take a notice that nobody needs."""
 
 
 # ------------------------------------------------------------------------------------------------------ the process
@@ -105,7 +105,7 @@ def choose_device(wanted: str = "auto") -> str:
     kind, _, index = wanted.partition(":")
     if wanted != "auto" and (kind != "cuda" or (":" in wanted and not index.isdigit())):
         raise UserError(f"run.device: {unknown('device', wanted, ['auto', 'cpu', 'cuda', 'cuda:0'])}")
-    ways = "or choose the CPU: --set run.device=cpu"
+    ways = "or choose the CPU: --set run.device=cpu, chat --device cpu"
     if not torch.cuda.is_available():
         build = torch.version.cuda or torch.version.hip
         if wanted == "auto" and not _gpu_is_there():
@@ -235,7 +235,7 @@ def resolve_base(base: str, *, trust_remote_code: bool = False, say: Callable[[s
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-    ways = "give a local model folder, or fetch the model once where there is a network"
+    ways = f"give a local model folder, or run where there is a network: {to_fetch(base)}"
     if not constants.HF_HUB_OFFLINE:
         say(f"{base}: no such folder here, so it is taken as a hub name")
     try:
@@ -293,7 +293,15 @@ def weight_files(folder: Path, base: str | None = None) -> list[Path]:
         raise ModelError(
             f"{base}: weights only as pickle ({pickles[0]}), which corefit never opens; {to_convert(folder)}"
         )
+    if folder.parent.name == "snapshots":  # the hub's copy, for which no pickles were fetched
+        name = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+        raise ModelError(f"{name}: no safetensors on the hub; run: {to_fetch(name)}; {to_convert(Path(name))}")
     raise ModelError(f"{base}: no *.safetensors weights in this folder")
+
+
+def to_fetch(name: str) -> str:
+    """Give the command that puts a model of the hub where its name is found as a folder."""
+    return f"hf download {shlex.quote(name)} --local-dir {shlex.quote(name)}"
 
 
 def to_convert(path: Path) -> str:
@@ -344,7 +352,7 @@ def base_dtype_of(base: str) -> str:
 
     Read from the weights themselves: ``config.json`` may say something else.
     """
-    folder = resolve_base(base, say=_unsaid)
+    folder = resolve_base(base, say=unsaid)
     sizes: dict[str, int] = {}
     for path in weight_files(folder, base):
         for entry in read_header(path)[0].values():
@@ -361,7 +369,7 @@ def model_fingerprint(base: str) -> str:
     Of values, 64 blocks of 4 KiB per file are read, evenly spread, so that 15 GB take no time: any training changes
     them, a single edited number may not.
     """
-    folder = resolve_base(base, say=_unsaid)
+    folder = resolve_base(base, say=unsaid)
     digest = hashlib.sha256(json.dumps(_read_config(folder, base), sort_keys=True).encode())
     for path in weight_files(folder, base):
         size = path.stat().st_size
@@ -436,9 +444,17 @@ def load_base(
         )
     if quantization is not None and not has_bitsandbytes and "itsAndBytes" in type(quantization).__name__:
         raise ModelError(f"quantizer {quantizer.name!r}: bitsandbytes is not installed; pip install bitsandbytes")
-    more: dict[str, Any] = {"dtype": getattr(torch, weights_dtype or compute_dtype), "output_loading_info": True}
+    dtype = getattr(torch, weights_dtype or compute_dtype)
+    more: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if quantization is not None:
         more["quantization_config"] = quantization
+    if type(quantization).__name__ == "BitsAndBytesConfig" and not trust_remote_code:
+        # of 4 bits, 64 weights have a scale of 8 bits, and 256 of those one of 32
+        bits = 4 + 8 / 64 + 32 / 64 / 256 if quantization.load_in_4bit else 8
+        with contextlib.suppress(OSError, ValueError, KeyError):  # loading says it better
+            skeleton, _, names = _skeleton(config, str(folder), quantization)
+            by = f"{base}: {quantizer.name}"
+            say(f"{by} {_said_storage(skeleton, names, by=by, bits=bits, dtype=dtype, device=device)}")
     if device != "cpu":
         more["device_map"] = {"": device}
 
@@ -481,6 +497,47 @@ def load_base(
     return model.eval()
 
 
+def _skeleton(config: Mapping[str, Any], base: str, quantization: Any) -> tuple[Any, Any, list[str]]:  # noqa: ANN401
+    """Give a model without weights, the method that would quantise it, and the names of weights that it would take."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    if config.get("model_type") in internlm.KINDS:
+        own = internlm.llama_config(config, base)
+    else:
+        own = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(own, trust_remote_code=False)
+    method = AutoHfQuantizer.from_config(quantization)
+    method.preprocess_model(skeleton, device_map=None)
+    names = [name for name, _ in skeleton.named_parameters() if method.param_needs_quantization(skeleton, name)]
+    return skeleton, method, names
+
+
+def _said_storage(
+    skeleton: PreTrainedModel, names: list[str], *, by: str, bits: float, dtype: torch.dtype, device: str
+) -> str:
+    """Say how much of a base a quantizer will store, and the memory that all of it will take.
+
+    ``by``: which base and quantizer, for errors. ``names``: the weights that it takes; ``bits``: to one of them, scales
+    included; ``dtype``: of all others.
+
+    Raises:
+        ModelError: the GPU has less.
+    """
+    sizes = {name: parameter.numel() for name, parameter in skeleton.named_parameters()}
+    total, stored = sum(sizes.values()), sum(sizes[name] for name in names)
+    fused = sum(n for name, n in sizes.items() if skeleton.get_parameter(name).dim() == 3 and name not in names)
+    size = (stored * bits / 8 + (total - stored) * dtype.itemsize) / 2**30
+    share, other = f"{stored / 1e6:,.1f}M of {total / 1e6:,.1f}M weights", str(dtype).removeprefix("torch.")
+    line = f"stores {share} ({stored / total:.0%}), the others are {other}: {size:,.2f} GiB"
+    if fused > stored:
+        line += f"; {fused / 1e6:,.1f}M are fused experts, which it can't store: have that memory, or take a dense base"
+    if device != "cpu" and size > (memory := torch.cuda.get_device_properties(device).total_memory / 2**30):
+        raise ModelError(f"{by} {line}; {device} has {memory:,.1f} GiB: take a smaller base or a larger GPU")
+    return line
+
+
 def as_stored(
     base: str, *, quantizer: Quantizer, compute_dtype: str, device: str
 ) -> tuple[frozenset[str], Callable[[str, torch.Tensor], torch.Tensor]]:
@@ -498,22 +555,12 @@ def as_stored(
     if not _import_bitsandbytes() or type(quantization).__name__ != "BitsAndBytesConfig":
         raise ModelError(f"quantizer {quantizer.name!r}: bitsandbytes dequantises what it stored itself, nothing else")
     from peft.utils.integrations import dequantize_bnb_weight
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.quantizers.auto import AutoHfQuantizer
 
-    own = _read_config(resolve_base(base, say=_unsaid), base)
+    own = _read_config(resolve_base(base, say=unsaid), base)
     try:
-        if own.get("model_type") in internlm.KINDS:
-            config = internlm.llama_config(own, base)
-        else:
-            config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        skeleton, method, names = _skeleton(own, base, quantization)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{base}: can't be dequantised: {_first_line(error)}") from error
-    method = AutoHfQuantizer.from_config(quantization)
-    method.preprocess_model(skeleton, device_map=None)
-    names = [name for name, _ in skeleton.named_parameters() if method.param_needs_quantization(skeleton, name)]
 
     def rounded(name: str, weight: torch.Tensor) -> torch.Tensor:
         if name not in names:
@@ -620,6 +667,24 @@ def decoder_targets(model: PreTrainedModel) -> list[str]:
     return sorted(targets)
 
 
+def _taken_for_experts(model: PreTrainedModel, targets: list[str]) -> set[str]:
+    """Give the targets that peft takes for matrices of experts, which transformers 5 has in one parameter.
+
+    It would adapt those in the place of layers, or beside them, and so would whoever loads the adapter with it.
+    """
+    from peft import LoraConfig
+
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as convert
+    except ImportError:
+        return set()
+    trial = LoraConfig(target_modules=targets)
+    with contextlib.suppress(ValueError):  # some of them without others, with which they are one
+        convert(trial, model, None)
+        return set(targets) - set(trial.target_modules or ())
+    return set(targets)
+
+
 def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: int) -> Any:  # noqa: ANN401, PeftModel or the model
     """Make a loaded base trainable: with a LoRA adapter, or, where ``spec`` is None, all of it.
 
@@ -630,6 +695,9 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
     Raises:
         ModelError: a target that the model lacks; full fine-tuning of quantised weights.
     """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # that row would never train, and it may be the stop's
     if spec is None:
         if is_quantized(model):
             raise ModelError(
@@ -645,7 +713,9 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
         if "norm" in type(module).__name__.lower():
             module.float()
     targets, saved = internlm.llama_modules(model, spec.targets), internlm.llama_modules(model, spec.modules_to_save)
-    targets = targets or decoder_targets(model)
+    targets = targets or sorted({*(everything := decoder_targets(model))} - _taken_for_experts(model, everything))
+    if experts := _taken_for_experts(model, targets):
+        raise ModelError(f"adapter.targets: of this model peft takes {min(experts)!r} for its experts; leave it out")
     layers, modules = linear_layers(model), [name for name, _ in model.named_modules() if name]
     for where, names, known in (("targets", targets, list(layers)), ("modules_to_save", saved, modules)):
         for wanted in names:
@@ -677,7 +747,10 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
     with warnings.catch_warnings(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
         torch.manual_seed(seed)
-        adapted = get_peft_model(model, config)
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            raise ModelError(f"adapter.targets: {_first_line(error)}") from error
     # peft keeps a set, whose order changes from process to process, and would write it so
     adapted.peft_config["default"].target_modules = targets
     internlm.check_adapter(adapted)

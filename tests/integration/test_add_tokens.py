@@ -159,6 +159,7 @@ def test_loss_and_gradients_of_trained_rows_are_those_of_full_logits(tiny_model:
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 def test_an_adapter_of_others_with_whole_embeddings_of_a_larger_vocabulary_opens_and_merges(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

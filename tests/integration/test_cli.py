@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_help_shows_the_verbs_in_the_order_of_their_use(tmp_path: Path) -> None:
         (["train", "--data", "rows.jsonl"], ["--data without --model"]),
         (["train", "nowhere.toml"], ["nowhere.toml"]),
         (["train", "--plugin", "identity", "--set", "data.options.nmae=x"], ["'nmae'", "'name'"]),
-        (["copy", "internlm_chat_7b"], ["internlm_chat_7b_qlora_oasst1_e3"]),
+        (["copy", "internlm_chat_7b"], ["`corefit recipes internlm_chat_7b` lists"]),
         (["chat", "nowhere"], ["nowhere"]),
         (["merge", "nowhere", "--out", "x"], ["nowhere"]),
         (["merge", "nowhere", "--out", "x", "--base", "dequantized"], ["'dequantized'", "did you mean 'dequantised'?"]),
@@ -113,9 +114,56 @@ def test_recipes_copy_and_their_old_names(tmp_path: Path) -> None:
     assert corefit("copy", name, cwd=tmp_path).returncode == 0
     copied = tmp_path / f"{name}.toml"
     assert len(copied.read_text("utf-8").splitlines()) < 45
-    again = corefit("copy-cfg", name, cwd=tmp_path)
-    assert again.returncode == 2  # a copy that was edited is never overwritten
-    assert "internlm_chat_7b" in again.stderr
+    assert (corefit("copy-cfg", name, ".", cwd=tmp_path).returncode, (tmp_path / f"{name}_copy.toml").exists()) == (
+        0,
+        True,
+    )
+    for verb in ("copy", "copy-cfg"):
+        again = corefit(verb, name, cwd=tmp_path)
+        assert again.returncode == 2  # a copy that was edited is never overwritten
+        assert "internlm_chat_7b" in again.stderr
+
+
+def test_every_name_of_xtuner_is_a_recipe_or_has_a_reason(tmp_path: Path) -> None:
+    classic = (Path(__file__).parents[1] / "golden" / "xtuner_zoo.txt").read_text("utf-8").split()
+    recipes = corefit("recipes", cwd=tmp_path)
+    lines = corefit("recipes", "--all", cwd=tmp_path).stdout.splitlines()
+    assert lines[: len(recipes.stdout.splitlines())] == recipes.stdout.splitlines()
+    reasons = [line.split()[0] for line in lines if "  can't run: " in line]
+    assert recipes.stderr.startswith(f"{len(reasons)} more names")
+    assert len(classic) == 585 and set(classic) <= {line.split()[0] for line in lines} and set(reasons) < set(classic)
+    chosen = corefit("recipes", "llava", cwd=tmp_path)
+    assert (chosen.stdout, chosen.stderr.split()[0]) == ("", str(sum("llava" in name for name in classic)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["internlm_chat_7b_qlora_oast1_e3"], "did you mean 'internlm_chat_7b_qlora_oasst1_e3'?"),
+        (["chatglm3_6b_qlora_oasst1_e3"], "no architecture in transformers"),
+        (
+            ["internlm_chat_7b_qlora_oasst1_e3"],
+            "downloads no data; from the hub: hf download timdettmers/openassistant-guanaco --repo-type dataset",
+        ),
+        (
+            ["internlm_chat_7b_qlora_oasst1_e3", "--data", "rows.jsonl"],
+            "run where there is a network: hf download internlm/internlm-chat-7b --local-dir internlm/internlm-chat-7b",
+        ),
+    ],
+)
+def test_a_name_of_the_zoo_says_what_to_do_first(arguments: list[str], words: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "### Human: hi### Assistant: yo"}\n', "utf-8")
+    done = corefit("train", *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and words in done.stderr and not (tmp_path / "runs").exists()
+
+
+def test_a_name_of_the_zoo_trains_with_the_users_model_and_data(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "### Human: hi### Assistant: yo"}\n' * 8, "utf-8")
+    name = "internlm_chat_7b_qlora_oasst1_e3"
+    sets = ("train.max_steps=1", "train.packs_per_step=1", "sample.max_tokens=2", "pack.max_length=64", "adapter.r=4")
+    done = corefit("train", name, "--model", tiny_model, "--data", "rows.jsonl", "--set", *sets, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'name = "internlm_chat"' in (tmp_path / "runs" / f"{name}-1" / "recipe.toml").read_text("utf-8")
 
 
 def test_inspect_needs_a_tokenizer_only(tmp_path: Path, data: Path, tiny_tokenizer: Path) -> None:
@@ -152,18 +200,38 @@ def test_a_format_nobody_knows_lists_the_candidates(tmp_path: Path, tiny_tokeniz
     assert "oasst1" in done.stderr
 
 
-def test_broken_json_names_the_line_and_can_be_skipped(tmp_path: Path, tiny_tokenizer: Path) -> None:
-    path = tmp_path / "broken.jsonl"
-    good = json.dumps(ROWS[0])
-    path.write_text("\n".join([good, good, good[:-3], *[good] * 7]) + "\n", "utf-8")
+def test_inspect_says_what_is_left_out_and_where(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    good, ends = json.dumps(ROWS[0]), json.dumps({"text": ROWS[0]["text"] + "### Human: And then?"})
+    long = json.dumps({"text": f"### Human: Say it.### Assistant: {'really ' * 60}so."})
+    lines = [good, ends, good[:-3], json.dumps({"text": "### Human: Nobody answers."}), good, "[]", long, *[good] * 5]
+    path.write_text("".join(line + "\n" for line in lines), "utf-8")
     base = ["inspect", "--plugin", "oasst1", "--template", "chatml", "--data", path, "--tokenizer", tiny_tokenizer]
+    base += ["--set", "pack.max_length=64"]
     done = corefit(*base, cwd=tmp_path)
     assert done.returncode == 2
-    assert f"{path}:3:" in done.stderr
-    done = corefit(*base, "--on-bad-record", "skip", cwd=tmp_path)
+    assert done.stderr.startswith(f"corefit: error: {path}:3:72: broken JSON: a string that never ends; ")
+    left_out = [
+        f"  messages: 1 trailing_user: {path}:2",
+        f"  records: 2 bad_record: {path}:3:72: broken JSON: a string that never ends, "
+        f"{path}:6:1: expected a JSON object, found a list",
+        f"  records: 1 no_answer: {path}:4",
+    ]
+    assert done.stdout.split("where first:\n")[1].splitlines()[:3] == left_out
+    done = corefit(*base, "--on-bad-record", "skip", "--seed", "3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "9 used + 1 dropped" in done.stdout
-    assert "bad_record" in done.stdout
+    said, ledger = done.stdout.split("where first:\n")[1].split("\n\n")
+    assert said.splitlines()[:3] == left_out
+    beyond = re.fullmatch(
+        rf"  tokens: ([\d,]+) beyond pack\.max_length: {re.escape(str(path))}:7", said.splitlines()[3]
+    )
+    assert beyond and f" + {beyond[1]} truncated" in ledger
+    assert "9 used + 3 dropped" in done.stdout
+    shown = [line for line in done.stdout.splitlines() if line.startswith("--- ")]
+    assert len(shown) == 3
+    assert shown != [
+        line for line in corefit(*base, "--seed", "4", cwd=tmp_path).stdout.splitlines() if line[:4] == "--- "
+    ]
 
 
 def test_standard_input_can_be_closed_early(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_fit_accounts_for_every_token(sample, max_length, policy):
         for start, end in piece.spans.tolist():
             assert last <= start < end <= len(ids)
             assert set(ids[start:end]) <= targets
-            assert ids[end - 1] in stops or (policy == "split" and sample.cuts is None)
+            assert ids[end - 1] in stops or sample.cuts is None
             assert set(ids[last:start]).isdisjoint(targets) or len(ids) == max_length
             last = end
         assert piece.cuts is None or set(piece.cuts.tolist()) <= set(range(len(ids)))

@@ -276,8 +276,8 @@ def test_a_sniff_that_fails_harms_nobody_who_does_not_ask_for_it(tmp_path, tiny_
     registry = Registry.load()
     told = replace(ANY, sniff=lambda record: "text" in record)
     known = SimpleNamespace(reader=registry.reader, map_functions={"careless": CARELESS, "any": told})
-    name, lines = _sniff(one.sources, known, "skip")
+    name, lines = _sniff(one.sources, one.reader, known, "skip")
     where = one.sources.paths[0]
     assert name == "any" and lines == [f"map function 'careless' failed at {where}:1: KeyError: 'messages'"]
     with pytest.raises(DataError, match="hostile.jsonl:2:2: broken JSON"):
-        _sniff(one.sources, known, "error")
+        _sniff(one.sources, one.reader, known, "error")

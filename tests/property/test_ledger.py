@@ -124,7 +124,7 @@ def pieces_of(ids, owners, turns, most, policy):
     if policy == "drop":
         return [([], [], len(ids))]
     bounds = [0]
-    if policy == "split" and turns is None:
+    if turns is None:  # plain text
         bounds += range(most, len(ids), most)
     elif policy == "split":
         for start, end in zip(turns, [*turns[1:], len(ids)], strict=True):

@@ -135,6 +135,67 @@ def test_the_quantizer_of_training_is_the_default(run):
     assert Chatter(run.parent / "base", device="cpu").quantizer == "none"
 
 
+def fed(chatter: Chatter, messages: list[dict[str, str]], **options) -> tuple[str, list[int]]:
+    """Give an answer, and how many ids each forward pass was given."""
+    sizes: list[int] = []
+    hook = chatter.model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    try:
+        return "".join(chatter.answer(messages, **options)), sizes
+    finally:
+        hook.remove()
+
+
+def test_a_conversation_is_read_once_and_answered_as_if_read_anew():
+    kept = Chatter(EMBEDDED_MODEL, device="cpu", max_tokens=40)
+    history, read = [USER], 0
+    for question in ("天空为什么是蓝色的？", "What is your name?", ""):
+        said, sizes = fed(kept, history)
+        assert sizes == [len(kept.prompt_ids(history)) - read, *[1] * (len(sizes) - 1)]
+        read = len(kept.prompt_ids(history)) + len(sizes) - 1  # the last id was said, and not read
+        assert kept.tokenizer.decode(kept._said[said]) == said
+        assert said == fed(Chatter(EMBEDDED_MODEL, device="cpu", max_tokens=40), history)[0]
+        history += [{"role": "assistant", "content": said}, {"role": "user", "content": question}]
+    again, sizes = fed(kept, [USER])
+    assert again == "The capital of France is Paris." and sizes[0] == 1, "the cache is cut back to a shorter prompt"
+
+
+def test_adapter_on_and_off_remember_each_for_itself(adapter):
+    on, off = fed(adapter, [USER])[0], fed(adapter, [USER], adapter=False)[0]
+    for expected, side in ((on, True), (off, False)):
+        answer, sizes = fed(adapter, [USER], adapter=side)
+        assert (answer, sizes[0]) == (expected, 1)
+
+
+def test_an_interrupted_forward_pass_is_forgotten(embedded):
+    whole, _ = fed(embedded, [USER])
+    layer = embedded.model.model.layers[-1]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    other = [{"role": "user", "content": "What is the capital of Italy?"}]
+    hook = layer.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fed(embedded, other)
+    hook.remove()
+    answer, sizes = fed(embedded, [USER])
+    assert answer == whole and sizes[0] == len(embedded.prompt_ids([USER]))
+
+
+def test_what_was_answered_stays_the_ids_that_it_was(adapter):
+    ids = [adapter.tokenizer.encode([c])[0][0] for c in "quick"]  # one token of the vocabulary, said letter by letter
+    assert adapter.tokenizer.encode(["quick"])[0] != ids and adapter.tokenizer.decode(ids) == "quick"
+    history = [USER, {"role": "assistant", "content": "quick"}, USER]
+    before = adapter.prompt_ids(history)
+    adapter._said["quick"] = tuple(ids)
+    after = adapter.prompt_ids(history)
+    del adapter._said["quick"]
+    assert ids == [id for i, id in enumerate(after) if after[i : i + 5] == ids][:1] + ids[1:]
+    assert len(after) > len(before)
+
+
 def test_max_tokens_and_context(adapter, embedded):
     assert len(adapter.tokenizer.encode([adapter.ask("hi")])[0]) <= 14
     with pytest.raises(UserError, match="context 2048"):
@@ -183,6 +244,26 @@ def test_the_loop_keeps_the_conversation():
         (["sys", "three"], True),
     ]
     assert written == "answer\n" * 3 + "\n"
+
+
+def test_commands_of_the_loop():
+    asked, written = talk(
+        ["/system pirate", "one", "/reset", "two", "/system Be brief.", "three", "/system -", "four", "/system", "/nwe"]
+        + ['"""first', "  second", 'third"""', '"""one line"""', "/exit"],
+        system="sys",
+        systems={"pirate": "Talk like a pirate.", "poet": "Rhyme."},
+    )
+    assert [messages for messages, _ in asked] == [
+        ["Talk like a pirate.", "one"],
+        ["Talk like a pirate.", "two"],
+        ["Be brief.", "three"],
+        ["four"],
+        ["four", "answer", "first\n  second\nthird"],
+        ["four", "answer", "first\n  second\nthird", "answer", "one line"],
+    ]
+    assert "system: none\npirate: Talk like a pirate.\npoet: Rhyme.\n" in written
+    assert "no command /nwe" in written
+    assert talk(['"""never ended', EOFError()])[0] == []
 
 
 def test_ctrl_c_ends_the_answer_then_the_chat():

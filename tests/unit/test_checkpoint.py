@@ -378,7 +378,7 @@ def test_nothing_is_pickled(tmp_path):
 def test_the_real_stack_resumes_bit_for_bit_and_evaluating_on_the_way_changes_nothing(tmp_path, tiny_model, quantizer):
     """A quantised base, peft's dropout, the chunked loss; validation and answers between the steps of one run only."""
     from corefit.defaults import corefit_quantizers
-    from corefit.engine.evaluate import generate, validation_loss
+    from corefit.engine.evaluate import Decoding, generate, validation_loss
     from corefit.engine.loss import CausalLoss
     from corefit.engine.model import AdapterSpec, attach_adapter, load_base
 
@@ -404,7 +404,7 @@ def test_the_real_stack_resumes_bit_for_bit_and_evaluating_on_the_way_changes_no
 
     def look(step):
         losses.append(validation_loss(first.model, [make_batch(77)])[0])
-        generate(first.model.model, [1, 5, 9], stop_ids=[2], max_tokens=4, temperature=1.0)
+        generate(first.model.model, [1, 5, 9], stop_ids=[2], max_tokens=4, decoding=Decoding(temperature=1.0))
 
     why = first.train(
         make_steps(6),

@@ -466,3 +466,15 @@ class TestFit:
         fitted = fit(sample(20, [[12, 19]], [0, 10]), 10, "split")
         assert shape(fitted) == [([*range(110, 120)], [[2, 9]])]
         assert (fitted.n_truncated_tokens, fitted.n_dropped_tokens, fitted.drop) == (0, 10, None)
+
+
+def test_a_conversation_of_a_template_that_marks_no_turn_is_no_plain_text(tokenizer):
+    def render(*arguments):
+        return (segment._replace(turn=False) for segment in CHATML.render(*arguments))
+
+    unmarked = PromptTemplate(name="unmarked", summary="", render=render, stop=CHATML.stop, control=CHATML.control)
+    sample = encode(make_encoder(unmarked, tokenizer), talk("q", "a long answer " * 20)).sample
+    assert sample.cuts.tolist() == [0]
+    for policy in ("truncate", "split"):
+        fitted = fit(sample, 32, policy)
+        assert len(fitted.samples) == 1 and fitted.n_truncated_tokens == len(sample.input_ids) - 32

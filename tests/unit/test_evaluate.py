@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_training import make_batch, make_run, make_steps
 
-from corefit.engine.evaluate import generate, pick, stream, undisturbed, validation_loss
+from corefit.engine.evaluate import Decoding, Memory, generate, pick, stream, undisturbed, validation_loss
 from corefit.engine.loop import Every
-from corefit.errors import RunError
+from corefit.errors import RunError, UserError
 
 PROMPT = [1, 9, 33, 70, 12]
 
@@ -148,14 +148,14 @@ def test_generating_in_the_middle_of_training_leaves_no_trace(model):
         modes = [part.training for part in tuned.modules()]
         state = torch.get_rng_state()
         first = generate(tuned, PROMPT, stop_ids=[], max_tokens=6)
-        sampled = generate(tuned, PROMPT, stop_ids=[], max_tokens=6, temperature=1.0)
+        sampled = generate(tuned, PROMPT, stop_ids=[], max_tokens=6, decoding=Decoding(temperature=1.0))
         assert torch.equal(torch.get_rng_state(), state)
         assert [part.training for part in tuned.modules()] == modes
         assert tuned.config.use_cache is False
         assert tuned.get_base_model().is_gradient_checkpointing
         assert torch.is_grad_enabled()
         assert first == generate(tuned, PROMPT, stop_ids=[], max_tokens=6)
-        assert sampled == generate(tuned, PROMPT, stop_ids=[], max_tokens=6, temperature=1.0)
+        assert sampled == generate(tuned, PROMPT, stop_ids=[], max_tokens=6, decoding=Decoding(temperature=1.0))
         tuned.eval()
         tuned.gradient_checkpointing_disable()
         assert list(first.ids) == reference(tuned, PROMPT, 6)
@@ -169,9 +169,14 @@ def test_generating_in_the_middle_of_training_leaves_no_trace(model):
 
 def test_seeds_and_temperature_decide_a_sample(model):
     model.eval()
-    answers = {s: generate(model, PROMPT, stop_ids=[], max_tokens=8, temperature=1.5, seed=s).ids for s in range(3)}
+    answers = {
+        s: generate(model, PROMPT, stop_ids=[], max_tokens=8, decoding=Decoding(temperature=1.5, seed=s)).ids
+        for s in range(3)
+    }
     assert len(set(answers.values())) > 1
-    assert generate(model, PROMPT, stop_ids=[], max_tokens=8, temperature=1.5, seed=2).ids == answers[2]
+    assert (
+        generate(model, PROMPT, stop_ids=[], max_tokens=8, decoding=Decoding(temperature=1.5, seed=2)).ids == answers[2]
+    )
 
 
 def test_a_stream_gives_tokens_as_they_come_and_grads_stay_on_between_them(model):
@@ -208,14 +213,52 @@ def test_a_model_without_a_cache_reads_everything_again():
     assert list(stream(NoCache(), [1, 2], max_tokens=4)) == [3, 6, 12, 24]
 
 
+def test_top_k_and_the_repetition_penalty():
+    logits = torch.tensor([0.5, 0.2, 0.2999, 0.0001]).log()
+    generator = torch.Generator().manual_seed(0)
+    draws = {pick(logits, Decoding(temperature=1.0, top_k=2), generator) for _ in range(300)}
+    assert draws == {0, 2}
+    share = sum(pick(logits, Decoding(temperature=1.0, top_k=2, top_p=0.6), generator) == 0 for _ in range(300)) / 300
+    assert share == 1, "top_p counts among the top_k: 0.5 of 0.8 reaches 0.6"
+    logits = torch.tensor([2.0, 1.5, -1.0, -1.5])
+    assert pick(logits, Decoding(repetition_penalty=2.0), generator, [0, 0]) == 1
+    assert pick(logits, Decoding(repetition_penalty=1.2), generator, [0]) == 0
+    assert pick(torch.tensor([-1.0, -1.5]), Decoding(repetition_penalty=2.0), generator, [0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", -1), ("top_p", 1.5), ("top_k", -1), ("repetition_penalty", 0), ("seed", -1)]
+)
+def test_a_value_out_of_range_is_named(name, value):
+    with pytest.raises(UserError, match=name.replace("_", "-")):
+        Decoding(**{name: value})
+
+
+def test_a_cache_that_can_not_be_cut_is_not_cut():
+    """Sliding windows and states forget the past, so a prompt that differs is read from its first id."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16)
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(vocab_size=50, num_key_value_heads=2, sliding_window=8, **sizes)).eval()
+    memory, prompts = Memory(), ([*range(1, 21)], [*range(1, 12), 30, 31], [*range(1, 12), 30, 31, 32, 33])
+    for prompt in prompts:
+        fresh = list(stream(model, prompt, max_tokens=6))
+        assert list(stream(model, prompt, max_tokens=6, memory=memory)) == fresh
+    assert memory.ids[: len(prompts[-1])] == prompts[-1]
+    kept = list(memory.ids)
+    list(stream(model, [*kept, 5], max_tokens=1, memory=memory))
+    assert memory.ids == [*kept, 5], "what only goes on is kept"
+
+
 def test_top_p_keeps_the_smallest_set_that_reaches_it():
     logits = torch.tensor([0.5, 0.2, 0.2999, 0.0001]).log()
     generator = torch.Generator().manual_seed(0)
-    draw = lambda p, t=1.0: {pick(logits, t, p, generator) for _ in range(300)}  # noqa: E731
+    draw = lambda p, t=1.0: {pick(logits, Decoding(temperature=t, top_p=p), generator) for _ in range(300)}  # noqa: E731
     assert draw(0.4) == draw(0.0) == {0}
     assert draw(0.6) == {0, 2}
     assert draw(0.9) == {0, 1, 2}
     assert draw(1.0, 0.01) == {0}
-    share = sum(pick(logits, 1.0, 0.7, generator) == 0 for _ in range(2000)) / 2000
+    share = sum(pick(logits, Decoding(temperature=1.0, top_p=0.7), generator) == 0 for _ in range(2000)) / 2000
     assert math.isclose(share, 0.5 / 0.7999, abs_tol=0.04)
-    assert pick(logits, 0.0, 0.01, generator) == 0
+    assert pick(logits, Decoding(top_p=0.01), generator) == 0

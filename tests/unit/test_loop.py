@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_training import POISON_GRADIENT, POISON_LOSS, make_batch, make_run, make_steps
 
 from corefit.engine.loop import Every, LoopState, progress_at, take_step
-from corefit.errors import NonFiniteError, RunError
+from corefit.errors import DataError, NonFiniteError, RunError
 
 
 def split(batch, sizes):
@@ -325,6 +325,20 @@ def test_a_signal_finishes_the_step_saves_and_says_why():
         checkpoint=Every(saved.append, 3),
     )
     assert (why, saved, len(run.reports)) == ("SIGINT", [3, 4], 4)
+
+
+def test_data_that_can_not_be_read_on_saves_what_was_trained_so_far():
+    def steps(good):
+        yield from make_steps(good)
+        raise DataError("rows.jsonl:9: broken")
+
+    for good, expected in ((3, [2, 3]), (2, [2]), (0, [])):
+        saved: list[int] = []
+        run = make_run()
+        with pytest.raises(DataError, match="rows.jsonl:9"):
+            run.train(steps(good), checkpoint=Every(saved.append, steps=2))
+        assert saved == expected
+        assert run.state.step == good
 
 
 def test_hooks_run_when_due_the_checkpoint_last_and_the_end_is_saved_once():

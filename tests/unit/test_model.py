@@ -3,15 +3,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import write_model
+from safetensors.torch import save_file
+from tiny import write_model, write_tokenizer
+from tiny_families import FAMILIES, write_family
 
 from corefit.engine import model as model_module
 from corefit.engine.attention import causal_lm
@@ -33,6 +38,7 @@ from corefit.engine.model import (
     trainable_parameters,
 )
 from corefit.errors import ModelError, UserError
+from corefit.registry import Registry
 from corefit.types import Quantizer
 
 torch.set_num_threads(1)
@@ -104,6 +110,19 @@ def test_full_fine_tuning_trains_everything_in_fp32_as_stored(tmp_path):
     assert check_trainable(attach_adapter(load(folder, compute_dtype="bfloat16"), None, seed=0))
 
 
+@pytest.mark.parametrize("tokens", [None, (2, 5)])
+def test_the_padding_token_trains_as_every_other(tokens, tmp_path):
+    folder = write_model(tmp_path, pad_token_id=2)  # </s>, as LLaMA's folders often say
+    model = load(folder, weights_dtype="float32")
+    assert model.get_input_embeddings().padding_idx == 2
+    spec = AdapterSpec(r=2, alpha=4, dropout=0.0, tokens=tokens) if tokens else None
+    model = attach_adapter(model, spec, seed=0)
+    model(input_ids=torch.tensor([[1, 2, 5]])).logits.sum().backward()
+    name = "embed_tokens.token_adapter.trainable_tokens_delta" if tokens else "embed_tokens.weight"
+    (grad,) = [p.grad for n, p in model.named_parameters() if name in n]
+    assert (grad[0 if tokens else 2] != 0).any()
+
+
 def test_4_bit_layers_are_protected_from_repacking_and_counted_whole(tmp_path):
     folder = write_model(tmp_path)
     seen = []
@@ -139,7 +158,7 @@ def config(compute_dtype):
     from transformers import BitsAndBytesConfig
     return BitsAndBytesConfig(load_in_8bit=True)
 model = load_base({str(tiny_model)!r}, quantizer=Quantizer(name="int8", summary="", config=config),
-                  compute_dtype="bfloat16", device="cpu")
+                  compute_dtype="bfloat16", device="cpu", say=str)
 model = attach_adapter(model, AdapterSpec(4, 8, 0.1), seed=0)
 enable_gradient_checkpointing(model)
 ids = torch.arange(16)[None]
@@ -219,6 +238,16 @@ def test_pickled_weights_are_refused_unopened(tmp_path):
     assert refused(folder / "pytorch_model.bin", "pickle").endswith(f"{folder}/pytorch_model.bin-safetensors")
     with pytest.raises(ModelError, match="pickle"):
         base_dtype_of(str(folder))
+
+
+def test_a_copy_of_the_hub_without_safetensors_says_what_to_run(tmp_path):
+    folder = write_model(tmp_path / "models--internlm--internlm-chat-7b" / "snapshots" / "0123")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError) as caught:
+        load(folder)
+    name = "internlm/internlm-chat-7b"
+    for command in (f"hf download {name} --local-dir {name}; ", f"corefit safetensors {name} --out {name}-safetensors"):
+        assert command in str(caught.value)
 
 
 def test_an_adapter_beside_the_model_is_refused_for_transformers_would_load_the_base_it_names(tmp_path):
@@ -348,6 +377,51 @@ def test_missing_and_broken_weights_are_errors_not_random_numbers(tmp_path):
 def test_a_base_that_is_quantised_already_is_not_quantised_again(tmp_path):
     folder = edit_config(write_model(tmp_path), quantization_config={"quant_method": "gptq", "bits": 4})
     refused(folder, "quantised already", quantizer=NF4)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("llama", "nf4"), ("qwen3_moe", "nf4"), ("internlm2", "int8")])
+def test_what_a_quantizer_will_store_is_said_before_loading_and_is_so(tmp_path, monkeypatch, kind, name):
+    family = next(family for family in FAMILIES if family.kind == kind)
+    folder, said = write_family(tmp_path / "base", family), []
+    how = dict(quantizer=Registry.load().quantizer(name), compute_dtype="bfloat16", device="cpu", say=said.append)
+    loaded = load_base(str(folder), **how)
+    stored = sum(
+        math.prod(getattr(parameter, "quant_state", parameter).shape)
+        for parameter in loaded.parameters()
+        if not parameter.is_floating_point()
+    )
+    total = count_parameters(loaded).total
+    (line,) = said
+    words = (
+        f"{name} stores {stored / 1e6:,.1f}M of {total / 1e6:,.1f}M weights ({stored / total:.0%}), the others are bf"
+    )
+    assert words in line and ("fused experts" in line) == (kind == "qwen3_moe") and 0 < stored < total
+
+    said.clear()
+    monkeypatch.setattr("transformers.PreTrainedModel._load_pretrained_model", None)
+    with pytest.raises(ModelError, match="can't be loaded"):
+        load_base(str(folder), **how)
+    assert said == [line]
+
+
+def test_a_mixture_of_experts_that_a_gpu_cannot_hold_is_refused_before_its_weights_are_read(tmp_path, monkeypatch):
+    sizes = dict(num_hidden_layers=48, hidden_size=2048, num_attention_heads=32, num_key_value_heads=4, head_dim=128)
+    experts = dict(num_experts=128, moe_intermediate_size=768, tie_word_embeddings=False, vocab_size=151936)
+    write_tokenizer(tmp_path)
+    config = {"model_type": "qwen3_moe", **sizes, **experts}  # of Qwen3-30B-A3B
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=24 * 2**30))
+    nf4 = Registry.load().quantizer("nf4")
+    with pytest.raises(ModelError) as caught:
+        load_base(str(tmp_path), quantizer=nf4, compute_dtype="bfloat16", device="cuda")
+    attention, inside = 48 * 2048 * 128 * 2 * (32 + 4), 48 * 128 * 3 * 2048 * 768
+    assert f"nf4 stores {attention / 1e6:,.1f}M of " in str(caught.value)
+    assert f"{inside / 1e6:,.1f}M are fused experts" in str(caught.value)
+    gigabytes = float(re.search(r"bfloat16: ([\d.]+) GiB", str(caught.value))[1])
+    rest = inside + 48 * (128 * 2048 + 2 * 2048 + 2 * 128) + 2048 + 2 * 151936 * 2048
+    assert gigabytes == pytest.approx((rest * 2 + attention * 4.127 / 8) / 2**30, rel=1e-4)
+    assert "cuda has 24.0 GiB" in str(caught.value)
 
 
 def test_fingerprints_follow_values_and_architecture_not_the_place(tmp_path):

@@ -21,13 +21,10 @@ from corefit.recipe import (
     Data,
     Recipe,
     apply_overrides,
-    copy_recipe,
-    list_recipes,
     load_recipe,
     option_keys,
     options_from,
     parse_recipe,
-    recipe_path,
     to_toml,
 )
 
@@ -75,7 +72,7 @@ def test_sections_and_keys_are_those_of_the_recipe_page():
     assert keys == {
         "model": "base quantizer add_tokens trust_remote_code",
         "adapter": "kind r alpha dropout targets modules_to_save dora rslora start",
-        "data": "path map reader shuffle ratio repeat first on_bad max_record_mb options",
+        "data": "path map fields reader shuffle ratio repeat first on_bad max_record_mb options",
         "template": "name supervise min_supervised options",
         "pack": "max_length algorithm held overlong arena",
         "train": "epochs max_steps packs_per_step micro_batch precision lr lr_mult scheduler warmup optimizer "
@@ -436,58 +433,6 @@ def test_option_keys_in_words():
     assert keys["name"] == "text" and keys["n"] == "a whole number"
 
 
-# ------------------------------------------------------------------------------------------------------ the zoo
-
-
-def test_the_recipes_that_ship_load_and_have_a_summary():
-    found = list_recipes()
-    assert "internlm_chat_7b_qlora_oasst1_e3" in dict(found)
-    for name, summary in found:
-        load_recipe(recipe_path(name))
-        assert summary and len(summary) <= 110, name
-
-
-def test_internlm_chat_has_the_values_of_xtuner_0_1_23():
-    recipe = load_recipe(recipe_path("internlm_chat_7b_qlora_oasst1_e3"))
-    assert recipe.model.base == "internlm/internlm-chat-7b" and recipe.model.quantizer == "nf4"
-    assert (recipe.adapter.r, recipe.adapter.alpha, recipe.adapter.dropout, recipe.adapter.targets) == (64, 16, 0.1, ())
-    assert recipe.data[0].map == "oasst1" and recipe.data[0].path is None and recipe.data[0].shuffle
-    assert recipe.template.name == "internlm_chat" and recipe.pack.max_length == 2048
-    train = recipe.train
-    assert (train.epochs, train.max_steps, train.micro_batch, train.packs_per_step) == (3, None, 1, 16)
-    assert (train.optimizer, train.lr, train.betas, train.weight_decay) == ("adamw", 2e-4, (0.9, 0.999), 0.0)
-    assert (train.scheduler, train.warmup, train.clip, train.precision) == ("cosine", 0.03, 1.0, "fp16")
-    assert (recipe.checkpoint.every_steps, recipe.checkpoint.keep, recipe.sample.every_steps) == (
-        500 // 16,
-        2,
-        500 // 16,
-    )
-    assert recipe.sample.prompts == ("请给我介绍五个上海的景点", "Please tell me five scenic spots in Shanghai")
-
-
-def test_listing_by_part_of_a_name_or_glob():
-    assert list_recipes("nothing_like_it") == []
-    assert list_recipes("QLORA") == list_recipes("*qlora*") != []
-
-
-def test_a_recipe_by_name_or_path(tmp_path):
-    file = tmp_path / "mine.toml"
-    file.write_text("", encoding="utf-8")
-    assert recipe_path(str(file)) == file
-    (line,) = refusals(recipe_path, "internlm_chat_7b_qlora_oasst1")
-    assert "did you mean 'internlm_chat_7b_qlora_oasst1_e3'?" in line
-
-
-def test_copying_a_recipe(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    name = "internlm_chat_7b_qlora_oasst1_e3"
-    assert copy_recipe(name) == Path(f"{name}.toml")
-    assert copy_recipe(name, "new/") == Path("new") / f"{name}.toml"
-    assert copy_recipe(name, tmp_path / "x.toml").read_bytes() == recipe_path(name).read_bytes()
-    assert "is there already" in refusals(copy_recipe, name)[0]
-    assert load_recipe(tmp_path / "x.toml") == load_recipe(recipe_path(name))
-
-
 # ------------------------------------------------------------------------------------------------------ writing
 
 
@@ -510,8 +455,8 @@ def test_the_examples_in_docstrings():
 
 def test_loading_imports_no_heavy_package():
     code = (
-        "import sys\nfrom corefit.recipe import *\n"
-        "to_toml(load_recipe(recipe_path('internlm_chat_7b_qlora_oasst1_e3')))\n"
+        "import sys\nfrom corefit.recipe import to_toml\nfrom corefit.zoo import named_recipe\n"
+        "to_toml(named_recipe('internlm_chat_7b_qlora_oasst1_e3'))\n"
         "print([m for m in ('torch', 'transformers', 'numpy', 'pluggy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -267,8 +267,8 @@ def test_everything_is_counted(tmp_path):
         "parts_dropped": {"why": 2, "odd": 2},
     }  # fmt: skip
     assert ledger["tokens"] == {
-        "encoded": 162, "supervised": 2 * (31 + 9 + 2 + 7 + 12), "masked": 2 * (4 + 8), "truncated": 16, "dropped": 0,
-        "validation": 0, "pending": 0,
+        "encoded": 162, "supervised": 2 * (31 + 7 + 9 + 2 + 7 + 12), "masked": 2 * (5 + 8), "truncated": 0,
+        "dropped": 0, "validation": 0, "pending": 0,
     }  # fmt: skip
     assert ledger["messages"] == {
         "total": 10, "dropped": {"trailing_user": 2}, "notes": {"joined": 2, "look_alike": 2}
@@ -283,11 +283,20 @@ def test_everything_is_counted(tmp_path):
 )
 def test_overlong_samples_are_counted_by_token(tmp_path, overlong, expected):
     path = write_records(tmp_path / "a.jsonl", [[70], [30]])
+    if overlong == "truncate":
+        path = write_records(tmp_path / "a.jsonl", [[[2, 68]], [[2, 28]]])
     if overlong == "split":
         path = write_records(tmp_path / "a.jsonl", [[65], [35]])  # pieces of 32, 32, 1 and 32, 3: one has no target
     tokens = last_ledger(batches(stream(source(path), overlong=overlong)))["tokens"]
     assert (tokens["supervised"] + tokens["masked"], tokens["truncated"], tokens["dropped"]) == expected
     assert tokens["encoded"] == 100
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "split"])
+def test_of_plain_text_nothing_is_cut_off(tmp_path, overlong):
+    path = write_records(tmp_path / "a.jsonl", [[70], [30]])
+    tokens = last_ledger(batches(stream(source(path), overlong=overlong)))["tokens"]
+    assert (tokens["supervised"] + tokens["masked"], tokens["truncated"], tokens["dropped"]) == (100, 0, 0)
 
 
 def test_what_is_held_is_pending(tmp_path):

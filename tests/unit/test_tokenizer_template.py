@@ -80,10 +80,14 @@ def test_just_the_answers_and_their_stops_are_supervised(name, kind):
         with pytest.raises(Unrenderable, match=f"^{reason}$"):
             made.segments(Conversation(messages))
         return
+    answers = [message.content for message in messages if message.role == "assistant"]
+    if made.rewrites and len(answers) > 1:
+        with pytest.raises(DataError, match=REWRITTEN):
+            made.segments(Conversation(messages), "d:1")
+        made, answers = encoder(name, "last"), answers[-1:]
     segments = list(made.segments(Conversation(messages)))
     text = theirs(name).apply_chat_template(fields(messages), tokenize=False)
     assert "".join(segment.text for segment in segments) == text
-    answers = [message.content for message in messages if message.role == "assistant"]
     wanted = [(answer.strip() if shape.trims else answer) + shape.after + shape.stop for answer in answers]
     [result] = encode_each(made, [(Conversation(messages), "d:1")])
     ids = result.sample.input_ids
@@ -95,11 +99,13 @@ def test_just_the_answers_and_their_stops_are_supervised(name, kind):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_prompt_is_what_training_saw_before_the_answer(name):
-    made = encoder(name)
+    made = encoder(name, "last")
     [result] = encode_each(made, [(Conversation(TWO), "d:1")])
     prompt = made.prompt(TWO[:-1])
     assert prompt.tolist() == result.sample.input_ids[: result.sample.spans[-1][0]].tolist()
 
+
+REWRITTEN = "^d:1: turn 1: template 'tokenizer' writes it otherwise because turn 2 follows; .*unroll"
 
 pieces = st.sampled_from(
     ["<|im_end|>", "</s>", "<think>", "</think>", "\n", " ", "a", "é", "[/INST]", "corefit0x", "x"]
@@ -125,7 +131,8 @@ def test_pieces_add_up_or_the_conversation_is_a_counted_drop(name, system, turns
     supervised = "".join(segment.text for segment in segments if segment.supervised)
     assert supervised.endswith(shape.after + shape.stop)
     answer = supervised.removesuffix(shape.stop).removesuffix(shape.after)
-    assert answer.strip() in messages[-1].content or (answer.count("<think>") == answer.count("</think>") == 1)
+    opened = answer.count("<think>") + (name == "qwen3_5")  # its generation prompt has the tag
+    assert answer.strip() in messages[-1].content or (opened == answer.count("</think>") == 1)
 
 
 class TestThinking:
@@ -187,8 +194,22 @@ class TestThinking:
         assert "\n\n[  code\n<|im_end|>]" in marked("qwen3", (USER, Message("assistant", "\n\n  code\n")))
 
     def test_without_reasoning_the_block_of_the_last_turn_is_masked(self):
-        text = marked("qwen3", TWO)
-        assert "assistant\n[yo<|im_end|>]" in text and "assistant\n<think>\n\n</think>\n\n[more<|im_end|>]" in text
+        text = marked("qwen3", TWO, "last")
+        assert "assistant\nyo<|im_end|>" in text and "assistant\n<think>\n\n</think>\n\n[more<|im_end|>]" in text
+
+    def test_an_earlier_answer_that_would_be_asked_for_behind_another_text_is_refused_and_its_turn_named(self):
+        """Not one that is masked anyway, nor a conversation of one turn; every turn for itself is as it is asked."""
+        made = encoder("qwen3")
+        with pytest.raises(DataError, match=REWRITTEN):
+            made.segments(Conversation(TWO), "d:1")
+        three = (*TWO[:1], TWO[1]._replace(supervised=False), *TWO[2:], *TWO[2:])
+        with pytest.raises(DataError, match="^d:1: turn 2: template .* because turn 3 follows"):
+            made.segments(Conversation(three), "d:1")
+        masked = (USER, ANSWER._replace(supervised=False), *TWO[2:])
+        assert marked("qwen3", masked) == marked("qwen3", TWO, "last")
+        for part in parts(Conversation(TWO), "unroll"):
+            assert "[" in marked("qwen3", part.messages, "unroll")
+        assert "[yo" in marked("chatml", TWO) and "[more" in marked("chatml", TWO)
 
     def test_whether_a_template_rewrites_earlier_turns_is_known_at_the_start(self):
         assert {name for name in SHAPES if encoder(name).rewrites} == {"qwen3", "qwen3_5"}

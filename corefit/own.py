@@ -1,0 +1,101 @@
+"""A map function of the user's own: ``--plugin module:function``, ``--plugin file.py:function``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from corefit.errors import PluginError, system_words, unknown
+from corefit.types import Conversation, Document, Drop, Item, MapFunction, Record
+
+
+def own_file(name: str) -> Path | None:
+    """Give the file of a map function that is named ``file.py:function``, None for any other name."""
+    place = name.rpartition(":")[0]
+    return Path(place) if place.endswith(".py") else None
+
+
+def own_code(name: str) -> tuple[str, str]:
+    """Give what identifies a function of the user's own: its name without folders, and a hash of the file it is in."""
+    file = own_file(name)
+    short = name if file is None else f"{file.name}:{name.rpartition(':')[2]}"
+    origin = file or Path(str(_module(name)[0].__file__))
+    return short, hashlib.sha256(origin.read_bytes()).hexdigest()[:16] if origin.is_file() else "no file"
+
+
+def own_map_function(name: str, others: Mapping[str, MapFunction]) -> MapFunction:
+    """Load ``module:function`` or ``file.py:function``; it is called with a record, a dict of its own.
+
+    It gives a Conversation, a Document or a Drop, several of them, None to leave the record out, or another object in
+    a format that one of ``others`` recognises: ``{"messages": [...]}``, say, or XTuner's ``{"conversation": [...]}``.
+
+    Raises:
+        PluginError: it can't be imported, or there is no such function.
+    """
+    module, place = _module(name)
+    word = name.rpartition(":")[2]
+    function = getattr(module, word, None)
+    if not callable(function):
+        there = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
+        raise PluginError(f"{place}: {unknown('function', word, there)}")
+
+    def to_items(record: Record, options: object = None) -> list[Item | Drop]:
+        return list(_items(function(deepcopy(dict(record))), others)) or [Drop("nothing_given")]
+
+    return MapFunction(name=name, summary=f"{word} in {place}", map=to_items)
+
+
+def _module(name: str) -> tuple[ModuleType, str]:
+    """Import what comes before the colon; give it and its name in errors."""
+    place, file = name.rpartition(":")[0], own_file(name)
+    try:
+        return (importlib.import_module(place) if file is None else _from_file(place, file.read_bytes())), place
+    except OSError as error:
+        raise PluginError(f"{place}: {system_words(error)}; --plugin FILE.py:FUNCTION names a file") from error
+    except (Exception, SystemExit) as error:
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        line = error.lineno if isinstance(error, SyntaxError) else line_in(place, error)
+        hint = "" if file else f"; a file of your own is {place}.py:{name.rpartition(':')[2]}"
+        raise PluginError(f"{place}{f':{line}' if line else ''}: importing it raised {words}{hint}") from error
+
+
+@lru_cache
+def _from_file(place: str, code: bytes) -> ModuleType:
+    """Run a file as a module of its own; once, however often it is asked for."""
+    module = ModuleType(f"corefit_own_{Path(place).stem}")
+    module.__file__ = place
+    sys.modules[module.__name__] = module  # where dataclasses look for it
+    exec(compile(code, place, "exec"), module.__dict__)
+    return module
+
+
+def line_in(file: str, error: BaseException) -> int | None:
+    """Give the innermost line of a file that an exception passed through."""
+    return next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == file), None)
+
+
+def _items(given: Any, others: Mapping[str, MapFunction]) -> Iterator[Item | Drop]:  # noqa: ANN401, anybody's function
+    if given is None:
+        yield Drop("left_out")
+    elif isinstance(given, Conversation | Document | Drop):
+        yield given
+    elif isinstance(given, Mapping):
+        fits = [other.map for other in others.values() if other.sniff is not None and other.sniff(given)]  # type: ignore[arg-type]
+        if len(fits) != 1:
+            keys = ", ".join(map(str, given)) or "no keys"
+            raise TypeError(f"gave an object with {keys}; expected messages (or XTuner's conversation)")
+        yield from fits[0](given, None)
+    elif isinstance(given, Iterable) and not isinstance(given, str):
+        for each in given:
+            yield from _items(each, others)
+    else:
+        raise TypeError(f"gave a {type(given).__name__}; expected Conversation, Document, Drop, None or an object")
