@@ -180,7 +180,8 @@ class TestChoice:
             (["a.CSV", "b.csv.gz"], "csv"),
             (["a.tsv"], "tsv"),
             (["a.parquet"], "parquet"),
-            (["a.jsonl", "b.json", "c.txt"], "jsonl"),
+            (["a.txt", "b.txt.gz"], "text"),
+            (["a.jsonl", "b.json", "c.data"], "jsonl"),
         ],
     )
     def test_the_suffix_chooses_the_reader(self, names, wanted):
