@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import json
@@ -28,6 +29,9 @@ from corefit.engine.export import INDEX, export_adapter, weight_files
 from corefit.errors import ModelError
 from corefit.merge import merge
 from corefit.pickles import Checkpoint, convert
+
+for codec in ("ascii", "latin-1", "utf-8", "raw_unicode_escape", "unicode_escape"):
+    codecs.lookup(codec)  # Python imports a codec at its first use, which is no import that a pickle asked for
 
 torch.set_num_threads(1)
 DTYPES = (
