@@ -35,6 +35,15 @@ def encode_each(encoder, items) -> list[Result]:
     return [Result(found.get(i), made.drops[i], tuple(made.notes[i])) for i in range(len(items))]
 
 
+def labels_in_place(sample: Sample) -> list[int]:
+    """Give the labels as XTuner writes them: each target at its own token, not at the one before it."""
+    ids = sample.input_ids.tolist()
+    labels = [-100] * len(ids)
+    for start, end in sample.spans.tolist():
+        labels[start:end] = ids[start:end]
+    return labels
+
+
 def block_of(*samples: Sample) -> Block:
     """Give a block in which every sample is a record."""
     lengths = [len(sample.input_ids) for sample in samples]

@@ -7,6 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<eoh>", "<eoa>"]
+SIZE: dict[str, object] = dict(
+    vocab_size=512,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=2048,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+"""Keys of config.json that all tiny models have."""
 CHATML_JINJA = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -57,18 +68,7 @@ def write_model(folder: Path, *, kind: str = "llama", dtype: str = "float32", se
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     write_tokenizer(folder)
-    size: dict[str, object] = dict(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-    )
+    size = dict(SIZE, intermediate_size=128, tie_word_embeddings=False)
     classes = {
         "llama": (LlamaConfig, LlamaForCausalLM, {}),
         "llama_bias": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "num_key_value_heads": 4}),

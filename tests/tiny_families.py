@@ -5,21 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import tiny
 from tiny import write_tokenizer
 from tiny_internlm import CONFIGS, write_internlm
 
-SIZE: dict[str, object] = dict(
-    vocab_size=512,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=2048,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=None,
-)
+SIZE = dict(tiny.SIZE, intermediate_size=96, pad_token_id=None)
 DROPOUT = ("attn_pdrop", "resid_pdrop", "embd_pdrop")
 EXPERTS: dict[str, object] = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from corefit import __version__
 from corefit.durable import sync
 from corefit.engine import internlm
-from corefit.engine.model import INDEX
+from corefit.engine.model import INDEX, hub_name
 from corefit.engine.model import read_header as read_header
 from corefit.engine.model import weight_files as weight_files
 from corefit.errors import ModelError, system_words
@@ -109,9 +109,7 @@ def public_name(base: str) -> str:
     path = path.resolve()
     if path == EMBEDDED_MODEL.resolve():
         return EMBEDDED
-    if path.parent.name == "snapshots":  # the hub's cache: models--owner--name/snapshots/<commit>
-        return path.parents[1].name.removeprefix("models--").replace("--", "/")
-    return path.name
+    return hub_name(path) or path.name
 
 
 # -------------------------------------------------------------------------------------------------------- folders

@@ -293,10 +293,20 @@ def weight_files(folder: Path, base: str | None = None) -> list[Path]:
         raise ModelError(
             f"{base}: weights only as pickle ({pickles[0]}), which corefit never opens; {to_convert(folder)}"
         )
-    if folder.parent.name == "snapshots":  # the hub's copy, for which no pickles were fetched
-        name = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    if name := hub_name(folder):  # no pickles were fetched for the hub's copy
         raise ModelError(f"{name}: no safetensors on the hub; run: {to_fetch(name)}; {to_convert(Path(name))}")
     raise ModelError(f"{base}: no *.safetensors weights in this folder")
+
+
+def hub_name(folder: Path) -> str | None:
+    """Give the name of a model in the hub's cache, ``models--owner--name/snapshots/<commit>``; None: it lies elsewhere.
+
+    >>> hub_name(Path("models--owner--name/snapshots/0123"))
+    'owner/name'
+    """
+    if folder.parent.name != "snapshots":
+        return None
+    return folder.parents[1].name.removeprefix("models--").replace("--", "/")
 
 
 def to_fetch(name: str) -> str:

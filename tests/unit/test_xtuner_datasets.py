@@ -7,7 +7,7 @@ import json
 import pytest
 import xtuner_reference as xtuner
 from corefit_xtuner_datasets import DIFFERENCES, FORMATS, corefit_map_functions
-from samples import encode_each
+from samples import encode_each, labels_in_place
 
 from corefit.data.encode import make_encoder
 from corefit.data.tokenizer import Tokenizer
@@ -400,11 +400,8 @@ def test_ids_and_labels_of_real_rows_equal_xtuners_through_map_function_and_temp
     results = encode_each(encoder, [(item, "d:1") for _, item in pairs])
     for (turns, _), result in zip(pairs, results, strict=True):
         ids, wanted = oracle.encode(xtuner.written(template, strings, turns, bos="<s>", eos="</s>"))
-        labels = [-100] * len(ids)
-        for start, end in result.sample.spans.tolist():
-            labels[start:end] = ids[start:end]
         assert result.sample.input_ids.tolist() == ids
-        assert labels == wanted
+        assert labels_in_place(result.sample) == wanted
 
 
 # --------------------------------------------------------------------- what corefit does differently; rows of the table

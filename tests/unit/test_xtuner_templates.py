@@ -10,7 +10,7 @@ import xtuner_reference as xtuner
 from corefit_internlm_chat import corefit_prompt_templates as internlm_chat
 from corefit_xtuner_templates import corefit_prompt_templates as xtuner_templates
 from jinja2.exceptions import TemplateError
-from samples import encode_each
+from samples import encode_each, labels_in_place
 from tiny import write_tokenizer
 
 from corefit.data.encode import make_encoder
@@ -224,11 +224,8 @@ def test_ids_and_labels_equal_xtuners(name, n_alpaca, n_oasst, shared, parity):
     encoder = make_encoder(TEMPLATES[name], tokenizer)
     for thread, result in zip(threads, encode_each(encoder, [(item, "d:1") for item in items]), strict=True):
         ids, wanted = oracle.encode(xtuner.written(name, strings, thread, bos="<s>", eos="</s>"))
-        labels = [-100] * len(ids)
-        for start, end in result.sample.spans.tolist():
-            labels[start:end] = ids[start:end]
         assert result.sample.input_ids.tolist() == ids
-        assert labels == wanted
+        assert labels_in_place(result.sample) == wanted
 
 
 # ------------------------------------------------------- what corefit does differently; the rows of the plugin's table
