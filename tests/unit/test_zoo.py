@@ -84,7 +84,8 @@ def test_internlm_chat_has_the_values_of_xtuner_0_1_23(tmp_path, monkeypatch):
     ("name", "values"),
     [
         ("internlm_7b_full_oasst1_e3", {"model.quantizer": "none", "train.lr": 2e-5, "template.name": "internlm_chat"}),
-        ("llama2_7b_qlora_colorist_e5", {"train.epochs": 5, "sample.every_steps": 12, "sample.prompts": ()}),
+        ("llama2_7b_qlora_colorist_e5", {"train.epochs": 5, "sample.every_steps": 12}),
+        ("starcoder_full_custom_pretrain_e1", {"train.epochs": 1, "sample.prompts": ()}),
         ("internlm_chat_7b_qlora_oasst1_512_e3", {"pack.max_length": 512}),
         ("llama2_7b_full_alpaca_enzh_32k_sp1", {"pack.max_length": 32768, "train.packs_per_step": 1}),
         ("llama2_70b_int8_lora_open_platypus_e1", {"model.quantizer": "int8", "adapter.r": 16, "train.lr": 3e-4}),
