@@ -37,6 +37,7 @@ look around:
   import CONFIG        print an XTuner config (.py) as a recipe; train and inspect also take it as it is
   formats [PATTERN]    list the data formats that --plugin names (also: list-dataset-format)
   plugins              list every plugin: where it comes from, what it contributes, why it is broken
+  new-plugin NAME      begin a plugin: a distribution that installs and passes its tests (--kind dataset, template, ...)
   check PLUGIN         try whether a plugin keeps what every plugin promises
   selftest [MODEL]     measure on this machine that packed = unpacked, resumed = straight, merged = adapter and more
 
@@ -275,6 +276,12 @@ def _parser() -> _Parser:
 
     verb("plugins", _plugins, "List every plugin: distribution, version, what it contributes, why it is broken.")
 
+    new = verb("new-plugin", _new_plugin, "Write a whole distribution to begin a plugin with: corefit-NAME, here.")
+    new.add_argument("name", metavar="NAME", help="of the plugin: small letters, digits and _")
+    kinds = "dataset, template, quantizer, scheduler, reader or recipe-reader"
+    new.add_argument("--kind", required=True, metavar="KIND", help=kinds)
+    new.add_argument("--out", default=".", metavar="DIR", help="where the new folder goes (default: here)")
+
     about = (
         "Try an installed plugin: ok or failed, with the reason, for everything it promises; exit code 1 if one fails."
     )
@@ -484,6 +491,15 @@ def _plugins(args: argparse.Namespace) -> int:
                 say(f"    BROKEN: {trouble}")
     for name in registry.disabled:
         say(f"{name}  (disabled by COREFIT_DISABLE_PLUGINS)")
+    return 0
+
+
+def _new_plugin(args: argparse.Namespace) -> int:
+    from corefit.scaffold import new_plugin
+
+    folder = new_plugin(args.name, args.kind, args.out)
+    say(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    say(f"next: pip install -e {folder}   corefit check {args.name}   then edit {folder / f'corefit_{args.name}.py'}")
     return 0
 
 

@@ -330,7 +330,7 @@ class MapFunction:
     options: type | None = None
     system: str = ""
     """The system message that it puts before every conversation, where it puts one: ``corefit chat`` has it by name."""
-    example: Mapping[str, Any] | None = None
+    example: Mapping[str, Any] | None = field(default=None, hash=False)
     """A record of this format, which ``corefit check`` maps; nobody else's ``sniff`` may be True for it."""
 
 
