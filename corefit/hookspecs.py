@@ -9,7 +9,7 @@ Every module-level callable named ``corefit_*`` implements the hook of that name
 arguments, are called once at start-up, one plugin after the other, and yield frozen entries. They never run in the
 training loop. An entry's ``name`` is what the user types; two plugins that claim one name are both refused, by name.
 Keep imports of torch and numpy inside the functions that need them: ``corefit plugins`` imports every plugin.
-A whole distribution to start from is ``tests/plugin_example/``.
+``corefit new-plugin NAME --kind template`` writes a whole distribution, ``corefit check NAME`` tries what it promises.
 """
 
 from __future__ import annotations

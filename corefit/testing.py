@@ -509,7 +509,7 @@ def _short(value: object) -> str:
 
 # ----------------------------------------------------------------------------------------------------------- templates
 
-SYSTEM = Message("system", "system1 text")
+SYSTEM, TOOL = Message("system", "system1 text"), Message("tool", "result1")
 TURNS = (
     *(Message("user", "question1"), Message("assistant", "answer1", supervised=True)),
     *(Message("user", "question2"), Message("assistant", "answer2", supervised=False)),
@@ -517,7 +517,7 @@ TURNS = (
 )
 _CALL = {"type": "function", "function": {"name": "tool1", "arguments": "{}"}}
 ODD_CHATS: dict[str, tuple[Conversation, tuple[str, ...]]] = {
-    "a message of a tool": (Conversation((*TURNS, Message("tool", "result1"), TURNS[1])), ("result1",)),
+    "a message of a tool": (Conversation((*TURNS, TOOL, TURNS[1])), ("result1",)),
     "a tool call": (Conversation((TURNS[0], Message("assistant", "answer1", tool_calls=(_CALL,)))), ("tool1",)),
     "tools": (Conversation(TURNS, tools=({"type": "function", "function": {"name": "tool1"}},)), ("tool1",)),
     "a thought": (Conversation((TURNS[0], Message("assistant", "answer1", reasoning="thought1"))), ("thought1",)),
@@ -566,12 +566,13 @@ def _supervised(segments: Sequence[Segment]) -> list[bool]:
 
 
 def _chats(template: PromptTemplate, tokenizer: Tokenizer) -> list[tuple[Message, ...]]:
-    """Give a conversation, and where the format has a place for one, another with a system message."""
-    with suppress(Unrenderable):
-        item = Conversation((SYSTEM, *TURNS))
-        if SYSTEM.content in _joined(list(template.render(item, tokenizer, _options(template)))):
-            return [TURNS, item.messages]
-    return [TURNS]
+    """Give a conversation, and those with a system message and with a tool where the format has a place for them."""
+    found = [TURNS]
+    for extra, messages in ((SYSTEM, (SYSTEM, *TURNS)), (TOOL, (*TURNS[:4], TOOL, TURNS[5]))):
+        with suppress(Unrenderable):
+            text = _joined(list(template.render(Conversation(messages), tokenizer, _options(template))))
+            found += [messages] if extra.content in text else []
+    return found
 
 
 @_rule("template", "writes content as it is, and in order")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -228,6 +230,7 @@ MUTANTS: dict[str, dict[str, list[Edits]]] = {
         "writes in Jinja what it renders": [
             (("'<|end|>\\n' }}{% endfor %}", "'<|end|>' }}{% endfor %}"),),
             (("'<|begin|>assistant\\n'", "'<|begin|>'"),),
+            (("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"),),
         ],
     },
     "quantizer": {
@@ -336,6 +339,29 @@ def test_a_mutant_fails_its_check_and_nothing_else(kind, title, edits, install):
 def test_what_mutants_are_made_of_fails_nothing(code, install):
     install(code)
     assert failures("") == {}
+
+
+README = (Path(__file__).resolve().parents[2] / "plugins" / "README.md").read_text("utf-8")
+
+
+def test_the_template_that_plugins_readme_shows_in_strings_keeps_every_promise(install):
+    (call,) = re.findall(r"```python\n(yield PromptTemplate.+?)```", README, re.DOTALL)
+    install("from corefit import PromptTemplate\n\ndef corefit_prompt_templates():\n" + textwrap.indent(call, "    "))
+    assert failures("") == {} and len(plugin_checks("mutant")) == 10
+
+
+@pytest.mark.parametrize("mistake", ["", "tool"])
+def test_the_template_that_plugins_readme_shows_in_python_keeps_every_promise(mistake, install):
+    (module,) = re.findall(r"```python\n(from __future__.+?)```", README, re.DOTALL)
+    if mistake:  # tools are looked at too, where a format has a place for them
+        module = edited(module, (("+ m.content + '<|end|>", "+ (m.content if m.role != 'tool' else '') + '<|end|>"),))
+    install(module)
+    assert list(failures("")) == (["writes in Jinja what it renders"] if mistake else [])
+
+
+def test_plugins_readme_lists_the_checks():
+    for kind in dict.fromkeys(rule.kind for rule in RULES):
+        assert f"| {kind} | {'; '.join(rule.title for rule in RULES if rule.kind == kind)} |\n" in README
 
 
 def test_every_check_has_a_mutant():
