@@ -73,7 +73,7 @@ class Check:
             self.run()
         except AssertionError:
             raise
-        except Exception as error:  # whatever it was, the promise was not seen to hold
+        except (Exception, SystemExit) as error:  # whatever it was, the promise was not seen to hold
             raise AssertionError(_raised(error)) from error
 
 
@@ -336,6 +336,23 @@ def _fetches(reader: DatasetReader, registry: Registry) -> None:
             _hold([*map(_facts, there)] == [*map(_facts, found[::-1])], "fetch gives other records than read")
 
 
+@_rule("reader", "reads no further than a file's size when the run began", lambda r: _can_read(r) and r.bounded)
+def _bounded(reader: DatasetReader, registry: Registry) -> None:
+    from corefit.data.jsonl import file_state
+
+    content = _content(reader)
+    with _files(reader, content) as sources:
+        known = replace(sources, states=tuple(map(file_state, sources.paths)))
+        before = [_facts(record) for record in reader.read(known, _options(reader))]
+        for path in sources.paths:
+            path.write_bytes(content + content)
+        after = [_facts(record) for record in reader.read(known, _options(reader))]
+        _hold(
+            after == before,
+            f"{len(before)} records, and {len(after)} once the file grew; read Sources.states, or bounded=False",
+        )
+
+
 @_rule("reader", "closes its files", lambda r: r.example is not None)
 def _closes(reader: DatasetReader, registry: Registry) -> None:
     with _files(reader, _content(reader)) as sources, warnings.catch_warnings(record=True) as caught:
@@ -567,7 +584,7 @@ def _supervised(segments: Sequence[Segment]) -> list[bool]:
 
 def _chats(template: PromptTemplate, tokenizer: Tokenizer) -> list[tuple[Message, ...]]:
     """Give a conversation, and those with a system message and with a tool where the format has a place for them."""
-    found = [TURNS]
+    found: list[tuple[Message, ...]] = [TURNS]
     for extra, messages in ((SYSTEM, (SYSTEM, *TURNS)), (TOOL, (*TURNS[:4], TOOL, TURNS[5]))):
         with suppress(Unrenderable):
             text = _joined(list(template.render(Conversation(messages), tokenizer, _options(template))))
@@ -628,6 +645,24 @@ def _stopped(template: PromptTemplate, registry: Registry) -> None:
             found or not message.supervised,
             f"no supervised control segment of {sorted(map(str, stops))} ends an answer",
         )
+
+
+@_rule("template", "may be split between turns only")
+def _turns(template: PromptTemplate, registry: Registry) -> None:
+    segments = _rendered(template, _tokenizer(template), Conversation(TURNS))
+    spans, at = _spans(segments, TURNS), 0
+    for segment in segments:
+        inside = any(question[1] < at < answer[2] for question, answer in zip(spans[::2], spans[1::2], strict=True))
+        _hold(not (segment.turn and inside), f"{segment.text!r} says turn=True behind a question that it answers")
+        at += len(segment.text)
+
+
+@_rule("template", "begins with the BOS that it declares", lambda template: template.bos)
+def _bos(template: PromptTemplate, registry: Registry) -> None:
+    tokenizer = _tokenizer(template)
+    for messages in _chats(template, tokenizer):
+        text, *_ = first = _rendered(template, tokenizer, Conversation(messages))[0]
+        _hold(first.control and text == tokenizer.bos_token, f"begins with {text!r}; yield the tokenizer's bos_token")
 
 
 @_rule("template", "writes a system message first and unsupervised, or refuses it")
@@ -878,4 +913,4 @@ def _answers(reader: RecipeReader, registry: Registry) -> None:
                 raise AssertionError(f"{_raised(error)} for {damaged[:80]!r}; raise RecipeError") from error
 
 
-__all__ = ["Check", "check", "plugin_checks"]
+__all__ = ["Check", "plugin_checks"]

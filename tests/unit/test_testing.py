@@ -137,6 +137,9 @@ MUTANTS: dict[str, dict[str, list[Edits]]] = {
                 ),
             ),
         ],
+        "reads no further than a file's size when the run began": [
+            (("seekable=True,", "seekable=True, bounded=True,"),),
+        ],
         "closes its files": [
             (('with open(path, "rb") as lines:', 'for lines in [open(path, "rb")]:'),),
         ],
@@ -204,6 +207,12 @@ MUTANTS: dict[str, dict[str, list[Edits]]] = {
         "ends every answer with a supervised stop": [
             (('Segment("<|end|>", learnt, control=True)', 'Segment("<|end|>", control=True)'),),
             (('Segment("<|end|>", learnt, control=True)', 'Segment("<|end|>", learnt)'),),
+        ],
+        "may be split between turns only": [
+            (('turn=message.role == "user"', "turn=True"),),
+        ],
+        "begins with the BOS that it declares": [
+            (("chat_template=JINJA", "chat_template=JINJA, bos=True"),),
         ],
         "writes a system message first and unsupervised, or refuses it": [
             (("        learnt =", '        if message.role == "system":\n            continue\n        learnt ='),),
@@ -347,7 +356,7 @@ README = (Path(__file__).resolve().parents[2] / "plugins" / "README.md").read_te
 def test_the_template_that_plugins_readme_shows_in_strings_keeps_every_promise(install):
     (call,) = re.findall(r"```python\n(yield PromptTemplate.+?)```", README, re.DOTALL)
     install("from corefit import PromptTemplate\n\ndef corefit_prompt_templates():\n" + textwrap.indent(call, "    "))
-    assert failures("") == {} and len(plugin_checks("mutant")) == 10
+    assert failures("") == {} and len(plugin_checks("mutant")) == 12
 
 
 @pytest.mark.parametrize("mistake", ["", "tool"])
