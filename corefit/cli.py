@@ -38,6 +38,8 @@ look around:
   import CONFIG        print an XTuner config (.py) as a recipe; train and inspect also take it as it is
   formats [PATTERN]    list the data formats that --plugin names (also: list-dataset-format)
   plugins              list every plugin: where it comes from, what it contributes, why it is broken
+  new-plugin NAME      begin a plugin: a distribution that installs and passes its tests (--kind dataset, template, ...)
+  check PLUGIN         try whether a plugin keeps what every plugin promises
   selftest [MODEL]     measure on this machine that packed = unpacked, resumed = straight, merged = adapter and more
 
 corefit <verb> --help shows the options of a verb; corefit --version the version."""
@@ -283,13 +285,25 @@ def _parser() -> _Parser:
 
     verb("plugins", _plugins, "List every plugin: distribution, version, what it contributes, why it is broken.")
 
-    check = verb(
+    new = verb("new-plugin", _new_plugin, "Write a whole distribution to begin a plugin with: corefit-NAME, here.")
+    new.add_argument("name", metavar="NAME", help="of the plugin: small letters, digits and _")
+    kinds = "dataset, template, quantizer, scheduler, reader or recipe-reader"
+    new.add_argument("--kind", required=True, metavar="KIND", help=kinds)
+    new.add_argument("--out", default=".", metavar="DIR", help="where the new folder goes (default: here)")
+
+    about = (
+        "Try an installed plugin: ok or failed, with the reason, for everything it promises; exit code 1 if one fails."
+    )
+    check = verb("check", _check, about)
+    check.add_argument("name", metavar="PLUGIN", help="the name of its entry point, as `corefit plugins` lists it")
+
+    selftest = verb(
         "selftest",
         _selftest,
         "Measure on this machine the equalities that training rests on; exit code 1 if one fails.",
     )
-    check.add_argument("model", nargs="?", metavar="MODEL", help="a folder or hub name (default: a tiny model)")
-    check.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where (default: auto)")
+    selftest.add_argument("model", nargs="?", metavar="MODEL", help="a folder or hub name (default: a tiny model)")
+    selftest.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where (default: auto)")
     for sub in {id(p): p for p in verbs.choices.values()}.values():
         sub.set_defaults(flags=tuple(s for a in sub._actions for s in a.option_strings))
     return parser
@@ -496,6 +510,21 @@ def _plugins(args: argparse.Namespace) -> int:
     for name in registry.disabled:
         say(f"{name}  (disabled by COREFIT_DISABLE_PLUGINS)")
     return 0
+
+
+def _new_plugin(args: argparse.Namespace) -> int:
+    from corefit.scaffold import new_plugin
+
+    folder = new_plugin(args.name, args.kind, args.out)
+    say(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    say(f"next: pip install -e {folder}   corefit check {args.name}   then edit {folder / f'corefit_{args.name}.py'}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from corefit.testing import check
+
+    return check(args.name, say)
 
 
 def _selftest(args: argparse.Namespace) -> int:
