@@ -7,8 +7,9 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from corefit import zoo
+from corefit.data.jsonl import find_files
 from corefit.engine.internlm import KINDS
-from corefit.errors import RecipeError
+from corefit.errors import DataError, RecipeError
 from corefit.recipe import Recipe, load_recipe
 from corefit.registry import Registry
 
@@ -137,3 +138,14 @@ def test_copying_a_recipe(tmp_path, monkeypatch):
     assert "is there already" in refusal(zoo.copy_recipe, NAME)
     assert load_recipe(tmp_path / "x.toml") == zoo.named_recipe(NAME)
     assert zoo.copy_recipe("x.toml", "y.toml").read_bytes() == (tmp_path / "x.toml").read_bytes()
+
+
+def test_data_that_is_a_folder_of_a_hub_data_set_is_got_by_the_name_of_that(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [source] = zoo.named_recipe("starcoder_qlora_stack_exchange_example").data
+    assert source.path == str(tmp_path / "ArmelR" / "stack-exchange-instruction" / "data" / "finetune")
+    with pytest.raises(DataError) as caught:
+        find_files([source.path], base=tmp_path)
+    whole = tmp_path / "ArmelR" / "stack-exchange-instruction"
+    got = f"hf download ArmelR/stack-exchange-instruction --repo-type dataset --local-dir {whole}"
+    assert str(caught.value).endswith(got)
