@@ -23,6 +23,7 @@ USAGE = """corefit <verb> [options]
 
 fine-tune a chat model:
   train [RECIPE]       train; without a recipe, --model and --data it runs the embedded demonstration
+  launch -n N ...      train with N processes of this machine, one a GPU; torchrun does the same on several machines
   inspect [RECIPE]     show samples as the model will see them, supervised tokens marked; needs only a tokenizer
   pack [RECIPE]        encode the data once, ahead of time, into --out DIR; train --set pack.arena=DIR reads it
   chat RUN             talk to a run, an adapter or a model
@@ -71,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CorefitError as error:
         if debug:
             notice(traceback.format_exc())
-        notice(f"corefit: error: {error}")
+        rank = f" rank {os.environ['RANK']}:" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        notice(f"corefit:{rank} error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         notice("corefit: interrupted")
@@ -128,7 +130,10 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # noqa: ANN401
         parsed, rest = self.parse_known_args(args, namespace)
-        if rest:
+        parsed.words = args[1:]
+        if hasattr(parsed, "rest"):
+            parsed.rest = rest
+        elif rest:
             from corefit.errors import unknown
 
             flag = rest[0].split("=")[0]
@@ -177,6 +182,10 @@ def _parser() -> _Parser:
         action="store_true",
         help="load data and model, prove what must hold, say how long the run would be, and stop: nothing is written",
     )
+
+    launch = verb("launch", _launch, "Train with several processes of this machine, one a GPU: torchrun's short form.")
+    launch.add_argument("-n", required=True, metavar="N", help="processes; torchrun starts and watches them")
+    launch.set_defaults(rest=[])  # all else: corefit train takes it
 
     pack = verb("pack", _pack, "Encode the data once, ahead of time, for runs with pack.arena. No model is loaded.")
     pack.add_argument("recipe", nargs="?", metavar="RECIPE", help="a .toml or .py file, a recipe's name, a run folder")
@@ -326,11 +335,20 @@ def _flags(args: argparse.Namespace, *names: str) -> dict[str, str]:
 def _train(args: argparse.Namespace) -> int:
     from corefit.run import train_from
 
-    if (n := os.environ.get("NPROC_PER_NODE", "1")) != "1":
-        raise UserError(f"NPROC_PER_NODE={n}: corefit trains on one GPU; unset it, and run.device says which (cuda:1)")
+    n = os.environ.get("NPROC_PER_NODE", "1")  # what XTuner's users set
+    if n != "1" and "WORLD_SIZE" not in os.environ:
+        from corefit.launch import launch
+
+        return launch(n, args.words)
     flags = _flags(args, "quantizer", "scheduler", "out")
     how = dict(resume=args.resume, allow_changes=args.allow_changes, dry_run=args.dry_run, own_process=True)
     return train_from(args.recipe, flags, args.sets, **how).exit_code
+
+
+def _launch(args: argparse.Namespace) -> int:
+    from corefit.launch import launch
+
+    return launch(args.n, args.rest)
 
 
 def _inspect(args: argparse.Namespace) -> int:
