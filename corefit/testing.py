@@ -291,14 +291,13 @@ def _traced() -> Iterator[list[int]]:
 @_rule("reader", "yields what it can't read, and goes on", lambda r: r.example is not None)
 def _bad_records(reader: DatasetReader, registry: Registry) -> None:
     content = _content(reader)
-    half = len(content) // 2
     for damaged in _damaged(content):
         with suppress(CorefitError):  # of a file as a whole: not a table, say
             _records(reader, damaged)
     if _joins(reader, content):
         found = _records(reader, content + b"\xff\x00 \xfe\n" + content)
         good = sum(isinstance(record, Record) for record in found)
-        _hold(good == len(_records(reader, content * 2)), f"a broken line of {half} costs records around it")
+        _hold(good == len(_records(reader, content * 2)), "a broken line costs the records around it")
         _hold(len(found) > good, "a broken line is skipped without a BadRecord")
 
 
@@ -361,7 +360,7 @@ def _closes(reader: DatasetReader, registry: Registry) -> None:
         del reading
         gc.collect()
         handles = [os.path.realpath(f"/proc/self/fd/{name}") for name in _listed("/proc/self/fd")]
-        left = [str(each.message) for each in caught if issubclass(each.category, ResourceWarning)]
+        left = [text for each in caught if "corefit-check-" in (text := str(each.message))]
         left += [path for path in map(os.path.realpath, sources.paths) if path in handles]
         _hold(not left, f"a file stays open: {left[:1]}; open it in a with statement")
 

@@ -119,7 +119,7 @@ def version(text: str) -> list[int]:
 def test_nothing_that_goes_is_still_here_once_its_version_has_come():
     for name, row in GOING.items():
         assert version(row.gone_in) > version(corefit.__version__), f"{name} was to go in {row.gone_in}: remove it"
-        assert row.use
+        assert row.use and re.fullmatch(r"\d+\.\d+", row.gone_in), f"{name}: a minor release, not a patch"
 
 
 def test_an_old_name_gives_the_new_one_and_says_until_when(monkeypatch):

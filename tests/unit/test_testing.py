@@ -123,6 +123,13 @@ MUTANTS: dict[str, dict[str, list[Edits]]] = {
                 ('return BadRecord(reason=f"byte {error.start + 1} is not UTF-8", **here)', "return None"),
                 ("elif line.strip():", "elif line.strip() and _record(line, here):"),
             ),
+            (
+                (
+                    'yield _record(line.rstrip(b"\\r\\n"), here)',
+                    'yield (found := _record(line.rstrip(b"\\r\\n"), here))\n'
+                    "                    if isinstance(found, BadRecord):\n                        return",
+                ),
+            ),
         ],
         "begins at any record it is asked for": [
             (("lines.seek(start.offset)", "lines.seek(0)"),),
