@@ -28,6 +28,7 @@ fine-tune a chat model:
   chat RUN             talk to a run, an adapter or a model
   eval RUN             loss of base and tuned model on held-out records, multiple choice, exact answers
   merge RUN --out DIR  write base model and adapter as one plain Hugging Face folder
+  runs [DIR]           list the runs of a folder: model, data, steps, best loss, state
   safetensors PATH     read the tensors of pickled weights (.bin, .pt, .pth) without running what is in them
 
 look around:
@@ -37,6 +38,7 @@ look around:
   import CONFIG        print an XTuner config (.py) as a recipe; train and inspect also take it as it is
   formats [PATTERN]    list the data formats that --plugin names (also: list-dataset-format)
   plugins              list every plugin: where it comes from, what it contributes, why it is broken
+  doctor               say what this machine has, what is broken and what will be slow; to paste into an issue
   selftest [MODEL]     measure on this machine that packed = unpacked, resumed = straight, merged = adapter and more
 
 corefit <verb> --help shows the options of a verb; corefit --version the version."""
@@ -240,6 +242,12 @@ def _parser() -> _Parser:
         help="merge into the base as it is stored (default), or as training's quantizer rounded it",
     )
 
+    listed = verb("runs", _runs, "List the runs of a folder, whatever state they are in.")
+    listed.add_argument("folder", nargs="?", default="runs", metavar="DIR", help="default: runs")
+    keys = "started (default), run, state, model, data, steps or loss"
+    listed.add_argument("--sort", default="started", metavar="KEY", help=keys)
+    listed.add_argument("--json", action="store_true", help="one JSON object a run")
+
     tensors = verb(
         "safetensors",
         _safetensors,
@@ -273,6 +281,11 @@ def _parser() -> _Parser:
     formats.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name")
 
     verb("plugins", _plugins, "List every plugin: distribution, version, what it contributes, why it is broken.")
+
+    about = (
+        "Say what this machine has, what is broken and what will be slow; exit code 1 if something needed is broken."
+    )
+    verb("doctor", _doctor, about).add_argument("--json", action="store_true", help="one JSON object")
 
     check = verb(
         "selftest",
@@ -478,6 +491,18 @@ def _plugins(args: argparse.Namespace) -> int:
     for name in registry.disabled:
         say(f"{name}  (disabled by COREFIT_DISABLE_PLUGINS)")
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from corefit.doctor import doctor
+
+    return doctor(as_json=args.json)
+
+
+def _runs(args: argparse.Namespace) -> int:
+    from corefit.runs import runs
+
+    return runs(args.folder, sort=args.sort, as_json=args.json)
 
 
 def _selftest(args: argparse.Namespace) -> int:

@@ -75,3 +75,20 @@ def claim(folder: Path) -> int | None:
         os.close(handle)
         return None
     return handle
+
+
+def held(folder: Path) -> bool | None:
+    """Whether a process holds the lock of a folder; None: this system or disk has no locks, or the folder is shut.
+
+    To look is to hold it for an instant: a run that begins in that very instant would be told that another trains.
+    """
+    try:
+        handle = claim(folder)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    if handle is None:
+        return None
+    os.close(handle)
+    return False
