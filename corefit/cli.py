@@ -225,11 +225,15 @@ def _parser() -> _Parser:
         "--generate", type=int, default=0, metavar="N", help="answer N records and compare with their own answers"
     )
     score.add_argument("--records", type=int, default=1000, metavar="N", help="most records of a source (default 1000)")
-    score.add_argument("--max-tokens", type=int, default=256, metavar="N")
+    score.add_argument(
+        "--max-tokens", type=int, default=256, metavar="N", help="the longest answer of --generate (default 256)"
+    )
     score.add_argument("--model", metavar="PATH", help="the base model, where it moved")
     score.add_argument("--quantizer", metavar="NAME", help="how to store the base weights (default: as in training)")
     score.add_argument("--out", metavar="FILE", help="write scores and answers, one JSON object a line")
-    score.add_argument("--set", dest="sets", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE")
+    score.add_argument(
+        "--set", dest="sets", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="any recipe key"
+    )
 
     merge = verb("merge", _merge, "Write base model and adapter as one plain Hugging Face folder.")
     merge.add_argument("target", metavar="RUN[@STEP]|ADAPTER")
@@ -309,7 +313,7 @@ def _recipe_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on-bad-record", metavar="WHAT", help="error (default): it ends the run; skip: it is counted and left out"
     )
-    parser.add_argument("--seed", metavar="N")
+    parser.add_argument("--seed", metavar="N", help="of the order of records, the adapter's first weights and dropout")
     parser.add_argument(
         "--set", dest="sets", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="any recipe key"
     )
