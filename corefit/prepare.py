@@ -544,7 +544,14 @@ def encoding_threads(recipe: Recipe) -> int:
 
 
 def make_stream(
-    plan: Prepared, *, epochs: int, val_hashes: frozenset[int] = frozenset(), shuffle: bool = True, threads: int = 0
+    plan: Prepared,
+    *,
+    epochs: int,
+    val_hashes: frozenset[int] = frozenset(),
+    shuffle: bool = True,
+    threads: int = 0,
+    world: int = 1,
+    rank: int = 0,
 ) -> Stream:
     """Join the stations of a plan; with ``pack.arena`` the samples come from there.
 
@@ -565,6 +572,8 @@ def make_stream(
         val_hashes=val_hashes,
         pad_id=plan.tokenizer.pad_id,
         threads=threads,
+        world=world,
+        rank=rank,
         arena=Arena(Path(pack.arena), arena_key(plan)) if pack.arena else None,
     )
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 from corefit import cli, hookspecs, recipe
 from corefit.registry import KINDS
+from corefit.scaffold import NEW
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = re.compile(r"(<!-- generated: (\w+)[^>]*-->\n).*?(<!-- /generated -->)", re.DOTALL)
@@ -157,16 +158,19 @@ def hooks() -> dict[str, Callable[[], Any]]:
 
 
 def hook_table() -> str:
-    kinds = {kind.hook: (word, kind.type.__name__, kind.function) for word, kind in KINDS.items()}
+    kinds = {kind.hook: (word, kind.type.__name__) for word, kind in KINDS.items()}
+    asked = {entry: f"`{kind}`" for kind, (entry, *_) in NEW.items()}
     rows = []
     for name, hook in hooks().items():
-        paragraphs = inspect.cleandoc(hook.__doc__ or "").split("\n\n")
-        called = re.search(r"^Called: (.*?)(?=^Yield: )", hook.__doc__ and inspect.cleandoc(hook.__doc__), re.S | re.M)
-        if not paragraphs[0] or called is None or "A whole plugin" not in hook.__doc__:
-            raise Undocumented(f"corefit/hookspecs.py: {name}: a first line, 'Called:', 'Yield:' and 'A whole plugin'")
-        word, type_, function = kinds[name]
-        rows.append((f"`{name}`", word, f"`{type_}`, with its function `{function}`", paragraphs[0], called[1]))
-    return table(("hook", "kind", "yields", "what for", "called"), *rows)
+        text = inspect.cleandoc(hook.__doc__ or "")
+        called = re.search(r"^Called: (.*?)(?=^Yield: )", text, re.DOTALL | re.MULTILINE)
+        if called is None or "A whole plugin" not in text:
+            raise Undocumented(f"corefit/hookspecs.py: {name}: expected a first line, Called:, Yield:, A whole plugin")
+        if name not in kinds:
+            raise Undocumented(f"corefit/registry.py: KINDS has no kind for the hook {name}")
+        word, type_ = kinds[name]
+        rows.append((asked.get(word, ""), f"`{name}`", f"`{type_}`", text.split("\n\n")[0], called[1].rstrip(".\n")))
+    return table(("`--kind`", "hook", "yields", "what for", "called"), *rows)
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
