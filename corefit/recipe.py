@@ -21,7 +21,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
-from corefit.errors import PluginError, RecipeError, unknown
+from corefit.errors import PluginError, RecipeError, encoding_hint, unknown
 from corefit.own import own_file
 from corefit.types import ImportedRecipe
 
@@ -450,10 +450,12 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         RecipeError: one line for everything that is wrong, each with file and line.
     """
+    raw = b""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        raw = Path(path).read_bytes()
+        text = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: can't be read as UTF-8 text: {error}") from error
+        raise RecipeError(f"{path}: can't be read as UTF-8 text: {error}{encoding_hint(raw)}") from error
     return parse_recipe(text, name=str(path), base=Path(path).parent)
 
 
