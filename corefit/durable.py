@@ -11,7 +11,10 @@ from typing import Any
 
 def sync(path: Path) -> None:
     """Wait until a file, or the entries of a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    windows = not hasattr(os, "O_DIRECTORY")
+    if windows and path.is_dir():  # it opens no folders
+        return
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)  # and writes out only what may be written to
     try:
         os.fsync(handle)
     finally:
