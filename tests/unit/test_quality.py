@@ -28,9 +28,9 @@ added to a vocabulary 120; a chat that reads once, samples and obeys commands 11
 another format 230; recipes made from a table 65, what a quantizer will store and layers that peft takes for experts
 65; other programs' configurations as recipes, their commands, adapters out of their checkpoints 200; several
 processes as one run 190; the contract kit that plugins are tried with 680, new plugins' texts 330, deprecations 35;
-`corefit doctor` 250, `corefit runs` and tables that align 140; what Windows lacks
-and GB18030 30. The C kernel packs, writes rows and reads JSON in 950 lines. A change that needs more than this raises the number here,
-openly; one that needs less lowers it.
+`corefit doctor` 250, `corefit runs` and tables that align 140; what Windows lacks and GB18030 30. The C kernel packs,
+writes rows and reads JSON in 950 lines. A change that needs more than this raises the number here, openly; one that
+needs less lowers it.
 """
 
 
