@@ -13,6 +13,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -63,8 +64,10 @@ def units(hint: Any) -> Iterator[str | None]:
             yield from units(inner)
 
 
-def keys() -> Iterator[tuple[str, str, str, str, str]]:
+@cache
+def keys() -> tuple[tuple[str, str, str, str, str], ...]:
     """Give (``section.key``, what it may be, unit, default, meaning) for every key of the recipe."""
+    rows = []
     for title, cls in recipe.SECTIONS.items():
         docs, plain = field_docs(cls), cls()
         for item in dataclasses.fields(cls):
@@ -78,7 +81,8 @@ def keys() -> Iterator[tuple[str, str, str, str, str]]:
             shown = shown or f"`{recipe._value(default)}`"
             expected = recipe._expected(hint).replace(" that is not empty", "").replace("(text)", "text")
             meaning = docs[item.name].replace("None: ", "not set: ")
-            yield key, expected, ", ".join(filter(None, dict.fromkeys(found))), shown, meaning
+            rows.append((key, expected, ", ".join(filter(None, dict.fromkeys(found))), shown, meaning))
+    return tuple(rows)
 
 
 def recipe_reference() -> str:
