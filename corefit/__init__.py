@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from corefit.data.jsonl import fetch_jsonl, index_jsonl, read_jsonl
-    from corefit.errors import CorefitError, DataError, RecipeError, UserError
+    from corefit.errors import CorefitError, DataError, RecipeError, UserError, encoding_hint
     from corefit.fields import Fields
     from corefit.hookspecs import hookimpl
     from corefit.run import Run, inspect, train
@@ -66,6 +66,7 @@ _HOME = {
     "Tokenizer": "corefit.types",
     "Unrenderable": "corefit.types",
     "UserError": "corefit.errors",
+    "encoding_hint": "corefit.errors",
     "fetch_jsonl": "corefit.data.jsonl",
     "hookimpl": "corefit.hookspecs",
     "index_jsonl": "corefit.data.jsonl",
@@ -101,6 +102,7 @@ __all__ = [
     "Tokenizer",
     "Unrenderable",
     "UserError",
+    "encoding_hint",
     "fetch_jsonl",
     "hookimpl",
     "index_jsonl",

@@ -29,6 +29,7 @@ fine-tune a chat model:
   chat RUN             talk to a run, an adapter or a model
   eval RUN             loss of base and tuned model on held-out records, multiple choice, exact answers
   merge RUN --out DIR  write base model and adapter as one plain Hugging Face folder
+  runs [DIR]           list the runs of a folder: model, data, steps, best loss, state
   safetensors PATH     read the tensors of pickled weights (.bin, .pt, .pth) without running what is in them
 
 look around:
@@ -40,6 +41,7 @@ look around:
   plugins              list every plugin: where it comes from, what it contributes, why it is broken
   new-plugin NAME      begin a plugin: a distribution that installs and passes its tests (--kind dataset, template, ...)
   check PLUGIN         try whether a plugin keeps what every plugin promises
+  doctor               say what this machine has, what is broken and what will be slow; to paste into an issue
   selftest [MODEL]     measure on this machine that packed = unpacked, resumed = straight, merged = adapter and more
 
 corefit <verb> --help shows the options of a verb; corefit --version the version."""
@@ -234,11 +236,15 @@ def _parser() -> _Parser:
         "--generate", type=int, default=0, metavar="N", help="answer N records and compare with their own answers"
     )
     score.add_argument("--records", type=int, default=1000, metavar="N", help="most records of a source (default 1000)")
-    score.add_argument("--max-tokens", type=int, default=256, metavar="N")
+    score.add_argument(
+        "--max-tokens", type=int, default=256, metavar="N", help="the longest answer of --generate (default 256)"
+    )
     score.add_argument("--model", metavar="PATH", help="the base model, where it moved")
     score.add_argument("--quantizer", metavar="NAME", help="how to store the base weights (default: as in training)")
     score.add_argument("--out", metavar="FILE", help="write scores and answers, one JSON object a line")
-    score.add_argument("--set", dest="sets", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE")
+    score.add_argument(
+        "--set", dest="sets", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="any recipe key"
+    )
 
     merge = verb("merge", _merge, "Write base model and adapter as one plain Hugging Face folder.")
     merge.add_argument("target", metavar="RUN[@STEP]|ADAPTER")
@@ -250,6 +256,12 @@ def _parser() -> _Parser:
         default="stored",
         help="merge into the base as it is stored (default), or as training's quantizer rounded it",
     )
+
+    listed = verb("runs", _runs, "List the runs of a folder, whatever state they are in.")
+    listed.add_argument("folder", nargs="?", default="runs", metavar="DIR", help="default: runs")
+    keys = "started (default), run, state, model, data, steps or loss"
+    listed.add_argument("--sort", default="started", metavar="KEY", help=keys)
+    listed.add_argument("--json", action="store_true", help="one JSON object a run")
 
     tensors = verb(
         "safetensors",
@@ -285,6 +297,11 @@ def _parser() -> _Parser:
 
     verb("plugins", _plugins, "List every plugin: distribution, version, what it contributes, why it is broken.")
 
+    about = (
+        "Say what this machine has, what is broken and what will be slow; exit code 1 if something needed is broken."
+    )
+    verb("doctor", _doctor, about).add_argument("--json", action="store_true", help="one JSON object")
+
     new = verb("new-plugin", _new_plugin, "Write a whole distribution to begin a plugin with: corefit-NAME, here.")
     new.add_argument("name", metavar="NAME", help="of the plugin: small letters, digits and _")
     kinds = "dataset, template, quantizer, scheduler, reader or recipe-reader"
@@ -319,7 +336,7 @@ def _recipe_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on-bad-record", metavar="WHAT", help="error (default): it ends the run; skip: it is counted and left out"
     )
-    parser.add_argument("--seed", metavar="N")
+    parser.add_argument("--seed", metavar="N", help="of the order of records, the adapter's first weights and dropout")
     parser.add_argument(
         "--set", dest="sets", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="any recipe key"
     )
@@ -525,6 +542,18 @@ def _check(args: argparse.Namespace) -> int:
     from corefit.testing import check
 
     return check(args.name, say)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from corefit.doctor import doctor
+
+    return doctor(as_json=args.json)
+
+
+def _runs(args: argparse.Namespace) -> int:
+    from corefit.runs import runs
+
+    return runs(args.folder, sort=args.sort, as_json=args.json)
 
 
 def _selftest(args: argparse.Namespace) -> int:

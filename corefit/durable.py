@@ -11,7 +11,10 @@ from typing import Any
 
 def sync(path: Path) -> None:
     """Wait until a file, or the entries of a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    windows = not hasattr(os, "O_DIRECTORY")
+    if windows and path.is_dir():  # it opens no folders
+        return
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)  # and writes out only what may be written to
     try:
         os.fsync(handle)
     finally:
@@ -75,3 +78,20 @@ def claim(folder: Path) -> int | None:
         os.close(handle)
         return None
     return handle
+
+
+def held(folder: Path) -> bool | None:
+    """Whether a process holds the lock of a folder; None: this system or disk has no locks, or the folder is shut.
+
+    To look is to hold it for an instant: a run that begins in that very instant would be told that another trains.
+    """
+    try:
+        handle = claim(folder)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    if handle is None:
+        return None
+    os.close(handle)
+    return False

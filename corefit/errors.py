@@ -87,6 +87,35 @@ def system_words(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error)).lower()
 
 
+def encoding_hint(raw: bytes) -> str:
+    """Give what ends an error about bytes that are not UTF-8: how they read as GB18030; empty where they are not that.
+
+    GB18030 gives most bytes some meaning, so they must read as two characters or more, half of them everyday Chinese,
+    and must not be text in UTF-8 that was torn.
+
+    >>> encoding_hint("法国的首都".encode("gb18030"))
+    "; as GB18030 it reads '法国的首都': iconv -f GB18030 -t UTF-8 FILE > NEW"
+    >>> encoding_hint("法国".encode()[:-1]) + encoding_hint("déjà vu".encode("latin-1"))
+    ''
+    """
+    try:
+        raw.decode()
+        return ""
+    except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data" or max(raw[: error.start].decode(), default="") >= "\u0800":
+            return ""
+        start = error.start
+    try:
+        text = raw.decode("gb18030")
+    except UnicodeDecodeError:
+        return ""
+    wide = [letter for letter in text if letter > "\x7f"]
+    if len(wide) < 2 or 2 * len("".join(wide).encode("gb2312", "ignore").decode("gb2312")) < len(wide):
+        return ""
+    shown = raw[start:].decode("gb18030", "replace").split("\n")[0][:12].strip('"}] ')
+    return f"; as GB18030 it reads {shown!r}: iconv -f GB18030 -t UTF-8 FILE > NEW"
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """Give the words for a name nobody knows: the nearest known one, then all of them, sorted.
 

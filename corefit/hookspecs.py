@@ -27,7 +27,7 @@ hookimpl = HookimplMarker("corefit")
 
 @hookspec
 def corefit_dataset_readers() -> Iterable[DatasetReader]:
-    r"""Ways to get records out of files, or out of nothing.
+    r"""Ways to get records out of files, or out of nothing: chosen by a suffix, ``data.reader``, or ``--plugin``.
 
     Called: once at start-up, before any file is opened.
     Yield: a ``DatasetReader`` for every format. Its ``read(sources, options)`` yields a ``Record`` with path, line

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
-from corefit.errors import PluginError, RecipeError, unknown
+from corefit.errors import PluginError, RecipeError, encoding_hint, unknown
 from corefit.own import own_file
 from corefit.types import ImportedRecipe
 
@@ -34,12 +34,19 @@ class Is(NamedTuple):
     holds: Callable[[Any], bool]
 
 
+class Unit(NamedTuple):
+    """What a number counts or measures, for the reference; empty: it has no unit."""
+
+    name: str
+
+
 Text = Annotated[str, Is("that is not empty", bool)]
 Count = Annotated[int, Is(">= 1", lambda n: n >= 1)]
 CountOrOff = Annotated[int, Is(">= 0", lambda n: n >= 0)]
 Positive = Annotated[float, Is("> 0", lambda x: x > 0)]
 PositiveOrOff = Annotated[float, Is(">= 0", lambda x: x >= 0)]
-Share = Annotated[float, Is(">= 0 and < 1", lambda x: 0 <= x < 1)]
+Share = Annotated[float, Is(">= 0 and < 1", lambda x: 0 <= x < 1), Unit("share")]
+Steps = Annotated[Count, Unit("steps")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +54,7 @@ class Model:
     """The base model."""
 
     base: Text | None = None
-    """Folder, or hub name where no such folder is there; None: not set (the embedded model, where data is not set)."""
+    """Folder, or hub name where no such folder is there; None: the embedded model, where no data is named either."""
     quantizer: Text = "nf4"
     """Name of a quantizer: how the frozen base weights are stored."""
     add_tokens: tuple[Text, ...] = ()
@@ -62,9 +69,9 @@ class Adapter:
 
     kind: Literal["lora", "none"] = "lora"
     """``none``: full fine-tuning."""
-    r: Count = 64
+    r: Annotated[Count, Unit("dimensions")] = 64
     """Rank."""
-    alpha: Count = 16
+    alpha: Annotated[Count, Unit("")] = 16
     """The update is scaled by alpha / r."""
     dropout: Share = 0.1
     """Share of the adapter's inputs that is zeroed while training."""
@@ -85,7 +92,7 @@ class Data:
     """One source of records."""
 
     path: Text | tuple[Text, ...] | None = None
-    """Files, folders or globs; ``-`` is standard input; None: not set (the reader may need none)."""
+    """Files, folders or globs; ``-`` is standard input; None: for a reader that needs none."""
     map: Text | None = None
     """Name of a map function, or one of your own, ``module:function`` or ``file.py:function``; None: recognised from
     the first records."""
@@ -95,15 +102,15 @@ class Data:
     """Name of a reader; None: by the suffix of the files, else the one of the map function's name, else ``jsonl``."""
     shuffle: bool = True
     """In a new order every epoch."""
-    ratio: Positive | None = None
+    ratio: Annotated[Positive, Unit("weight")] | None = None
     """Weight among the sources; None: by number of records."""
-    repeat: Count = 1
+    repeat: Annotated[Count, Unit("times")] = 1
     """Times that an epoch reads it."""
-    first: Count | None = None
+    first: Annotated[Count, Unit("records")] | None = None
     """Records to use, from the start; None: all."""
     on_bad: Literal["error", "skip"] = "error"
     """A record that can't be read ends the run, or is counted and skipped."""
-    max_record_mb: Count = 64
+    max_record_mb: Annotated[Count, Unit("MiB")] = 64
     """MiB a record may have."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the reader and of the map function."""
@@ -127,11 +134,11 @@ class Template:
 class Pack:
     """How samples fill packs."""
 
-    max_length: Annotated[int, Is(">= 8", lambda n: n >= 8)] = 2048
+    max_length: Annotated[int, Is(">= 8", lambda n: n >= 8), Unit("tokens")] = 2048
     """Tokens (slots) in a pack."""
     algorithm: Literal["first_fit", "first_fit_decreasing", "best_fit_decreasing"] = "first_fit_decreasing"
     """How samples are placed."""
-    held: Count = 256
+    held: Annotated[Count, Unit("samples")] = 256
     """Samples held at a time to choose from."""
     overlong: Literal["error", "drop", "truncate", "split"] = "truncate"
     """What happens to a sample of more than max_length tokens; with ``truncate`` plain text is split all the same."""
@@ -144,35 +151,35 @@ class Pack:
 class Train:
     """The optimizer and the length of the run."""
 
-    epochs: CountOrOff = 3
+    epochs: Annotated[CountOrOff, Unit("epochs")] = 3
     """Passes over the records; 0: no limit."""
-    max_steps: Count | None = None
+    max_steps: Steps | None = None
     """Optimizer steps; None: no limit."""
-    packs_per_step: Count = 16
+    packs_per_step: Annotated[Count, Unit("packs")] = 16
     """Packs in an optimizer step, over all micro-batches and ranks."""
-    micro_batch: Count = 1
+    micro_batch: Annotated[Count, Unit("packs")] = 1
     """Packs in one forward and backward."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """Of matrix products; trainable weights and optimizer state are fp32."""
-    lr: Positive = 2e-4
+    lr: Annotated[Positive, Unit("")] = 2e-4
     """Peak learning rate."""
     lr_mult: Mapping[str, Any] = field(default_factory=dict)
     """Regular expression -> factor of the learning rate for weights in whose name it is found; the first one counts."""
     scheduler: Text = "cosine"
     """Name of a scheduler."""
-    warmup: Annotated[float, Is(">= 0 and <= 1", lambda x: 0 <= x <= 1)] = 0.03
+    warmup: Annotated[float, Is(">= 0 and <= 1", lambda x: 0 <= x <= 1), Unit("share")] = 0.03
     """Share of the run in which the learning rate rises."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw"
     """torch's AdamW, or one of bitsandbytes'."""
-    weight_decay: PositiveOrOff = 0.0
+    weight_decay: Annotated[PositiveOrOff, Unit("")] = 0.0
     """Share of a weight, times the learning rate, taken off in a step."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """Decay rates of AdamW's two running means."""
-    clip: PositiveOrOff = 1.0
+    clip: Annotated[PositiveOrOff, Unit("norm")] = 1.0
     """Largest norm of the gradient; 0: not clipped."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Compute activations anew in the backward; ``auto``: on a GPU, not on a CPU."""
-    seed: Annotated[int, Is(">= 0 and < 2^63", lambda n: 0 <= n < 2**63)] = 42
+    seed: Annotated[int, Is(">= 0 and < 2^63", lambda n: 0 <= n < 2**63), Unit("")] = 42
     """Of the order of records, the adapter's first weights and dropout."""
 
 
@@ -184,11 +191,11 @@ class Val:
     """Files, folders or globs; None: a share of the training records."""
     share: Share = 0.05
     """Share of the records that is set aside; 0: none."""
-    records: CountOrOff = 200
+    records: Annotated[CountOrOff, Unit("records")] = 200
     """Most records set aside or read; 0: no validation."""
-    every_steps: Count | None = None
+    every_steps: Steps | None = None
     """Steps between validations; None: before and after the run only."""
-    patience: Count | None = None
+    patience: Annotated[Count, Unit("validations")] | None = None
     """Validations without a better loss that end the run; None: it goes on."""
 
 
@@ -198,9 +205,9 @@ class Sampling:
 
     prompts: tuple[Text, ...] = ()
     """Questions; empty: a few of the validation records'."""
-    every_steps: Count | None = None
+    every_steps: Steps | None = None
     """Steps between generations; None: before and after the run only."""
-    max_tokens: Count = 64
+    max_tokens: Annotated[Count, Unit("tokens")] = 64
     """Most tokens of an answer."""
 
 
@@ -208,11 +215,11 @@ class Sampling:
 class Checkpoint:
     """Checkpoints to resume from."""
 
-    every_steps: CountOrOff = 500
+    every_steps: Annotated[CountOrOff, Unit("steps")] = 500
     """Steps between checkpoints; 0: only when the run ends or is stopped."""
-    every_minutes: Positive | None = None
+    every_minutes: Annotated[Positive, Unit("minutes")] | None = None
     """Minutes between checkpoints; None: by steps only."""
-    keep: Count = 2
+    keep: Annotated[Count, Unit("checkpoints")] = 2
     """Newest checkpoints that are kept."""
     keep_best: bool = False
     """Save after a validation with a new lowest loss, and keep the newest such checkpoint beside the others."""
@@ -224,7 +231,7 @@ class RunSettings:
 
     out: Text | None = None
     """Run folder; None: the next free runs/NAME-N."""
-    threads: Count | None = None
+    threads: Annotated[Count, Unit("threads")] | None = None
     """CPU threads of torch, and threads that encode records; None: torch's choice, and one for each CPU up to 8."""
     device: Text = "auto"
     """``auto``, ``cpu``, ``cuda``, ``cuda:1``."""
@@ -443,10 +450,12 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         RecipeError: one line for everything that is wrong, each with file and line.
     """
+    raw = b""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        raw = Path(path).read_bytes()
+        text = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: can't be read as UTF-8 text: {error}") from error
+        raise RecipeError(f"{path}: can't be read as UTF-8 text: {error}{encoding_hint(raw)}") from error
     return parse_recipe(text, name=str(path), base=Path(path).parent)
 
 

@@ -192,6 +192,30 @@ def cell_width(text: str) -> int:
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
+def columns(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> list[str]:
+    """Give rows as lines whose columns are under each other; ``right``: numbers of columns that end together.
+
+    >>> columns([("模型", "n"), ("ab", "12")], right=[1])
+    ['模型   n', 'ab    12']
+    """
+    widths = [max(map(cell_width, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        gaps = [" " * (width - cell_width(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = [gap + cell if i in right else cell + gap for i, (cell, gap) in enumerate(zip(row, gaps, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def shortened(text: str, width: int) -> str:
+    """Give the text, cut to ``width`` cells and ended by dots where it has more."""
+    if cell_width(text) <= width:
+        return text
+    while cell_width(text) > width - 3:
+        text = text[:-1]
+    return text + "..."
+
+
 def wrap(text: str, width: int) -> list[str]:
     """Break text into lines of at most ``width`` cells (at least 2), at spaces where there are any."""
     lines = [""]

@@ -84,7 +84,8 @@ class Interrupts:
         if self._own_process:
             # A handler in Python has to wait for the end of a backward pass; this thread doesn't.
             self._pipe = os.pipe()
-            os.set_blocking(self._pipe[1], False)
+            if hasattr(os, "set_blocking"):  # Windows has it from Python 3.12 on
+                os.set_blocking(self._pipe[1], False)
             signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
             threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True).start()
         return self

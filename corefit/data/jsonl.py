@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
 from corefit.data import kernel
-from corefit.errors import DataError, system_words, unknown
+from corefit.errors import DataError, encoding_hint, system_words, unknown
 from corefit.types import BadRecord, FileState, Position, Record, Sources
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def _parse(raw: bytes, decode: Any) -> dict[str, Any]:  # noqa: ANN401, the boun
         text = raw.decode()
     except UnicodeDecodeError as error:
         column = len(raw[: error.start].decode())
-        raise _Refused(f"byte 0x{raw[error.start]:02x} is not UTF-8", column) from None
+        raise _Refused(f"byte 0x{raw[error.start]:02x} is not UTF-8{encoding_hint(raw)}", column) from None
     # split hops from bracket to bracket by memchr; count goes byte by byte and takes a third of the parsing time
     most = MAX_DEPTH + 1
     if len(raw) > 2 * MAX_DEPTH and len(raw.split(b"{", most)) + len(raw.split(b"[", most)) - 2 > MAX_DEPTH:

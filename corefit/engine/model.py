@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import torch
 from torch import nn
@@ -235,7 +236,10 @@ def resolve_base(base: str, *, trust_remote_code: bool = False, say: Callable[[s
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-    ways = f"give a local model folder, or run where there is a network: {to_fetch(base)}"
+    ways = (
+        "three ways out: give a local model folder; name a mirror of the hub, HF_ENDPOINT=https://MIRROR; or fetch it "
+        f"by hand, run where there is a network: {to_fetch(base)}"
+    )
     if not constants.HF_HUB_OFFLINE:
         say(f"{base}: no such folder here, so it is taken as a hub name")
     try:
@@ -250,11 +254,13 @@ def resolve_base(base: str, *, trust_remote_code: bool = False, say: Callable[[s
     except HFValidationError as error:
         raise ModelError(f"{base}: neither a folder here nor a hub name (owner/name)") from error
     except GatedRepoError as error:
-        raise ModelError(f"{base}: the hub asks for access rights to this model; log in there, or {ways}") from error
+        raise ModelError(f"{base}: the hub asks for access rights to this model; log in there; {ways}") from error
     except RepositoryNotFoundError as error:
         raise ModelError(f"{base}: neither a folder here nor a model on the hub; check the spelling") from error
     except Exception as error:  # no network: every version of the client has its own names for it
-        why = f"no such folder here, and not to be had from the hub ({type(error).__name__})"
+        host = urlsplit(constants.ENDPOINT).hostname
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{host}: {type(error).__name__}"
+        why = f"no such folder here, and not to be had from the hub ({reason})"
         raise ModelError(f"{base}: {why}; {ways}") from error
 
 

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
-from corefit import BadRecord, DataError, DatasetReader, Position, Record, Sources, UserError
+from corefit import BadRecord, DataError, DatasetReader, Position, Record, Sources, UserError, encoding_hint
 
 BATCH = 1024
 """Rows of a Parquet file that are held at a time."""
@@ -65,6 +65,10 @@ def _is_utf8(row: list[str]) -> bool:
     return not any("\udc80" <= letter <= "\udcff" for value in row if not value.isascii() for letter in value)
 
 
+def _hint(row: list[str]) -> str:
+    return encoding_hint(",".join(row).encode("utf-8", "surrogateescape"))
+
+
 def _header(path: Path, rows: Iterator[list[str]], lines: _Lines, delimiter: str) -> list[str]:
     """Read the first row that isn't blank: the names of the columns."""
     try:
@@ -75,7 +79,7 @@ def _header(path: Path, rows: Iterator[list[str]], lines: _Lines, delimiter: str
         raise DataError(f"{path}: no rows in it")
     names = [name.strip() for name in names]
     if "\0" in "".join(names) or not _is_utf8(names):
-        raise DataError(f"{path}:{lines.line}: not a table in UTF-8")
+        raise DataError(f"{path}:{lines.line}: not a table in UTF-8{_hint(names)}")
     twice = next((name for name in names if names.count(name) > 1 or not name), None)
     if twice is not None:
         what = f"two columns called {twice!r}" if twice else "a column without a name"
@@ -141,7 +145,7 @@ def _rows(
         if not reason and len(row) != len(names):
             reason = f"{len(row)} columns, the header has {len(names)}: {', '.join(names)}"
         if not reason and not _is_utf8(row):
-            reason = "not UTF-8"
+            reason = f"not UTF-8{_hint(row)}"
         if reason:
             yield BadRecord(reason=reason, **at)
             if "never closed" in reason:

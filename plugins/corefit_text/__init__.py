@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-from corefit import BadRecord, DataError, DatasetReader, Position, PromptTemplate, Record, Sources, UserError
+from corefit import (
+    BadRecord,
+    DataError,
+    DatasetReader,
+    Position,
+    PromptTemplate,
+    Record,
+    Sources,
+    UserError,
+    encoding_hint,
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,7 @@ def _documents(
             text = b"".join(parts).removeprefix(b"" if begun else b"\xef\xbb\xbf").decode()
         except UnicodeDecodeError as error:
             if held <= limit:
-                yield BadRecord(reason=f"not UTF-8: {error.reason}", **place)
+                yield BadRecord(reason=f"not UTF-8: {error.reason}{encoding_hint(b''.join(parts))}", **place)
                 continue
         if held > limit:
             yield BadRecord(reason=f"a document of {held:,} bytes, data.max_record_mb allows {limit:,}", **place)

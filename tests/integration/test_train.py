@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ SMALL = [
     *("pack.held=16", "run.threads=1"),
 ]
 
+README = Path(__file__).parents[2] / "README.md"
+
 
 @pytest.fixture
 def base(tmp_path: Path, tiny_model: Path) -> list[object]:
@@ -38,6 +41,13 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def digest(run: Path) -> str:
     return hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def shapes(text: str) -> set[str]:
+    """Give a run's last lines without what differs between machines: numbers, times, the answers before training."""
+    cells = (re.split(r" {2,}", line) for line in text.splitlines())
+    rows = ("  ".join(row if len(row) < 3 else (row[0], row[-1])) for row in cells)
+    return {re.sub(r"\d[\d,.]*", "#", re.sub(r"in (\d+ min )?\d+ s:", "in T:", row)) for row in rows}
 
 
 def test_the_embedded_demonstration_learns_and_balances(tmp_path: Path) -> None:
@@ -61,6 +71,10 @@ def test_the_embedded_demonstration_learns_and_balances(tmp_path: Path) -> None:
     assert seconds < 120  # 32 s alone on this kind of machine; tests run beside each other
     said = corefit("chat", run, "--prompt", samples[-1]["prompt"], cwd=tmp_path)
     assert said.stdout.strip() == samples[-1]["answer"]
+    shown = shapes(done.stdout)
+    for path in (README, README.with_name("README.zh-CN.md")):  # what the README shows is what a run prints
+        block = re.search(r"^```\n(question .*?)^```$", path.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+        assert block and shapes(block[1]) - {"..."} <= shown, shapes(block[1]) - shown
 
 
 def test_the_identity_demonstration_says_the_name(tmp_path: Path) -> None:
@@ -78,6 +92,8 @@ def test_a_run_folder_holds_what_is_promised_and_repeats(tmp_path: Path, base: l
     names = {path.name for path in run.iterdir()}
     files = {"recipe.toml", "run.json", "metrics.jsonl", "ledger.json", "samples.jsonl", "checkpoints", "adapter"}
     assert names == files
+    told = README.read_text("utf-8").split("## What a run leaves\n")[1].split("\n## ")[0]
+    assert {name.rstrip("/") for name in re.findall(r"^\| `([\w./]+)`", told, re.MULTILINE)} == files
     steps = [line for line in lines(run / "metrics.jsonl") if "loss" in line]
     keys = "step epoch progress loss lr grad_norm loss_scale next_loss_scale skipped cause tokens supervised_tokens"
     assert set(steps[0]) == {*keys.split(), "samples", "packs", "fill", "tokens_per_s", "seconds", "memory_bytes"}

@@ -372,9 +372,12 @@ def test_extract_gives_bytes_of_fields(tmp_path, either):
     ]
 
 
+@pytest.mark.parametrize("system", ["posix", "windows"])
 @pytest.mark.parametrize("fields", [None, ("n", "text")])
-def test_records_are_fetched_from_anywhere(tmp_path, either, monkeypatch, fields):
+def test_records_are_fetched_from_anywhere(tmp_path, either, monkeypatch, fields, system):
     monkeypatch.setattr(jsonl, "_HOLD", 3000)
+    if system == "windows":
+        monkeypatch.delattr(os, "pread")
     lines = [json.dumps({**ROWS[i % 5], "n": i, "long": "x" * (i * 37 % 5000)}) for i in range(300)] + ["broken", ""]
     a = write(tmp_path / "a.jsonl", "\n".join(lines) + '\n{"n": 1}')
     b = write(tmp_path / "b.json", json.dumps(ROWS, indent=1))

@@ -201,20 +201,31 @@ def test_a_missing_folder_names_the_nearest_one(tmp_path):
     assert "internlm-tiny?" in refused(tmp_path / "internlm-tniy", "no such folder")
 
 
+THREE_WAYS = ("local model folder", "HF_ENDPOINT=https://MIRROR", "hf download some-owner/some-model --local-dir ")
+
+
 def test_a_hub_name_without_network_says_the_ways_out():
     with pytest.raises(ModelError, match="no such folder here.*local model folder") as caught:
         load("some-owner/some-model")
     assert "\n" not in str(caught.value)
+    assert "HF_HUB_OFFLINE is set" in str(caught.value)
+    for way in THREE_WAYS:
+        assert way in str(caught.value)
     with pytest.raises(ModelError, match="neither a folder"):
         resolve_base("not a name!")
 
 
 def test_a_hub_that_does_not_answer_is_one_line(tmp_path):
-    code = "from corefit.engine.model import base_dtype_of\nbase_dtype_of('owner/some-model')"
-    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    code = "from corefit.engine.model import base_dtype_of\nbase_dtype_of('some-owner/some-model')"
+    env = {**os.environ, "HF_ENDPOINT": "http://me:pw@127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("corefit.errors.ModelError: owner/some-model: no such folder here, and not to be had"), last
+    assert last.startswith(
+        "corefit.errors.ModelError: some-owner/some-model: no such folder here, and not to be had"
+    ), last
+    assert "(127.0.0.1: " in last and "pw" not in last
+    for way in THREE_WAYS:
+        assert way in last
 
 
 def test_files_that_are_not_a_model(tmp_path):

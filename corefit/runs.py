@@ -1,0 +1,154 @@
+"""``corefit runs``: the run folders of a folder, one line each, whatever state they are in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from corefit.durable import held, read_json
+from corefit.errors import UserError, unknown
+from corefit.report import columns, shortened, to_json
+from corefit.terminal import say, visible, write
+
+WIDEST = 32
+"""Cells that model and data may take in the table; ``--json`` has all of them."""
+_STATES = {"complete": "finished", "interrupted": "interrupted", "failed": "failed"}
+
+
+class RunLine(NamedTuple):
+    """What one folder says of its run; what it does not say is None."""
+
+    run: str
+    """The folder."""
+    state: str
+    """``running``, ``killed`` (it never ended, and no process holds its lock), ``interrupted`` (by a signal, saved),
+    ``finished``, ``failed``, ``damaged``; ``running?`` where the system has no locks to tell by."""
+    started: str | None
+    """ISO 8601, local time."""
+    model: str | None
+    data: tuple[str, ...]
+    """Files, or the map functions of data that need none."""
+    steps: int | None
+    """Optimizer steps that ``metrics.jsonl`` holds."""
+    best_loss: float | None
+    """The lowest validation loss, nats a token; without validation the lowest loss of a step."""
+    best_of: str | None
+    """``validation`` or ``training``."""
+    why: str | None
+    """What ended it, or what is wrong with the folder."""
+
+
+SORT: Mapping[str, Callable[[RunLine], Any]] = {
+    "started": lambda r: r.started or "",
+    "run": lambda r: r.run,
+    "state": lambda r: r.state,
+    "model": lambda r: r.model or "",
+    "data": lambda r: r.data,
+    "steps": lambda r: r.steps or 0,
+    "loss": lambda r: (r.best_loss is None, r.best_loss or 0.0),
+}
+"""What ``--sort`` knows."""
+
+
+def runs(folder: str = "runs", *, sort: str = "started", as_json: bool = False) -> int:
+    """Print every run in a folder, or the one that the folder is; give the exit code.
+
+    Raises:
+        UserError: no such folder, or no such key to sort by.
+    """
+    if sort not in SORT:
+        raise UserError(f"--sort {sort}: {unknown('key', sort, SORT)}")
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"{folder}: no such folder; `corefit train` makes runs/, `corefit runs DIR` looks elsewhere")
+    folders = [root] if (root / "run.json").is_file() else sorted(path for path in root.iterdir() if path.is_dir())
+    found = sorted(map(look, folders), key=SORT[sort])
+    if as_json:
+        for line in found:
+            write(to_json(line._asdict()))
+        return 0
+    if not found:
+        say(f"{folder}: no runs")
+        return 0
+    rows = [("run", "state", "started", "model", "data", "steps", "best loss")]
+    for line in found:
+        loss = "" if line.best_loss is None else f"{line.best_loss:.4f}{'' if line.best_of == 'validation' else ' *'}"
+        model = "" if line.model is None else Path(line.model).name
+        data = ", ".join(Path(name).name for name in line.data)
+        started = (line.started or "")[:16].replace("T", " ")
+        texts = line.run, line.state, started, shortened(visible(model), WIDEST), shortened(visible(data), WIDEST)
+        rows.append((visible(texts[0]), *texts[1:], "" if line.steps is None else f"{line.steps:,}", loss))
+    for text in columns(rows, right=(5, 6)):
+        write(text)
+    for line in found:
+        if line.why:
+            say(f"{line.run}: {line.state}: {line.why}")
+    if any(line.best_of == "training" for line in found):
+        say("* of a training step: the run has no validation")
+    return 0
+
+
+def look(folder: Path) -> RunLine:
+    """Give what a folder says of its run. Nothing in it, and nothing that is missing, raises."""
+    facts = read_json(folder / "run.json")
+    steps, losses, validation = _metrics(folder / "metrics.jsonl")
+    best = min(validation or losses, default=None)
+    status, why = facts.get("status"), facts.get("error") or None
+    if status == "running":
+        state = {True: "running", False: "killed", None: "running?"}[held(folder)]
+    elif status in _STATES:
+        state = _STATES[status]
+    else:
+        state, there = "damaged", (folder / "run.json").exists()
+        why = "run.json is broken" if there else "no run.json: no run, or one that was killed before it began"
+    if state == "interrupted":
+        why = facts.get("ended_by")
+    model = facts.get("model")
+    return RunLine(
+        run=str(folder),
+        state=state,
+        started=_text(facts.get("started")),
+        model=_text(model.get("base")) if isinstance(model, dict) else None,
+        data=_data(facts),
+        steps=steps,
+        best_loss=best,
+        best_of=None if best is None else "validation" if validation else "training",
+        why=_text(why),
+    )
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else " ".join(str(value).split())
+
+
+def _data(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    files = facts.get("data")
+    names = [str(f["path"]) for f in files if isinstance(f, dict) and "path" in f] if isinstance(files, list) else []
+    with contextlib.suppress(AttributeError, KeyError, TypeError):  # a run.json that somebody edited
+        names = names or [str(name) for name in facts["plugins"]["map function"]]
+    return tuple(dict.fromkeys(names))
+
+
+def _metrics(path: Path) -> tuple[int | None, list[float], list[float]]:
+    """Give the last step, the losses of steps and the validation losses; lines that are torn are left out."""
+    steps: int | None = None
+    losses, validation = list[float](), list[float]()
+    for line in _objects(path):
+        if isinstance(loss := line.get("loss"), float):
+            losses.append(loss)
+        if isinstance(loss := line.get("val_loss"), float):
+            validation.append(loss)
+        if "loss" in line and isinstance(step := line.get("step"), int):
+            steps = step
+    return steps, losses, validation
+
+
+def _objects(path: Path) -> Iterator[dict[str, Any]]:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        for raw in file:
+            with contextlib.suppress(ValueError, RecursionError):
+                if isinstance(value := json.loads(raw), dict):
+                    yield value
