@@ -87,6 +87,11 @@ def system_words(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error)).lower()
 
 
+def in_words(error: BaseException) -> str:
+    """Give kind and text of somebody else's exception, on one line, as far as a line has room."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """Give the words for a name nobody knows: the nearest known one, then all of them, sorted.
 

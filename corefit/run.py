@@ -30,6 +30,7 @@ from corefit.prepare import Prepared, arena_key, identity, look, make_arena, pre
 from corefit.recipe import Recipe, flat, load_recipe, run_and_step
 from corefit.registry import Registry
 from corefit.report import read_lines
+from corefit.reporters import Reporters
 from corefit.types import BadRecord, Record, Sample
 
 LIMITS = re.compile(r"(train\.(epochs|max_steps)|val\.(every_steps|patience)|checkpoint\..*|sample\..*|run\..*)$")
@@ -240,6 +241,7 @@ def _train(
     if source is None and resume and recipe.run.out and (Path(recipe.run.out) / "run.json").is_file():
         source = Path(recipe.run.out)
     quantizer, scheduler = registry.quantizer(recipe.model.quantizer), registry.scheduler(recipe.train.scheduler)
+    reporters = Reporters(recipe.run.reporters, recipe.run.options, registry)
     say(f"corefit {__version__}: {lines[0]}")
     for line in lines[1:]:
         say(line)
@@ -289,11 +291,11 @@ def _train(
     from corefit.session import Interrupts, Session
 
     if aside:
-        dry = Session(plan, folder, base, quantizer, scheduler, Interrupts(say), say)
+        dry = Session(plan, folder, base, quantizer, scheduler, reporters, Interrupts(say), say)
         dry.check(None if source is None or fork else changes)
         return Run(folder)
     with Interrupts(say, own_process=own_process) as interrupts:
-        session = Session(plan, folder, base, quantizer, scheduler, interrupts, say)
+        session = Session(plan, folder, base, quantizer, scheduler, reporters, interrupts, say)
         return Run(folder, session.play(identity=facts, resuming=source is not None, changes=changes))
 
 
