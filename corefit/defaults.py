@@ -154,6 +154,13 @@ def _progress(options: object = None) -> Callable[[Event], None]:
     return progress()
 
 
+def _page(options: object = None) -> Callable[[Event], None]:
+    from corefit.page import reporter
+
+    return reporter()
+
+
 def corefit_reporters() -> Iterable[Reporter]:
-    """The progress line."""
+    """The progress line and the page of a run."""
     yield Reporter(name="progress", summary="a bar on a terminal, else a line every few steps", open=_progress)
+    yield Reporter(name="report.html", summary="the run as a page, written while it goes on", open=_page)

@@ -228,7 +228,7 @@ class RunSettings:
     """CPU threads of torch, and threads that encode records; None: torch's choice, and one for each CPU up to 8."""
     device: Text = "auto"
     """``auto``, ``cpu``, ``cuda``, ``cuda:1``."""
-    reporters: tuple[Text, ...] = ("progress",)
+    reporters: tuple[Text, ...] = ("progress", "report.html")
     """Who is told what happens; ``metrics.jsonl``, ``samples.jsonl`` and the ledger are written whoever is."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Their options: each key goes to every reporter here that has it."""

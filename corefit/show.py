@@ -92,8 +92,9 @@ def first_packs(batches: Iterable[Batch], tokenizer: _Bytes, pad_id: int) -> lis
             sample = Sample(ids[begin:end].astype(np.int32), edges.reshape(-1, 2).astype(np.int32), next(origins, ""))
             shown = list(islice(pieces(sample, tokenizer), left))
             left -= len(shown)
-            document = {"origin": sample.origin, "tokens": end - begin}
+            document: dict[str, Any] = {"origin": sample.origin, "tokens": end - begin}
             document["pieces"] = [[text, supervised] for text, supervised, _ in shown]
+            document["cut"] = sum(n for _, _, n in shown) < end - begin
             rows.setdefault(begin // width, []).append(document)
         for documents in rows.values():
             used = sum(document["tokens"] for document in documents)

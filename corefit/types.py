@@ -308,7 +308,8 @@ class PacksReport:
 
     packs: Sequence[Mapping[str, Any]]
     """Each with ``slots``, ``used`` and ``documents``, at most a few: each with ``origin`` (``path:line``), ``tokens``
-    (how many), and ``pieces``, the text of its first tokens: [text, whether it is supervised]."""
+    (how many), ``pieces``, the text of its first tokens, [text, whether it is supervised], and ``cut``, whether there
+    are more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
