@@ -139,6 +139,10 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401, a module attribute has any t
         value = getattr(importlib.import_module(_HOME[name]), name)
         globals()[name] = value
         return value
+    from corefit.deprecated import GOING, warn
+
+    if name in GOING:
+        return getattr(importlib.import_module("corefit"), warn(name))
     raise AttributeError(f"module 'corefit' has no attribute {name!r}")
 
 

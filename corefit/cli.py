@@ -23,6 +23,7 @@ USAGE = """corefit <verb> [options]
 
 fine-tune a chat model:
   train [RECIPE]       train; without a recipe, --model and --data it runs the embedded demonstration
+  launch -n N ...      train with N processes of this machine, one a GPU; torchrun does the same on several machines
   inspect [RECIPE]     show samples as the model will see them, supervised tokens marked; needs only a tokenizer
   pack [RECIPE]        encode the data once, ahead of time, into --out DIR; train --set pack.arena=DIR reads it
   chat RUN             talk to a run, an adapter or a model
@@ -38,6 +39,8 @@ look around:
   import CONFIG        print an XTuner config (.py) as a recipe; train and inspect also take it as it is
   formats [PATTERN]    list the data formats that --plugin names (also: list-dataset-format)
   plugins              list every plugin: where it comes from, what it contributes, why it is broken
+  new-plugin NAME      begin a plugin: a distribution that installs and passes its tests (--kind dataset, template, ...)
+  check PLUGIN         try whether a plugin keeps what every plugin promises
   selftest [MODEL]     measure on this machine that packed = unpacked, resumed = straight, merged = adapter and more
 
 corefit <verb> --help shows the options of a verb; corefit --version the version."""
@@ -70,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CorefitError as error:
         if debug:
             notice(traceback.format_exc())
-        notice(f"corefit: error: {error}")
+        rank = f" rank {os.environ['RANK']}:" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        notice(f"corefit:{rank} error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         notice("corefit: interrupted")
@@ -127,7 +131,10 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # noqa: ANN401
         parsed, rest = self.parse_known_args(args, namespace)
-        if rest:
+        parsed.words = args[1:]
+        if hasattr(parsed, "rest"):
+            parsed.rest = rest
+        elif rest:
             from corefit.errors import unknown
 
             flag = rest[0].split("=")[0]
@@ -176,6 +183,10 @@ def _parser() -> _Parser:
         action="store_true",
         help="load data and model, prove what must hold, say how long the run would be, and stop: nothing is written",
     )
+
+    launch = verb("launch", _launch, "Train with several processes of this machine, one a GPU: torchrun's short form.")
+    launch.add_argument("-n", required=True, metavar="N", help="processes; torchrun starts and watches them")
+    launch.set_defaults(rest=[])  # all else: corefit train takes it
 
     pack = verb("pack", _pack, "Encode the data once, ahead of time, for runs with pack.arena. No model is loaded.")
     pack.add_argument("recipe", nargs="?", metavar="RECIPE", help="a .toml or .py file, a recipe's name, a run folder")
@@ -282,13 +293,25 @@ def _parser() -> _Parser:
 
     verb("plugins", _plugins, "List every plugin: distribution, version, what it contributes, why it is broken.")
 
-    check = verb(
+    new = verb("new-plugin", _new_plugin, "Write a whole distribution to begin a plugin with: corefit-NAME, here.")
+    new.add_argument("name", metavar="NAME", help="of the plugin: small letters, digits and _")
+    kinds = "dataset, template, quantizer, scheduler, reader or recipe-reader"
+    new.add_argument("--kind", required=True, metavar="KIND", help=kinds)
+    new.add_argument("--out", default=".", metavar="DIR", help="where the new folder goes (default: here)")
+
+    about = (
+        "Try an installed plugin: ok or failed, with the reason, for everything it promises; exit code 1 if one fails."
+    )
+    check = verb("check", _check, about)
+    check.add_argument("name", metavar="PLUGIN", help="the name of its entry point, as `corefit plugins` lists it")
+
+    selftest = verb(
         "selftest",
         _selftest,
         "Measure on this machine the equalities that training rests on; exit code 1 if one fails.",
     )
-    check.add_argument("model", nargs="?", metavar="MODEL", help="a folder or hub name (default: a tiny model)")
-    check.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where (default: auto)")
+    selftest.add_argument("model", nargs="?", metavar="MODEL", help="a folder or hub name (default: a tiny model)")
+    selftest.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where (default: auto)")
     for sub in {id(p): p for p in verbs.choices.values()}.values():
         sub.set_defaults(flags=tuple(s for a in sub._actions for s in a.option_strings))
     return parser
@@ -320,11 +343,20 @@ def _flags(args: argparse.Namespace, *names: str) -> dict[str, str]:
 def _train(args: argparse.Namespace) -> int:
     from corefit.run import train_from
 
-    if (n := os.environ.get("NPROC_PER_NODE", "1")) != "1":
-        raise UserError(f"NPROC_PER_NODE={n}: corefit trains on one GPU; unset it, and run.device says which (cuda:1)")
+    n = os.environ.get("NPROC_PER_NODE", "1")  # what XTuner's users set
+    if n != "1" and "WORLD_SIZE" not in os.environ:
+        from corefit.launch import launch
+
+        return launch(n, args.words)
     flags = _flags(args, "quantizer", "scheduler", "out")
     how = dict(resume=args.resume, allow_changes=args.allow_changes, dry_run=args.dry_run, own_process=True)
     return train_from(args.recipe, flags, args.sets, **how).exit_code
+
+
+def _launch(args: argparse.Namespace) -> int:
+    from corefit.launch import launch
+
+    return launch(args.n, args.rest)
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -493,6 +525,21 @@ def _plugins(args: argparse.Namespace) -> int:
     for name in registry.disabled:
         say(f"{name}  (disabled by COREFIT_DISABLE_PLUGINS)")
     return 0
+
+
+def _new_plugin(args: argparse.Namespace) -> int:
+    from corefit.scaffold import new_plugin
+
+    folder = new_plugin(args.name, args.kind, args.out)
+    say(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    say(f"next: pip install -e {folder}   corefit check {args.name}   then edit {folder / f'corefit_{args.name}.py'}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from corefit.testing import check
+
+    return check(args.name, say)
 
 
 def _selftest(args: argparse.Namespace) -> int:

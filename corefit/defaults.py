@@ -44,6 +44,7 @@ def corefit_dataset_readers() -> Iterable[DatasetReader]:
         index=_index,
         fetch=_fetch,
         bounded=True,
+        example=b'{"question": "What is 1 + 1?", "answer": "2"}\n{"question": "And 2 + 2?", "answer": "4"}\n',
     )
 
 
@@ -111,7 +112,7 @@ def linear(progress: float, warmup: float) -> float:
     >>> [linear(progress, 0.5) for progress in (0.25, 0.75)]
     [0.5, 0.5]
     """
-    return progress / warmup if progress < warmup else (1 - progress) / (1 - warmup)
+    return progress / warmup if progress <= warmup else (1 - progress) / (1 - warmup)
 
 
 def cosine(progress: float, warmup: float) -> float:
@@ -123,7 +124,7 @@ def cosine(progress: float, warmup: float) -> float:
     >>> [round(cosine(progress, 0), 3) for progress in (0.25, 0.5, 0.75)]
     [0.854, 0.5, 0.146]
     """
-    if progress < warmup:
+    if progress <= warmup:
         return progress / warmup
     return math.sin(math.pi / 2 * (1 - progress) / (1 - warmup)) ** 2
 

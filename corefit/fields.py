@@ -54,7 +54,13 @@ class Fields:
     ) -> MapFunction:
         """Give the map function that reads these fields."""
         return MapFunction(
-            name=name, summary=summary, map=self._map, sniff=sniff, fields=self.names, system=self.system_text
+            name=name,
+            summary=summary,
+            map=self._map,
+            sniff=sniff,
+            fields=self.names,
+            system=self.system_text,
+            example={field: f"some {field}" for field in self.names if field != self.history},
         )
 
     def _map(self, record: Mapping[str, Any], options: object = None) -> Iterator[Item | Drop]:

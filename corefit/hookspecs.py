@@ -9,7 +9,7 @@ Every module-level callable named ``corefit_*`` implements the hook of that name
 arguments, are called once at start-up, one plugin after the other, and yield frozen entries. They never run in the
 training loop. An entry's ``name`` is what the user types; two plugins that claim one name are both refused, by name.
 Keep imports of torch and numpy inside the functions that need them: ``corefit plugins`` imports every plugin.
-A whole distribution to start from is ``tests/plugin_example/``.
+``corefit new-plugin NAME --kind template`` writes a whole distribution, ``corefit check NAME`` tries what it promises.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def corefit_dataset_readers() -> Iterable[DatasetReader]:
 
 
         def corefit_dataset_readers():
-            yield DatasetReader(name="tabbed", summary="lines of question, tab, answer", read=read)
+            yield DatasetReader(
+                name="tabbed", summary="lines of question, tab, answer", read=read, example=b"1 + 1?\t2\n"
+            )
     """
     return ()
 
@@ -102,6 +104,7 @@ def corefit_map_functions() -> Iterable[MapFunction]:
                 sniff=lambda record: {"lang", "q", "a"} <= set(record),
                 fields=("lang", "q", "a"),
                 options=Options,
+                example={"lang": "en", "q": "1 + 1?", "a": "2"},
             )
     """
     return ()
@@ -168,7 +171,7 @@ def corefit_schedulers() -> Iterable[Scheduler]:
 
     Called: once at start-up.
     Yield: a ``Scheduler`` for every curve. ``factor(progress, warmup)`` gives the share of the peak learning rate, in
-    [0, 1]. ``progress`` is the share of the run that is done, in (0, 1), at the midpoint of what a step covers;
+    [0, 1]. ``progress`` is the share of the run that is done, in (0, 1], at the midpoint of what a step covers;
     ``warmup`` is a share of the run too, in [0, 1]. It is a pure function, and never 0 where training should go on.
 
     A whole plugin::
@@ -178,7 +181,7 @@ def corefit_schedulers() -> Iterable[Scheduler]:
 
         def triangle(progress, warmup):
             peak = warmup or 0.5
-            return progress / peak if progress < peak else (1 - progress) / (1 - peak)
+            return progress / peak if progress <= peak else (1 - progress) / (1 - peak)
 
 
         def corefit_schedulers():
@@ -189,7 +192,7 @@ def corefit_schedulers() -> Iterable[Scheduler]:
 
 @hookspec
 def corefit_recipe_readers() -> Iterable[RecipeReader]:
-    """Ways to read another program's configuration as a recipe: ``corefit train their.yaml``.
+    r"""Ways to read another program's configuration as a recipe: ``corefit train their.yaml``.
 
     Called: once at start-up.
     Yield: a ``RecipeReader`` for every such format. ``read(path, overrides)`` gives an ``ImportedRecipe``: tables as
@@ -216,7 +219,9 @@ def corefit_recipe_readers() -> Iterable[RecipeReader]:
 
 
         def corefit_recipe_readers():
-            yield RecipeReader(name="flat", summary="key: value lines", read=read, suffixes=(".yaml",))
+            yield RecipeReader(
+                name="flat", summary="key: value lines", read=read, suffixes=(".yaml",), example="epochs: 3\n"
+            )
     """
     return ()
 

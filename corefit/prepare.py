@@ -240,15 +240,18 @@ def prepare(
     choices: list[str] = []
     sources: list[Source] = []
     val_sources: list[Source] = []
+    head: list[tuple[Source, Record | BadRecord]] = []
     for number in range(len(recipe.data)):
-        train, val, lines = _sources(number, recipe, registry, spool_to, again)
+        train, val, lines, first = _sources(number, recipe, registry, spool_to, again)
         sources.append(train)
+        head += [(train, record) for record in first]
         val_sources += val
         choices += lines
     name, why = recipe.template.name or "tokenizer", ""
     if recipe.template.name is None:
         why = " (none was named: the chat template that the tokenizer carries)"
-        if not tok.chat_template and _only_text(sources):
+        items = [] if tok.chat_template else items_of(head, "all")
+        if items and all(isinstance(item, Document) for item, _ in items):
             name, why = "text", " (none was named, and the data is plain text)"
     template = registry.template(name)
     choices.insert(0, f"template: {name}{why}")
@@ -271,13 +274,6 @@ def prepare(
         val_sources=tuple(val_sources),
         choices=tuple(choices),
     )
-
-
-def _only_text(sources: Sequence[Source]) -> bool:
-    """Whether the first records of all sources are plain text."""
-    first = [(source, record) for source in sources for record in islice(source.read(), SNIFFED)]
-    items = items_of(first, "all")
-    return bool(items) and all(isinstance(item, Document) for item, _ in items)
 
 
 def _with_start(recipe: Recipe) -> Recipe:
@@ -324,8 +320,8 @@ def _sources(
     registry: Registry,
     spool_to: Path | None,
     again: bool,
-) -> tuple[Source, tuple[Source, ...], list[str]]:
-    """Resolve one ``[[data]]`` table: the training source, its validation sources, lines about what was chosen."""
+) -> tuple[Source, tuple[Source, ...], list[str], list[Record | BadRecord]]:
+    """Resolve one ``[[data]]`` table: training and validation sources, lines about what was chosen, first records."""
     entry = recipe.data[number]
     specs = [entry.path] if isinstance(entry.path, str) else list(entry.path or ())
     train: tuple[Path, ...] = ()
@@ -367,11 +363,14 @@ def _sources(
 
     where = ", ".join(map(str, train)) if len(train) <= 3 else f"{len(train)} files"
     lines.append(f"data: {where or 'made by the reader'}; map function {mapper.name}, reader {reader.name}")
-    lines += _check_format(source(train, shuffle=False), registry)
+    ordered = source(train, shuffle=False)
+    whole = dataclasses.replace(ordered, sources=dataclasses.replace(ordered.sources, fields=None))
+    first = list(islice(whole.read(), SNIFFED))
+    lines += _check_format(whole, first, registry)
     if recipe.val.data is not None and not val:
         found = find_files(recipe.val.data, base=Path.cwd())
         val = (*found.train, *found.val)
-    return source(train, shuffle=entry.shuffle), (source(val, shuffle=False),) if val else (), lines
+    return source(train, shuffle=entry.shuffle), (source(val, shuffle=False),) if val else (), lines, first
 
 
 def _plain(path: Path, recipe: Recipe, entry: Data, spool_to: Path | None, again: bool) -> Path:
@@ -452,14 +451,13 @@ def _keys(records: Sequence[Record]) -> str:
     return ", ".join(sorted(records[0])) or "none"
 
 
-def _check_format(source: Source, registry: Registry) -> list[str]:
+def _check_format(source: Source, first: Sequence[Record | BadRecord], registry: Registry) -> list[str]:
     """Refuse a map function that makes nothing of the first records, and fields that none of them has.
 
     Gives a line where the records look like another format than the one that was named.
     """
-    mapper, wanted = source.map_function, source.sources.fields
-    whole = dataclasses.replace(source, sources=dataclasses.replace(source.sources, fields=None))
-    records = [record for record in islice(whole.read(), SNIFFED) if isinstance(record, Record)]
+    mapper, wanted = source.map_function, source.map_function.fields
+    records = [record for record in first if isinstance(record, Record)]
     if not records:
         return []
     origin, there = records[0].origin, sorted({key for record in records for key in record})
@@ -469,7 +467,7 @@ def _check_format(source: Source, registry: Registry) -> list[str]:
     fits = _recognised(records, registry)[0]
     if mapper.name in fits:
         return []
-    items = [item for record in records for item in map_record(whole, record)]
+    items = [item for record in records for item in map_record(source, record)]
     if reasons := dict.fromkeys(item.reason for item in items if isinstance(item, Drop)):
         if len(items) == sum(isinstance(item, Drop) for item in items):
             reads = f"it reads {', '.join(wanted[:5])}; " if wanted else ""
@@ -535,7 +533,14 @@ def encoding_threads(recipe: Recipe) -> int:
 
 
 def make_stream(
-    plan: Prepared, *, epochs: int, val_hashes: frozenset[int] = frozenset(), shuffle: bool = True, threads: int = 0
+    plan: Prepared,
+    *,
+    epochs: int,
+    val_hashes: frozenset[int] = frozenset(),
+    shuffle: bool = True,
+    threads: int = 0,
+    world: int = 1,
+    rank: int = 0,
 ) -> Stream:
     """Join the stations of a plan; with ``pack.arena`` the samples come from there.
 
@@ -556,6 +561,8 @@ def make_stream(
         val_hashes=val_hashes,
         pad_id=plan.tokenizer.pad_id,
         threads=threads,
+        world=world,
+        rank=rank,
         arena=Arena(Path(pack.arena), arena_key(plan)) if pack.arena else None,
     )
 

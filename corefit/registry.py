@@ -6,6 +6,7 @@ depends on the order of installation: a name that two plugins claim belongs to n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -17,7 +18,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import pluggy
 
-from corefit import hookspecs
+from corefit import __version__, hookspecs
+from corefit.deprecated import GOING, warn
 from corefit.errors import PluginError, unknown
 from corefit.own import own_code, own_map_function
 from corefit.types import (
@@ -294,6 +296,9 @@ def _find() -> list[tuple[PluginInfo, metadata.EntryPoint | None]]:
 class _Manager(pluggy.PluginManager):
     """Takes undecorated implementations, as pytest does, and lets none go by that no hook would ever call."""
 
+    info: PluginInfo
+    """Whose they are."""
+
     def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
         opts = super().parse_hookimpl_opts(plugin, name)
         if opts is None:
@@ -303,6 +308,8 @@ class _Manager(pluggy.PluginManager):
                 wrapper=False, hookwrapper=False, optionalhook=False, tryfirst=False, trylast=False, specname=None
             )
         hook = opts["specname"] or name
+        if hook in GOING:
+            hook = opts["specname"] = warn(hook, who=str(self.info))
         if hook not in _HOOKS:
             raise PluginError(unknown("hook", hook, _HOOKS))
         if opts["wrapper"] or opts["hookwrapper"]:
@@ -323,6 +330,7 @@ def _load(info: PluginInfo, point: metadata.EntryPoint | None) -> tuple[PluginIn
         plugin = point.load()
         doing = f"registering {info.module!r}"
         manager = _Manager(GROUP)
+        manager.info = info
         manager.add_hookspecs(hookspecs)
         manager.register(plugin, info.name)
         for kind, (hook, type_, function) in KINDS.items():
@@ -340,12 +348,31 @@ def _load(info: PluginInfo, point: metadata.EntryPoint | None) -> tuple[PluginIn
         raise
     except BaseException as error:  # also SystemExit: nobody asked for this plugin yet
         reason = str(error) if isinstance(error, PluginError) else f"{doing} raised {_words(error)}"
+        if newer := _needs_newer(info.distribution):
+            reason = f"it needs corefit {newer}, this is {__version__}: pip install -U corefit ({reason})"
         return dataclasses.replace(info, error=reason, cause=error), []
     names: dict[str, tuple[str, ...]] = {}
     for kind in KINDS:
         if own := sorted(entry.name for other, entry in entries if other == kind):
             names[kind] = tuple(own)
     return dataclasses.replace(info, entries=MappingProxyType(names)), entries
+
+
+def _needs_newer(distribution: str) -> str:
+    """Give the version of corefit that a distribution asks for, where it is newer than this one, else nothing.
+
+    pip sees to that, unless it was told to leave dependencies alone.
+    """
+    with contextlib.suppress(Exception):  # metadata of anybody
+        for requirement in metadata.distribution(distribution).requires or ():
+            asked = re.match(r"corefit(?![\w.-])[^;]*?>=\s*([\d.]+)", requirement)
+            if asked and _numbers(asked[1]) > _numbers(__version__):
+                return asked[1]
+    return ""
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
 
 
 def _check(entry: object, hook: str, type_: type[Any], function: str) -> None:

@@ -64,9 +64,7 @@ class Reporters:
             self._each.append(_Here(entry, plugin, made) if here else _Apart(entry.name, plugin, own))
 
     def start(self, event: types.StartReport) -> None:
-        """Open all of them, and tell them the first event; nobody, but in the first process of a distributed run."""
-        if os.environ.get("RANK", "0") != "0":
-            self._each = []
+        """Open all of them, and tell them the first event."""
         for each in self._each:
             each.start()
         self.tell(event)

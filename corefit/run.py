@@ -18,20 +18,23 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corefit import __version__, show, terminal
 from corefit.data.arena import Arena
 from corefit.data.block import LENGTH, RECORD, Block, gains
 from corefit.data.source import refused
 from corefit.durable import read_json, write_whole
-from corefit.errors import RecipeError, UserError, system_words
+from corefit.errors import RecipeError, RunError, UserError, system_words
 from corefit.prepare import Prepared, arena_key, identity, look, make_arena, prepare, resolve, tally, walk, without_out
-from corefit.recipe import Recipe, flat, load_recipe, run_and_step
+from corefit.recipe import Recipe, flat, load_recipe, parse_recipe, run_and_step, to_toml
 from corefit.registry import Registry
 from corefit.report import read_lines
 from corefit.reporters import Reporters
 from corefit.types import BadRecord, Record, Sample
+
+if TYPE_CHECKING:
+    from corefit.engine.ranks import Ranks
 
 LIMITS = re.compile(r"(train\.(epochs|max_steps)|val\.(every_steps|patience)|checkpoint\..*|sample\..*|run\..*)$")
 """Recipe keys that may change where a run goes on."""
@@ -212,10 +215,18 @@ def train_from(
     ``dry_run``: do all that comes before step 1, and leave nothing. ``own_process``: a second ctrl-C may end the
     process at once.
     """
-    if not dry_run:
+    if dry_run:
+        with tempfile.TemporaryDirectory(prefix="corefit-") as aside:
+            return _train(recipe_name, flags, sets, resume, allow_changes, own_process, Path(aside), say)
+    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return _train(recipe_name, flags, sets, resume, allow_changes, own_process, None, say)
-    with tempfile.TemporaryDirectory(prefix="corefit-") as aside:
-        return _train(recipe_name, flags, sets, resume, allow_changes, own_process, Path(aside), say)
+    from corefit.engine.ranks import joined
+
+    with joined() as ranks:
+        if ranks.rank:
+            return _follow(ranks, own_process)
+        return _train(recipe_name, flags, sets, resume, allow_changes, own_process, None, say, ranks)
 
 
 def _train(
@@ -227,6 +238,7 @@ def _train(
     own_process: bool,
     aside: Path | None,
     say: Say,
+    ranks: Ranks | None = None,
 ) -> Run:
     """Train; with ``aside``, where standard input may be spooled to, stop before step 1."""
     registry, say = Registry.load(), _unfailing(say)
@@ -281,6 +293,8 @@ def _train(
             )
         if before.get("status") == "complete" and not fork and not any(key in ENDS for key, *_ in changes):
             say(f"{source} is complete: nothing to do")
+            if ranks:
+                ranks.tell()
             return Run(source)
         if fork and not aside:
             _fork(source, which, folder)
@@ -294,9 +308,39 @@ def _train(
         dry = Session(plan, folder, base, quantizer, scheduler, reporters, Interrupts(say), say)
         dry.check(None if source is None or fork else changes)
         return Run(folder)
+    more = {"ranks": ranks} if ranks else {}
+    if ranks:
+        told = dict(recipe=to_toml(plan.recipe), folder=str(folder.absolute()), resuming=source is not None)
+        ranks.tell(json.dumps({**told, "facts": facts, "changes": changes}))
     with Interrupts(say, own_process=own_process) as interrupts:
-        session = Session(plan, folder, base, quantizer, scheduler, reporters, interrupts, say)
+        session = Session(plan, folder, base, quantizer, scheduler, reporters, interrupts, say, **more)
         return Run(folder, session.play(identity=facts, resuming=source is not None, changes=changes))
+
+
+def _follow(ranks: Ranks, own_process: bool) -> Run:
+    """Take part in the run that rank 0 plays; it has read the command line, and says what is to be done.
+
+    Raises:
+        RunError: this machine has other data, another model or other plugins under the same names.
+    """
+    if not (text := ranks.tell()):
+        return Run(Path())
+    told, registry = json.loads(text), Registry.load()
+    recipe, folder = parse_recipe(told["recipe"], name="rank 0's recipe", base=Path()), Path(told["folder"])
+    from corefit.engine.model import model_fingerprint, resolve_base
+    from corefit.session import Interrupts, Session
+
+    base = resolve_base(str(recipe.model.base), trust_remote_code=recipe.model.trust_remote_code)
+    spool_to = folder / "data"
+    plan = prepare(recipe, registry, tokenizer=base, spool_to=spool_to, again=True)
+    if other := differences(told["facts"], identity(plan, model_fingerprint(str(base)))):
+        raise RunError(f"not what rank 0 has: {words(other)}")
+    quantizer, scheduler = registry.quantizer(recipe.model.quantizer), registry.scheduler(recipe.train.scheduler)
+    with Interrupts(lambda line: None, own_process=own_process) as interrupts:
+        nobody = Reporters((), {}, registry)  # rank 0 tells the world
+        session = Session(plan, folder, base, quantizer, scheduler, nobody, interrupts, lambda line: None, ranks)
+        session.follow(resuming=told["resuming"], changes=told["changes"])
+    return Run(folder)
 
 
 def _named(target: object) -> tuple[Path | None, str | None]:

@@ -25,12 +25,13 @@ from corefit import __version__, show
 from corefit.data.block import LENGTH, fit
 from corefit.data.ledger import Ledger
 from corefit.data.source import encode_items, items_of, map_record
-from corefit.data.stream import Estimate, Source, Stream, encode_validation, split_validation
+from corefit.data.stream import Estimate, Source, Stream, encode_validation, packs_at_once, split_validation
 from corefit.durable import claim, make_folder, read_json, sync, write_whole
 from corefit.engine import attention, checkpoint, evaluate, export, model
 from corefit.engine.loop import Every, LoopState, autocast, progress_at, train
 from corefit.engine.loss import CausalLoss
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_notice
+from corefit.engine.ranks import ALONE, Ranks
 from corefit.errors import (
     CheckpointError,
     DataError,
@@ -70,6 +71,8 @@ Say = Callable[[str], None]
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 SAMPLED_PROMPTS = 2
 """Questions taken from the validation records, else the first ones, where the recipe has no prompts of its own."""
+ENDS = ("epochs", "max_steps", "patience")
+"""Reasons with which a run is over; with any other one it was stopped."""
 CURVE, BARS = 24, "▁▂▃▄▅▆▇█"
 """Points of a learning rate's curve, and how high they can be."""
 FEW_STEPS = 50
@@ -178,10 +181,12 @@ class Session:
         reporters: Reporters,
         interrupts: Interrupts,
         say: Say,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Load data and model; nothing is written yet, so that a refusal leaves no folder behind."""
         self.reporters = reporters
         self.plan, self.folder, self.base, self.say, self.interrupts = plan, folder, base, say, interrupts
+        self.ranks = ranks
         self.recipe, self.scheduler = plan.recipe, scheduler
         self.proofs: dict[str, Any] = {}
         self.proved: dict[str, str] = {}
@@ -214,8 +219,7 @@ class Session:
         else:
             hashes, chosen, off = split_validation(plan.sources, share=recipe.val.share, records=recipe.val.records)
             held_out += chosen
-        threads = encoding_threads(recipe)
-        stream = make_stream(plan, epochs=recipe.train.epochs, val_hashes=hashes, threads=threads)
+        stream = self._stream(hashes)
         if recipe.pack.arena:
             self.say(f"arena: samples come from {recipe.pack.arena}, nothing is encoded anew")
         while stream.notices:
@@ -248,11 +252,20 @@ class Session:
         self.sample_lengths: list[int] = block.samples[:, LENGTH].tolist()
         return stream, batches, recipe.sample.prompts or questions(held_out or first)
 
+    def _stream(self, val_hashes: frozenset[int]) -> Stream:
+        threads, train = encoding_threads(self.recipe), self.recipe.train
+        packs_at_once(train.packs_per_step, train.micro_batch, self.ranks.world)
+        more: dict[str, Any] = dict(threads=threads, world=self.ranks.world, rank=self.ranks.rank)
+        return make_stream(self.plan, epochs=train.epochs, val_hashes=val_hashes, **more)
+
     def _model(self, quantizer: Quantizer) -> None:
         """Load the model and its adapter, and prove that packed documents don't see each other."""
         recipe, settings = self.recipe, self.recipe.train
         model.prepare_process(recipe.run.threads)
         self.device = model.choose_device(recipe.run.device)
+        if self.ranks.world > 1:
+            self.say(f"ranks: {self.ranks.world}, each with its share of the packs of every step")
+            self.device = model.choose_device(f"{self.device}:{self.ranks.local}") if self.device == "cuda" else "cpu"
         stored = model.base_dtype_of(str(self.base))
         self.precision = model.choose_precision(settings.precision, device=self.device, base_dtype=stored)
         self.say(f"device: {self.device}; precision: {self.precision.name} ({self.precision.reason})")
@@ -296,6 +309,7 @@ class Session:
         line = f"LoRA r {spec.r} on {sum(layers.values())} layers: {', '.join(f'{n} {t}' for t, n in layers.items())}"
         self._proved(Proof("adapter", {"layers": layers}, f"adapter: {'none, all of it trains' if full else line}"))
         self.parameters = model.check_trainable(network)
+        self.ranks.copy(list(self.parameters.values()))
         facts = {"tensors": len(self.parameters), "parameters": counts.trainable, "dtype": "float32"}
         line = f"trainable: {counts.trainable / 1e6:,.2f}M numbers in {len(self.parameters):,} tensors, all fp32"
         self._proved(Proof("trainable", facts, line))
@@ -341,7 +355,7 @@ class Session:
         if notice := optimizer_notice(settings.optimizer, self.device):
             self.say(notice)
         self.scaler = make_scaler(self.device, enabled=self.precision.use_scaler)
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(settings.seed + self.ranks.rank)
         random.seed(settings.seed)
         np.random.seed(settings.seed % 2**32)
 
@@ -360,7 +374,7 @@ class Session:
 
         ``identity``: what must not change unnoticed until the run ends; ``changes``: (key, before, now) of it, allowed.
         """
-        settings, every = self.recipe.train, self.recipe.checkpoint
+        every = self.recipe.checkpoint
         lock = self._claim()
         saved = self._saved(changes) if resuming else None
         self._open(identity, saved, changes)
@@ -371,23 +385,11 @@ class Session:
                 self._sample(0)
             else:
                 checkpoint.restore(saved, parameters=self.parameters, optimizer=self.optimizer, scaler=self.scaler)
-            reason = train(
-                loss_fn=self.loss_fn,
-                steps=self._steps(),
-                parameters=self.parameters,
-                optimizer=self.optimizer,
-                scaler=self.scaler,
-                lr_at=self._lr_at,
-                state=self.state,
-                clip=settings.clip,
-                epochs=settings.epochs,
-                max_steps=settings.max_steps,
+            reason = self._train(
                 on_step=self._report,
                 validate=Every(self._validate, steps=self.recipe.val.every_steps or 0),
                 sample=Every(self._sample, steps=self.recipe.sample.every_steps or 0),
                 checkpoint=self.checkpoint,
-                should_stop=lambda: self.interrupts.reason or self.patience.reason,
-                **self.context,
             )
             if not self.state.step:
                 if self.interrupts.reason:
@@ -396,7 +398,7 @@ class Session:
                     return self.interrupts.exit_code
                 raise DataError(f"no step was made ({reason}): no record became a sample")
             self._export()
-            if not self.interrupts.reason:
+            if reason in ENDS:
                 self._validate(self.state.step)
                 self._sample(self.state.step)
             return self._finish(reason)
@@ -423,6 +425,37 @@ class Session:
             if not self.state.step:
                 self.first_packs = show.first_packs(batches, self.plan.tokenizer, self.plan.tokenizer.pad_id)
             yield batches
+
+    def follow(self, *, resuming: bool, changes: Sequence[tuple[str, str, str]]) -> None:
+        """Compute this rank's share of a run that rank 0 plays; write nothing."""
+        saved = self._saved(changes) if resuming else None
+        if saved is None:
+            self._score(0)
+        else:
+            checkpoint.restore(saved, parameters=self.parameters, optimizer=self.optimizer, scaler=self.scaler)
+            torch.manual_seed(self.recipe.train.seed + self.ranks.rank + self.state.step * self.ranks.world)
+        validate = Every(self._score, steps=self.recipe.val.every_steps or 0)
+        if self._train(on_step=lambda _: self.stream.notices.clear(), validate=validate) in ENDS and self.state.step:
+            self._score(self.state.step)
+
+    def _train(self, **hooks: Any) -> str:  # noqa: ANN401, those of train
+        settings = self.recipe.train
+        return train(
+            loss_fn=self.loss_fn,
+            steps=self._steps(),
+            parameters=self.parameters,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            lr_at=self._lr_at,
+            state=self.state,
+            clip=settings.clip,
+            epochs=settings.epochs,
+            max_steps=settings.max_steps,
+            should_stop=lambda: self.interrupts.reason or self.patience.reason,
+            ranks=self.ranks,
+            **hooks,
+            **self.context,
+        )
 
     def _lr_at(self, progress: float) -> float:
         return self.recipe.train.lr * self.scheduler.factor(progress, self.recipe.train.warmup)
@@ -458,12 +491,7 @@ class Session:
             if not any(key.startswith("file ") for key, *_ in changes):
                 raise
             self.say(f"resume: {error}: so the records are read from the first on, and the ledger begins anew")
-            self.stream = make_stream(
-                self.plan,
-                epochs=self.recipe.train.epochs,
-                val_hashes=self.stream.val_hashes,
-                threads=self.stream.threads,
-            )
+            self.stream = self._stream(self.stream.val_hashes)
             self.state.epoch = 0.0
         if (old := limits_before(changes, self.recipe.train)) != self.recipe.train:
             for line in new_curve(self._lr_at, self.state, old, self.recipe.train):
@@ -531,15 +559,23 @@ class Session:
 
     def _validate(self, step: int) -> None:
         """Write and show the validation loss, once a step; nothing where validation is off."""
-        if not self.val_batches or step in self.validated:
+        if (scored := self._score(step)) is None:
             return
-        self.validated.add(step)
-        nats, tokens = evaluate.validation_loss(self.loss_fn, self.val_batches, **self.context)
+        nats, tokens, better = scored
         ratio = perplexity(nats)
         self._write(self.metrics, {"step": step, "val_loss": nats, "val_perplexity": ratio, "val_tokens": tokens})
         self.reporters.tell(ValidationReport(step=step, loss=nats, perplexity=finite(ratio), tokens=tokens))
-        if self.patience.see(nats) and step and self.recipe.checkpoint.keep_best:
+        if better and step and self.recipe.checkpoint.keep_best:
             self.best, self.checkpoint.asked = step, True
+
+    def _score(self, step: int) -> tuple[float, int, bool] | None:
+        """Give validation loss in nats, its tokens and whether it is the best; None: validation is off, or was done."""
+        if not self.val_batches or step in self.validated:
+            return None
+        self.validated.add(step)
+        mine = self.val_batches[self.ranks.rank :: self.ranks.world]
+        nats, tokens = evaluate.validation_loss(self.loss_fn, mine, ranks=self.ranks, **self.context)
+        return nats, tokens, self.patience.see(nats)
 
     def _sample(self, step: int) -> None:
         """Answer the questions of the recipe, greedily, once a step, into ``samples.jsonl``."""
@@ -607,7 +643,7 @@ class Session:
         differences = ledger.differences()
         facts = {**ledger.as_dict(), "balanced": not differences, "proofs": self.proofs}
         write_json(self.folder / "ledger.json", facts)
-        interrupted = self.interrupts.exit_code
+        interrupted = self.interrupts.exit_code or int(reason not in ENDS)  # 1: another rank was told to stop
         status = "interrupted" if interrupted else "complete"
         self._write_run(status, ended_by=reason, steps=self.state.step)
         self._end(status, reason, facts)

@@ -397,6 +397,8 @@ class DatasetReader:
     rows may be added to it during a run. False: they end the run, as any other change does."""
     options: type | None = None
     """A frozen dataclass; its fields are the keys of ``data.options``."""
+    example: bytes | Path | None = None
+    """A small file in this format, its bytes or where it lies: what ``corefit check`` reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -414,6 +416,8 @@ class MapFunction:
     options: type | None = None
     system: str = ""
     """The system message that it puts before every conversation, where it puts one: ``corefit chat`` has it by name."""
+    example: Mapping[str, Any] | None = field(default=None, hash=False)
+    """A record of this format, which ``corefit check`` maps; nobody else's ``sniff`` may be True for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -576,6 +580,8 @@ class RecipeReader:
     """Commands (``convert merge``) and flags (``train --deepspeed``) of the other program that corefit has not -> what
     to type instead, or why there is nothing, in one line."""
     options: type | None = None
+    example: str | None = None
+    """The text of a small configuration, which ``corefit check`` reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

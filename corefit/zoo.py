@@ -93,6 +93,9 @@ def recipe_text(name: str) -> str:
             merged[title] = keys if title == "data" else {**merged[title], **keys}
             if title != "data":
                 merged[title] = {key: value for key, value in merged[title].items() if value != ""}
+    if at.dataset.startswith("moss_"):
+        options = {"bot_name": table["bot"][at.model]}
+        merged["data"] = [{**source, "options": options} for source in merged["data"]]
     toml = toml_dumps({title: keys for title, keys in merged.items() if keys})
     return f"# {summary(name)}\n# {zoo['note']}\n\n{toml}"
 

@@ -285,6 +285,12 @@ def make_encoder(
             f"template {template.name!r} can't write a question and an answer with the tokenizer {tokenizer.name} "
             f"({reason}); choose another with --template"
         )
+    first = [segment.text.strip() for segment in segments if segment.text][:2]
+    if tokenizer.bos_token and first == [tokenizer.bos_token] * 2:
+        raise ModelError(
+            f"template {template.name!r} begins with BOS and {first[1]!r}, which is the BOS of the tokenizer "
+            f"{tokenizer.name} already; choose another with --template ('tokenizer' is the model's own)"
+        )
     last = [segment.text.strip() for segment in segments if segment.supervised and segment.control]
     trained = last[-1:] or ([] if template.stop else [tokenizer.eos_token or ""])
     stop = tuple(dict.fromkeys([*template.stop, *trained]))

@@ -932,7 +932,9 @@ def _check(path: Path) -> None:
         if path.is_symlink():
             raise DataError(f"{path}: a link to {os.readlink(path)}, which is not there") from None
         if not path.parent.is_dir():
-            name, here = shlex.quote("/".join(path.parts[-2:])), shlex.quote(str(path))
+            inside = path.is_relative_to(Path.cwd())  # ORGANISATION/NAME, and a folder of that
+            whole = Path(*path.parts[: len(Path.cwd().parts) + 2]) if inside else path
+            name, here = shlex.quote("/".join(whole.parts[-2:])), shlex.quote(str(whole))
             get = (
                 f"; corefit downloads no data; from the hub: hf download {name} --repo-type dataset --local-dir {here}"
             )

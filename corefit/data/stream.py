@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from corefit.data.block import Table
     from corefit.data.encode import Encoder
 
-__all__ = ["Estimate", "Source", "Split", "Stream", "encode_validation", "split_validation"]
+__all__ = ["Estimate", "Source", "Split", "Stream", "encode_validation", "packs_at_once", "split_validation"]
 
 GROUP_BYTES = 2**20
 """A group of records is encoded as soon as it has so many bytes, however few records these are."""
@@ -79,6 +79,21 @@ GROUPS_AHEAD = 2
 CHANGED = "the data, the template or the tokenizer changed since the checkpoint was written"
 KNOWN_RECORDS = 8192
 """Records of each source that are taken at a time where they are encoded already; fewer at the start."""
+
+
+def packs_at_once(packs_per_step: int, micro_batch: int, world: int) -> int:
+    """Give how many packs all ranks take in at the same time.
+
+    Raises:
+        RecipeError: packs_per_step is no multiple of it.
+    """
+    at_once = micro_batch * world
+    if at_once < 1 or packs_per_step < 1 or packs_per_step % at_once:
+        raise RecipeError(
+            f"train.packs_per_step: {packs_per_step} is not a multiple of "
+            f"train.micro_batch {micro_batch} x {world} ranks"
+        )
+    return at_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -585,12 +600,7 @@ class Stream:
             RecipeError: packs_per_step is not a multiple of micro_batch x world.
             DataError: a bad record, a map function that failed, or no sample at all.
         """
-        at_once = micro_batch * self.world
-        if at_once < 1 or packs_per_step < 1 or packs_per_step % at_once:
-            raise RecipeError(
-                f"train.packs_per_step: {packs_per_step} is not a multiple of "
-                f"train.micro_batch {micro_batch} x {self.world} ranks"
-            )
+        at_once = packs_at_once(packs_per_step, micro_batch, self.world)
         packs = self._packs()
         slots = self.ledger.slots
         self._slots = [slots.total, slots.supervised, slots.masked, slots.padding]

@@ -13,6 +13,7 @@ from torch import nn
 
 from corefit.engine.loop import autocast, to_device
 from corefit.engine.model import evaluating
+from corefit.engine.ranks import ALONE, Ranks
 from corefit.errors import RunError, UserError
 from corefit.types import Batch
 
@@ -95,8 +96,9 @@ def validation_loss(
     *,
     device: str = "cpu",
     compute_dtype: torch.dtype = torch.float32,
+    ranks: Ranks = ALONE,
 ) -> tuple[float, int]:
-    """Give the mean loss in nats per supervised token over all batches, and how many tokens that are.
+    """Give the mean loss in nats per supervised token over all batches of all ranks, and how many tokens that are.
 
     Raises:
         RunError: no batch has a supervised token.
@@ -108,9 +110,10 @@ def validation_loss(
                 with autocast(device, compute_dtype):
                     total += loss_fn(*to_device(batch, device)).double()
                 supervised += batch.n_supervised
-    if not supervised:
+    nats, tokens = ranks.sum(total.item(), supervised)
+    if not tokens:
         raise RunError("validation: no record has a supervised token; other val.data, or --set val.records=0, goes on")
-    return total.item() / supervised, supervised
+    return nats / tokens, int(tokens)
 
 
 def generate(

@@ -9,12 +9,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from corefit.engine.nonfinite import explain, random_state, set_random_state
+from corefit.engine.ranks import ALONE, Ranks
 from corefit.errors import CorefitError, RunError
 from corefit.types import Batch, StepReport
 
@@ -96,6 +97,7 @@ def train(
     sample: Every | None = None,
     checkpoint: Every | None = None,
     should_stop: Callable[[], str] = lambda: "",
+    ranks: Ranks = ALONE,
 ) -> str:
     """Train until the data or the steps end, or ``should_stop()`` gives a reason; say which.
 
@@ -113,7 +115,7 @@ def train(
     supply = iter(steps)
     first, next_scale, failed, broken = state.step, scaler.get_scale(), False, None
     scales: deque[tuple[int, float, str | None]] = deque(maxlen=SCALES)
-    while not (reason := should_stop()):
+    while not (reason := ranks.agree(should_stop())):
         if max_steps and state.step >= max_steps:
             reason = "max_steps"
             break
@@ -126,23 +128,24 @@ def train(
         if batches is None:
             reason = "epochs"
             break
-        epoch = batches[-1].epoch
-        progress = progress_at(state.step + 0.5, (state.epoch + epoch) / 2, max_steps=max_steps, epochs=epochs)
+        totals = Totals(*ranks.sum(*Totals.of(batches, ranks.rank)))
+        progress = progress_at(state.step + 0.5, (state.epoch + totals.epoch) / 2, max_steps=max_steps, epochs=epochs)
         lr, loss_scale, random = lr_at(progress), next_scale, random_state(device)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
         try:
-            loss, norm = take_step(loss_fn, batches, parameters, optimizer, scaler, device, compute_dtype, clip)
+            loss, norm = take_step(loss_fn, batches, parameters, optimizer, scaler, device, compute_dtype, clip, ranks)
         except torch.OutOfMemoryError as error:
             raise RunError(out_of_memory(state.step + 1, batches, error)) from error
         next_scale, seconds = scaler.get_scale(), time.perf_counter() - begun
         scale = loss_scale, next_scale
-        report = report_of(state.step + 1, epoch, progress, batches, loss, norm, lr, scale, seconds, device)
+        report = report_of(state.step + 1, totals, progress, loss, norm, lr, scale, seconds, device)
         scales.append((report.step, loss_scale, report.cause))
         if failed := report.cause == "non_finite_loss":  # no scale mends it: as if the step had not begun
             set_random_state(random, device)
             break
-        state.step, state.epoch, state.stream = report.step, epoch, batches[-1].state
+        state.step, state.epoch = report.step, totals.epoch
+        state.stream = batches[-1].state if batches else state.stream  # rank 0, which saves it, always has one
         count_skip(state, report)
         on_step(report)
         if failed := state.skipped_in_a_row >= SKIP_LIMIT:
@@ -166,6 +169,29 @@ def train(
 # ------------------------------------------------------------------------------------------------------------ one step
 
 
+class Totals(NamedTuple):
+    """What a step holds, on all ranks."""
+
+    epoch: float
+    supervised: float
+    tokens: float
+    samples: float
+    packs: float
+    slots: float
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], rank: int = 0) -> Totals:
+        """Count micro-batches; the epoch after the step is rank 0's to say."""
+        return cls(
+            epoch=batches[-1].epoch if rank == 0 else 0.0,
+            supervised=sum(batch.n_supervised for batch in batches),
+            tokens=sum(batch.n_tokens for batch in batches),
+            samples=sum(batch.n_samples for batch in batches),
+            packs=sum(batch.input_ids.shape[0] for batch in batches),
+            slots=sum(batch.input_ids.size for batch in batches),
+        )
+
+
 def take_step(
     loss_fn: nn.Module,
     batches: Sequence[Batch],
@@ -175,16 +201,17 @@ def take_step(
     device: str,
     compute_dtype: torch.dtype,
     clip: float | None,
+    ranks: Ranks = ALONE,
 ) -> tuple[float, float]:
     """Give loss (nats per supervised token) and gradient norm; update the weights where both are finite.
 
-    Both are NaN, and nothing is computed, where no token of the step is supervised. Gradients that aren't finite halve
-    the loss scale; a loss that isn't leaves it as it is.
+    Both are NaN, and nothing is computed, where no token of the step is supervised, on any rank. Gradients that aren't
+    finite halve the loss scale; a loss that isn't leaves it as it is.
     """
-    total = sum(batch.n_supervised for batch in batches)
+    (total,) = ranks.sum(sum(batch.n_supervised for batch in batches))
     if not total:
         return math.nan, math.nan
-    loss = torch.zeros((), device=device)
+    loss = scaler.scale(torch.zeros((), device=device))  # a rank may have nothing else to scale
     for batch in batches:
         if not batch.n_supervised:
             continue
@@ -192,6 +219,10 @@ def take_step(
         # Divided here, not after backward: a sum over thousands of tokens would overflow fp16 gradients.
         scaler.scale(part).backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
+    if ranks.world > 1:
+        for parameter in parameters.values():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        ranks.add_up([loss, *(parameter.grad for parameter in parameters.values() if parameter.grad is not None)])
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
     if clip:
@@ -233,9 +264,8 @@ def progress_at(step: float, epoch: float, *, max_steps: int | None, epochs: int
 
 def report_of(
     step: int,
-    epoch: float,
+    totals: Totals,
     progress: float,
-    batches: Sequence[Batch],
     loss: float,
     norm: float,
     lr: float,
@@ -244,15 +274,13 @@ def report_of(
     device: str,
 ) -> StepReport:
     """Put a step's numbers together; ``scale``: the one that it used, and the next."""
-    supervised = sum(batch.n_supervised for batch in batches)
-    tokens = sum(batch.n_tokens for batch in batches)
     cause = None
     if not (math.isfinite(loss) and math.isfinite(norm)):
         cause = "non_finite_gradients" if math.isfinite(loss) else "non_finite_loss"
-    cause = cause if supervised else "nothing_supervised"
+    cause = cause if totals.supervised else "nothing_supervised"
     return StepReport(
         step=step,
-        epoch=epoch,
+        epoch=totals.epoch,
         progress=progress,
         loss=loss if math.isfinite(loss) else None,
         lr=lr,
@@ -261,12 +289,12 @@ def report_of(
         next_loss_scale=scale[1],
         skipped=cause is not None,
         cause=cause,
-        tokens=tokens,
-        supervised_tokens=supervised,
-        samples=sum(batch.n_samples for batch in batches),
-        packs=sum(batch.input_ids.shape[0] for batch in batches),
-        fill=100 * tokens / sum(batch.input_ids.size for batch in batches),
-        tokens_per_s=supervised / max(seconds, 1e-9),
+        tokens=int(totals.tokens),
+        supervised_tokens=int(totals.supervised),
+        samples=int(totals.samples),
+        packs=int(totals.packs),
+        fill=100 * totals.tokens / totals.slots,
+        tokens_per_s=totals.supervised / max(seconds, 1e-9),
         seconds=seconds,
         memory_bytes=peak_memory(device),
     )

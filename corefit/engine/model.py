@@ -458,7 +458,7 @@ def load_base(
     more: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if quantization is not None:
         more["quantization_config"] = quantization
-    if type(quantization).__name__ == "BitsAndBytesConfig" and not trust_remote_code:
+    if type(quantization).__name__ == "BitsAndBytesConfig" and not trust_remote_code and say is not unsaid:
         # of 4 bits, 64 weights have a scale of 8 bits, and 256 of those one of 32
         bits = 4 + 8 / 64 + 32 / 64 / 256 if quantization.load_in_4bit else 8
         with contextlib.suppress(OSError, ValueError, KeyError):  # loading says it better

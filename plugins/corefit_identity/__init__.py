@@ -154,7 +154,7 @@ def read(sources: Sources, options: IdentityOptions | None = None, start: Positi
 
 
 def identity(record: Mapping[str, Any], options: IdentityOptions | None = None) -> Iterator[Conversation | Drop]:
-    """Give the conversation of a record of this reader; ``not_identity`` for any other record."""
+    """Give the conversation of a record of this reader; ``not_identity`` for any other record, ``no_answer``."""
     messages = record.get("messages")
     if not isinstance(messages, list | tuple) or not messages:
         yield Drop("not_identity")
@@ -166,7 +166,7 @@ def identity(record: Mapping[str, Any], options: IdentityOptions | None = None) 
             yield Drop("not_identity")
             return
         found.append(Message(role, content))
-    yield Conversation(tuple(found))
+    yield Conversation(tuple(found)) if any(m.role == "assistant" for m in found) else Drop("no_answer")
 
 
 def corefit_dataset_readers() -> Iterator[DatasetReader]:
@@ -189,4 +189,5 @@ def corefit_map_functions() -> Iterator[MapFunction]:
         map=identity,
         fields=("messages",),
         options=IdentityOptions,
+        example=dict(next(read(Sources(())))),
     )

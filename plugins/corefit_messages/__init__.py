@@ -195,6 +195,7 @@ def _is_sharegpt(record: Mapping[str, Any]) -> bool:
 
 
 _ABOUT = ("system", "tools", "functions", *_MEDIA)
+_SHAREGPT = {"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]}
 
 
 def corefit_map_functions() -> Iterable[MapFunction]:
@@ -205,6 +206,7 @@ def corefit_map_functions() -> Iterable[MapFunction]:
         map=openai,
         sniff=_is_openai,
         fields=("messages", "conversations", *_ABOUT),
+        example={"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]},
     )
     yield MapFunction(
         name="sharegpt",
@@ -212,10 +214,12 @@ def corefit_map_functions() -> Iterable[MapFunction]:
         map=sharegpt,
         sniff=_is_sharegpt,
         fields=("conversations", "conversation", *_ABOUT),
+        example=_SHAREGPT,
     )
     yield MapFunction(
         name="wizardlm",
         summary="sharegpt, by XTuner's name",
         map=sharegpt,
         fields=("conversations", "conversation", *_ABOUT),
+        example=_SHAREGPT,
     )

@@ -581,6 +581,9 @@ def fetch(sources: Sources, options: Oasst1Options | None, positions: Sequence[P
 
 # ---------------------------------------------------------------------------------------------------------------- hooks
 
+EXAMPLE = {"text": "### Human: What is 1 + 1?### Assistant: 2"}
+"""A record, in the first of the three forms."""
+
 
 def corefit_dataset_readers() -> Iterator[DatasetReader]:
     """Give the reader; it declares that it streams, as two of its three forms do.
@@ -595,6 +598,7 @@ def corefit_dataset_readers() -> Iterator[DatasetReader]:
         fetch=fetch,
         seekable=True,
         bounded=True,
+        example=json.dumps(EXAMPLE).encode() + b"\n",
     )
 
 
@@ -607,4 +611,5 @@ def corefit_map_functions() -> Iterator[MapFunction]:
         sniff=sniff,
         fields=("text", "prompt", "message_tree_id", "message_id", "parent_id", "role"),
         options=Oasst1Options,
+        example=EXAMPLE,
     )

@@ -196,7 +196,12 @@ def corefit_dataset_readers() -> Iterator[DatasetReader]:
             bounded=True,
             suffixes=(f".{name}",),
             options=CsvOptions,
+            example=f"question{delimiter}answer\n1 + 1?{delimiter}2\n".encode(),
         )
     yield DatasetReader(
-        name="parquet", summary="Parquet files, with pyarrow installed", read=_read_parquet, suffixes=(".parquet",)
+        name="parquet",
+        summary="Parquet files, with pyarrow installed",
+        read=_read_parquet,
+        suffixes=(".parquet",),
+        example=Path(__file__).with_name("example.parquet"),
     )

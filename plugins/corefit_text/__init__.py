@@ -87,6 +87,7 @@ def corefit_dataset_readers() -> Iterator[DatasetReader]:
         bounded=True,
         suffixes=(".txt",),
         options=TextOptions,
+        example=b"A text to learn.\n",
     )
 
 

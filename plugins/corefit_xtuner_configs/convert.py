@@ -82,8 +82,7 @@ LEFT: Sequence[tuple[str, tuple[Any, ...], str]] = (
     ("model*.attn_implementation", (ALL,), ""),
     ("model*.device_map", (ALL,), ""),
     ("model.max_position_embeddings", (None,), "corefit changes no RoPE; rope_scaling in the base's config.json does"),
-    ("model.tokenizer", (None,), "the vocabulary stays as the base has it"),
-    ("model.tokenizer.*", (ALL,), ""),
+    ("model.tokenizer**", (None,), "tokens that the vocabulary lacks are named in model.add_tokens"),
     ("*lora.bias", ("none",), "biases stay as they are"),
     ("*lora.task_type", (ALL,), ""),
     ("*lora.inference_mode", (False,), ""),
@@ -112,7 +111,7 @@ LEFT: Sequence[tuple[str, tuple[Any, ...], str]] = (
     ("train_cfg.by_epoch", (ALL,), ""),
     ("train_cfg.val_interval", (ALL,), ""),
     ("*EvaluateChatHook.tokenizer**", (ALL,), ""),
-    ("*EvaluateChatHook.system", ("", None), "sample.prompts are asked without a system text"),
+    ("*EvaluateChatHook.system", ("", None), "sample.prompts are asked with training's, where all records have one"),
     ("*EvaluateChatHook.prompt_template**", (ALL,), ""),
     ("*EvaluateChatHook.stop_word*", (ALL,), ""),  # the template says where an answer ends
     ("*EvaluateChatHook.generation_kwargs**", ({}, None), "samples are generated greedily"),
@@ -134,7 +133,7 @@ LEFT: Sequence[tuple[str, tuple[Any, ...], str]] = (
     ("visualizer**", (None,), "RUN/metrics.jsonl has a line a step; nothing is sent anywhere"),
     ("val_**", (None,), _MMLU),
     ("test_**", (None,), _MMLU),
-    ("strategy**", (None,), "corefit trains on one GPU"),
+    ("strategy**", (None,), "each GPU holds the model: nothing is sharded"),
     ("sequence_parallel_size", (1,), "a pack must fit on one GPU; a smaller pack.max_length does"),
 )
 """Dotted path, values that ask for nothing that corefit lacks (``ALL``: any), and the reason for a note otherwise. The
@@ -375,6 +374,9 @@ class _Reading:
             self.note(
                 other.where, "tokenizer: corefit takes the tokenizer from the model's folder; put its files there"
             )
+        if tokenizer and (added := self.use(tokenizer.get("additional_special_tokens"))) and added.data:
+            self.put("model.add_tokens", added)
+            self.used.add(id(self.names["model"].get("tokenizer")))  # by which the embeddings grew
         quantization = self.use(llm.get("quantization_config"))
         asked = quantization if quantization and isinstance(quantization.data, dict) else llm
         for bits, quantizer in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):

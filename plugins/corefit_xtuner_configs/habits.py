@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_ONE_GPU = "corefit trains on one GPU, so there is nothing to launch; leave it out"
+_LAUNCH = "`corefit launch -n GPUS ...` or torchrun starts the processes; leave it out"
 _CHAT = "`corefit chat RUN` takes the template, its stops and the base from the run"
 _IMAGES = "corefit trains and scores text models; there is no image model to score"
 
@@ -18,13 +18,13 @@ HABITS = {
     "preprocess arxiv": "filter the rows with a few lines of your own; `--plugin arxiv` reads abstract and title",
     "preprocess refcoco": _IMAGES,
     "preprocess": "nothing to preprocess: records are encoded as they are read; `corefit pack` does it ahead of time",
-    "dist_train": "`corefit train`; on one GPU",
+    "dist_train": "`corefit launch -n GPUS ...` with what `corefit train` takes; on several machines: torchrun",
     "version": "`corefit --version`",
-    "train --deepspeed": "one GPU has nothing to shard; leave it out. For less memory: the quantizer nf4, "
-    "train.optimizer=paged_adamw_32bit, a smaller pack.max_length",
-    "train --launcher": _ONE_GPU,
-    "train --local_rank": _ONE_GPU,
-    "train --local-rank": _ONE_GPU,
+    "train --deepspeed": "nothing is sharded: each GPU holds the model; leave it out. For less memory: the "
+    "quantizer nf4, train.optimizer=paged_adamw_32bit, a smaller pack.max_length",
+    "train --launcher": _LAUNCH,
+    "train --local_rank": _LAUNCH,
+    "train --local-rank": _LAUNCH,
     "train --auto-scale-lr": "train.lr is the rate whatever the batch; --set train.lr=RATE",
     "log-dataset --show": "leave it out: the text is shown with supervised tokens marked; --json has the ids",
     "chat --adapter": "`corefit chat ADAPTER --model BASE`, or `corefit chat RUN`",

@@ -276,6 +276,7 @@ _REACT = (
     "Response:调用工具后的结果\n```\n如果你已经知道了答案，或者你不需要工具，请遵循以下格式回复\n```\n"
     "Thought:给出最终答案的思考过程\nFinal Answer:最终答案\n```\n开始!\n"
 )
+_ANSWER = 'Let me see.<|startofthink|>```JSON\n{"api_name": "sum", "parameters": {}}\n```<|endofthink|>'
 _THINK = re.compile(r"(.*?)<\|startofthink\|>(.*?)<\|endofthink\|>", re.DOTALL)
 _EXEC = re.compile(r"<\|startofexec\|>(.*?)<\|endofexec\|>(.*)", re.DOTALL)
 
@@ -404,6 +405,7 @@ def corefit_map_functions() -> Iterator[MapFunction]:
         map=conversation,
         sniff=_is_conversation,
         fields=("conversation",),
+        example={"conversation": [{"input": "1 + 1?", "output": "2"}]},
     )
     yield MapFunction(
         name="msagent_react",
@@ -411,6 +413,7 @@ def corefit_map_functions() -> Iterator[MapFunction]:
         map=msagent_react,
         sniff=lambda record: isinstance(text := record.get("conversations"), str) and "<|startofthink|>" in text,
         fields=("conversations",),
+        example={"conversations": str([{"from": "user", "value": "1 + 1?"}, {"from": "assistant", "value": _ANSWER}])},
     )
     yield MapFunction(
         name="moss_sft",
@@ -419,4 +422,5 @@ def corefit_map_functions() -> Iterator[MapFunction]:
         sniff=_is_moss,
         fields=("chat", "meta_instruction"),
         options=MossOptions,
+        example={"meta_instruction": "You are MOSS.", "chat": {"turn_1": {"Human": "1 + 1?", "MOSS": "2"}}},
     )

@@ -139,16 +139,16 @@ def test_planted_code_is_not_run_by_any_command(tmp_path: Path) -> None:
         ("eval_refcoco model", "corefit eval_refcoco: "),
         ("preprocess arxiv a b", "corefit preprocess arxiv: "),
         ("test c.py --checkpoint x.pth", "corefit test: `corefit eval RUN --choices FILE`"),
-        ("dist_train c.py", "corefit dist_train: `corefit train`; on one GPU"),
+        ("dist_train c.py", "corefit dist_train: `corefit launch -n GPUS ...` with what"),
         (
             "train c.py --deepspeed deepspeed_zero2",
-            "corefit train --deepspeed: one GPU has nothing to shard; leave it out",
+            "corefit train --deepspeed: nothing is sharded: each GPU holds the model; leave it out",
         ),
         (
             "train c.py --deepspeed=deepspeed_zero3",
-            "corefit train --deepspeed: one GPU has nothing to shard; leave it out",
+            "corefit train --deepspeed: nothing is sharded: each GPU holds the model; leave it out",
         ),
-        ("train c.py --launcher pytorch", "corefit train --launcher: corefit trains on one GPU"),
+        ("train c.py --launcher pytorch", "corefit train --launcher: `corefit launch -n GPUS ...`"),
         ("log-dataset c.py --show masked_text", "corefit log-dataset --show: leave it out"),
         ("chat model --prompt-template internlm_chat", "corefit chat --prompt-template: `corefit chat RUN` takes"),
         ("chat model --bits 4", "corefit chat --bits: --quantizer nf4 (4 bit)"),
@@ -168,8 +168,8 @@ def test_an_unknown_verb_is_still_answered_with_the_nearest(tmp_path: Path) -> N
 
 def test_several_processes_are_refused_with_the_variable_that_asked_for_them(tmp_path: Path) -> None:
     (tmp_path / "c.py").write_text(V0_1_23, "utf-8")
-    done = corefit("train", "c.py", cwd=tmp_path, env={"NPROC_PER_NODE": "8"})
-    assert done.returncode == 2 and "NPROC_PER_NODE=8: corefit trains on one GPU; unset it" in done.stderr
+    done = corefit("train", "c.py", cwd=tmp_path, env={"NPROC_PER_NODE": "2"})
+    assert done.returncode == 2 and "corefit: rank 0: error: " in done.stderr  # it launched
     one = corefit("train", "c.py", "--model", "nowhere/at/all", cwd=tmp_path, env={"NPROC_PER_NODE": "1"})
     assert "NPROC_PER_NODE" not in one.stderr and "openassistant-guanaco: no such" in one.stderr
 

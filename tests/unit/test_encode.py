@@ -16,6 +16,7 @@ from tiny import CHATML_JINJA, write_tokenizer
 from corefit.data.encode import make_encoder, parts
 from corefit.data.tokenizer import Tokenizer
 from corefit.errors import DataError, ModelError, PluginError
+from corefit.registry import Registry
 from corefit.types import Conversation, Document, Message, PromptTemplate, Sample, Segment
 
 INTERNLM, CHATML, OWN = next(internlm_chat()), next(chatml()), next(own_template())
@@ -241,6 +242,16 @@ class TestStart:
         folder = with_jinja(tmp_path, CHATML_JINJA, bos_token="", eos_token="")
         with pytest.raises(ModelError, match="no_bos_token|no_eos_token"):
             make_encoder(template, Tokenizer.load(folder))
+
+    @pytest.mark.parametrize("name", ["internlm2_chat", "minicpm3"])
+    def test_a_bos_that_is_the_templates_own_first_marker(self, tmp_path, name):
+        template = Registry.load().template(name)
+        tokenizer = Tokenizer.load(with_jinja(tmp_path, CHATML_JINJA, bos_token="<|im_start|>"))
+        with pytest.raises(ModelError, match=f"template '{name}' begins with BOS and '<.im_start.>'") as caught:
+            make_encoder(template, tokenizer)
+        assert str(tmp_path) in str(caught.value) and "--template" in str(caught.value)
+        make_encoder(CHATML, tokenizer)
+        make_encoder(template, Tokenizer.load(with_jinja(tmp_path, CHATML_JINJA)))
 
     def test_stop_that_is_two_tokens(self, tokenizer):
         template = PromptTemplate.from_strings(name="t", summary="", user="Q: {content} A:", suffix=" END")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTHON_LINES, C_LINES = 11_460, 955
+PYTHON_LINES, C_LINES = 12_950, 955
 """The budget of the engine in lines of code: without blank lines, comments and docstrings.
 
 The design asks for 6,000 lines of Python and 900 of C in all. What took more, in lines of Python: the first version
@@ -22,14 +22,14 @@ The design asks for 6,000 lines of Python and 900 of C in all. What took more, i
 tensors out of pickles that are never run 310, the rest of security 140; `corefit selftest` 270; merging into a
 dequantised base 130; proofs at the start and `--dry-run` 370; the search for values that are not finite 240; data
 that change under a run 130; `corefit eval` 200; adapters to start from, DoRA, learning rates by name 80; InternLM as
-the native architecture 250; templates that are listed, shown and compared, samples of every turn 170; tokens
+the native architecture 250; templates that are listed, shown and compared, samples of every turn 175; tokens
 added to a vocabulary 120; a chat that reads once, samples and obeys commands 110;
 `inspect` that names what is left out 55; formats by the names of fields, functions of one's own, data that are in
-another format 230; recipes made from a table 60, what a quantizer will store and layers that peft takes for experts
-65; other programs' configurations as recipes, their commands, adapters out of their checkpoints 200; reporters and
-what they are told 330. The C kernel
-packs, writes rows and reads JSON in 950 lines. A change that needs more than this raises the number here, openly; one
-that needs less lowers it.
+another format 230; recipes made from a table 65, what a quantizer will store and layers that peft takes for experts
+65; other programs' configurations as recipes, their commands, adapters out of their checkpoints 200; several
+processes as one run 190; the contract kit that plugins are tried with 680, new plugins' texts 330, deprecations 35;
+reporters and what they are told 350, the page of a run 205. The C kernel packs, writes rows and reads JSON in 950
+lines. A change that needs more than this raises the number here, openly; one that needs less lowers it.
 """
 
 

@@ -155,9 +155,3 @@ def test_no_secret_leaves_the_run(registry, tmp_path, monkeypatch):
     told.tell(EndReport(step=0, status="failed", reason='it said very "secret" indeed', ledger={}))
     told.close()
     assert "it said $MY_API_KEY" in (tmp_path / "told.jsonl").read_text()
-
-
-def test_only_the_first_process_of_a_distributed_run_reports(registry, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    play(registry, tmp_path / "run", "writes", "progress")
-    assert not list((tmp_path / "run").iterdir())

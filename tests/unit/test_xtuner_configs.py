@@ -506,6 +506,16 @@ def test_a_function_of_the_configuration_is_named_with_what_to_write_instead(rea
     assert "--plugin mine.maps:to_chat" in read.missing["data.0.map"]
 
 
+def test_tokens_that_the_tokenizer_is_given_are_added(read):
+    given = ("padding_side='right'", "padding_side='right', additional_special_tokens=['<|plan|>', '<|act|>']")
+    grows = ("type=SupervisedFinetune,", "type=SupervisedFinetune, tokenizer=dict(type=AutoTokenizer, path='own'),")
+    for text in (edited(V0_1_23, given), edited(V0_1_23, given, grows)):
+        assert read(text).model.add_tokens == ("<|plan|>", "<|act|>")
+        assert "model.tokenizer" not in read.said and not read.missing
+    assert read(edited(V0_1_23, grows)).model.add_tokens == ()
+    assert "left out: tokens that the vocabulary lacks are named in model.add_tokens" in read.said
+
+
 # ------------------------------------------------------------------------------------------------------------- notes
 
 
@@ -514,7 +524,7 @@ def test_a_function_of_the_configuration_is_named_with_what_to_write_instead(rea
     [
         ("visualizer = None", "visualizer = dict(type='Visualizer')", "visualizer = Visualizer(...): left out: RUN/metrics.jsonl has"),  # noqa: E501
         ("resume = False", "resume = True", "resume = True: left out: --resume goes on"),
-        ("SYSTEM = ''", "SYSTEM = 'Be brief.'", "custom_hooks.EvaluateChatHook.system = 'Be brief.': left out: sample.prompts are"),  # noqa: E501
+        ("SYSTEM = ''", "SYSTEM = 'Be brief.'", "custom_hooks.EvaluateChatHook.system = 'Be brief.': left out: sample.prompts are asked with training's"),  # noqa: E501
         ("bias='none'", "bias='all'", "model.lora.bias = 'all': left out: biases stay as they are"),
         ("padding_side='right'", "padding_side='right', eos_token='</s>'", None),
         ("num_workers=dataloader_num_workers", "num_workers=9", None),

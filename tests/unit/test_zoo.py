@@ -7,8 +7,9 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from corefit import zoo
+from corefit.data.jsonl import find_files
 from corefit.engine.internlm import KINDS
-from corefit.errors import RecipeError
+from corefit.errors import DataError, RecipeError
 from corefit.recipe import Recipe, load_recipe
 from corefit.registry import Registry
 
@@ -84,7 +85,8 @@ def test_internlm_chat_has_the_values_of_xtuner_0_1_23(tmp_path, monkeypatch):
     ("name", "values"),
     [
         ("internlm_7b_full_oasst1_e3", {"model.quantizer": "none", "train.lr": 2e-5, "template.name": "internlm_chat"}),
-        ("llama2_7b_qlora_colorist_e5", {"train.epochs": 5, "sample.every_steps": 12, "sample.prompts": ()}),
+        ("llama2_7b_qlora_colorist_e5", {"train.epochs": 5, "sample.every_steps": 12}),
+        ("starcoder_full_custom_pretrain_e1", {"train.epochs": 1, "sample.prompts": ()}),
         ("internlm_chat_7b_qlora_oasst1_512_e3", {"pack.max_length": 512}),
         ("llama2_7b_full_alpaca_enzh_32k_sp1", {"pack.max_length": 32768, "train.packs_per_step": 1}),
         ("llama2_70b_int8_lora_open_platypus_e1", {"model.quantizer": "int8", "adapter.r": 16, "train.lr": 3e-4}),
@@ -136,3 +138,14 @@ def test_copying_a_recipe(tmp_path, monkeypatch):
     assert "is there already" in refusal(zoo.copy_recipe, NAME)
     assert load_recipe(tmp_path / "x.toml") == zoo.named_recipe(NAME)
     assert zoo.copy_recipe("x.toml", "y.toml").read_bytes() == (tmp_path / "x.toml").read_bytes()
+
+
+def test_data_that_is_a_folder_of_a_hub_data_set_is_got_by_the_name_of_that(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [source] = zoo.named_recipe("starcoder_qlora_stack_exchange_example").data
+    assert source.path == str(tmp_path / "ArmelR" / "stack-exchange-instruction" / "data" / "finetune")
+    with pytest.raises(DataError) as caught:
+        find_files([source.path], base=tmp_path)
+    whole = tmp_path / "ArmelR" / "stack-exchange-instruction"
+    got = f"hf download ArmelR/stack-exchange-instruction --repo-type dataset --local-dir {whole}"
+    assert str(caught.value).endswith(got)

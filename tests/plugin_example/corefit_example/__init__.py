@@ -100,7 +100,11 @@ def parabola(progress: float, warmup: float) -> float:
     return min(factor, progress / warmup) if progress < warmup else factor
 
 
-KEYS = {"model": ("model", "base"), "rate": ("train", "lr"), "steps": ("train", "max_steps")}
+KEYS: dict[str, tuple[str, str, Callable[[str], object]]] = {
+    "model": ("model", "base", str),
+    "rate": ("train", "lr", float),
+    "steps": ("train", "max_steps", int),
+}
 
 
 def recipe(path: Path, overrides: Sequence[str] = ()) -> ImportedRecipe:
@@ -108,7 +112,10 @@ def recipe(path: Path, overrides: Sequence[str] = ()) -> ImportedRecipe:
     tables: dict[str, Any] = {}
     lines: dict[str, str] = {}
     notes: list[str] = []
-    written = [(f"{path}:{number}", line) for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)]
+    try:
+        written = [(f"{path}:{number}", line) for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)]
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8: {error.reason}") from error
     for where, line in [*written, *((f"--cfg-options {override}", override) for override in overrides)]:
         key, equals, text = (part.strip() for part in line.partition("="))
         if not equals:
@@ -116,8 +123,11 @@ def recipe(path: Path, overrides: Sequence[str] = ()) -> ImportedRecipe:
         if key not in KEYS:
             notes.append(f"{where}: {key}: left out: no counterpart in corefit")
             continue
-        section, name = KEYS[key]
-        tables.setdefault(section, {})[name] = text if key == "model" else float(text) if key == "rate" else int(text)
+        section, name, kind = KEYS[key]
+        try:
+            tables.setdefault(section, {})[name] = kind(text)
+        except ValueError as error:
+            raise RecipeError(f"{where}: {key}: {error}") from error
         lines[f"{section}.{name}"] = where
     return ImportedRecipe(tables=tables, lines=lines, notes=tuple(notes))
 
@@ -147,7 +157,12 @@ def losses(options: ReporterOptions) -> Callable[[object], None]:
 
 def corefit_dataset_readers() -> Iterable[DatasetReader]:  # noqa: D103, the hook says what it is
     yield DatasetReader(
-        name="example", summary="lines of question, tab, answer", read=read, seekable=True, needs_path=False
+        name="example",
+        summary="lines of question, tab, answer",
+        read=read,
+        seekable=True,
+        needs_path=False,
+        example=QUESTIONS,
     )
 
 
@@ -159,6 +174,7 @@ def corefit_map_functions() -> Iterable[MapFunction]:  # noqa: D103
         sniff=lambda record: set(record) == {"question", "answer"},
         fields=("question", "answer"),
         options=Options,
+        example={"question": "What is 1 + 1?", "answer": "2"},
     )
 
 
@@ -187,6 +203,7 @@ def corefit_recipe_readers() -> Iterable[RecipeReader]:  # noqa: D103
         read=recipe,
         suffixes=(".example",),
         habits={"learn": "`corefit train FILE.example`"},
+        example="rate = 1e-4\nsteps = 10\n",
     )
 
 

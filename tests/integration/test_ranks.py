@@ -1,0 +1,218 @@
+"""Several processes as one run, over gloo: equal to one process, whoever dies, however many go on."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cli import corefit, environment
+from safetensors.numpy import load_file
+
+from corefit.engine.ranks import ALONE, _buckets
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["corefit.session", "corefit.run", "corefit.cli", "peft"])
+WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
+
+
+def records(n: int, seed: int = 0) -> str:
+    chance = random.Random(seed)
+    texts = [(chance.choices(WORDS, k=chance.randint(3, 12)), chance.choices(WORDS, k=chance.randint(2, 30)))
+             for _ in range(n)]  # fmt: skip
+    return "".join(
+        json.dumps({"instruction": " ".join(q), "input": "", "output": " ".join(a)}) + "\n" for q, a in texts
+    )
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    data = tmp_path_factory.mktemp("data") / "data.jsonl"
+    data.write_text(records(66), "utf-8")
+    sets = "adapter.dropout=0 pack.max_length=128 train.packs_per_step=4 train.epochs=1 train.precision=fp32"
+    more = "run.threads=1 val.every_steps=4 val.records=7 train.lr=1e-3 train.warmup=0"
+    names = ["--plugin", "alpaca", "--template", "internlm_chat", "--scheduler", "constant"]
+    return ["--model", str(tiny_model), "--data", str(data), *names, "--set", *sets.split(), *more.split()]
+
+
+def one_rank(rank: int, world: int, port: int, words: list[str], where: str) -> None:
+    """What torchrun does, from a process that has imported torch already."""
+    from corefit.cli import main
+
+    os.chdir(where)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    for fd in (1, 2):
+        os.dup2(os.open(f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
+    sys.exit(main(["train", *words]))
+
+
+def together(world: int, words: list[str], where: Path) -> list[int | None]:
+    """Train with so many ranks; give their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [FORKS.Process(target=one_rank, args=(rank, world, port, words, str(where))) for rank in range(world)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+    return [process.exitcode for process in started]
+
+
+def said(where: Path, rank: int = 0) -> str:
+    return (where / f"rank{rank}.txt").read_text("utf-8")
+
+
+def steps(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [line for line in lines if "loss" in line or "val_loss" in line]
+
+
+def same(a: Path, b: Path, *, within: float = 1e-6) -> None:
+    """Two runs gave the same weights, and metrics but for the time they took."""
+    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (a, b))
+    assert first.keys() == second.keys()
+    for name in first:
+        assert abs(first[name].astype("f8") - second[name]).max() <= within, name
+    timed = {"seconds", "tokens_per_s", "memory_bytes"}
+    for x, y in zip(steps(a), steps(b), strict=True):
+        assert x.keys() == y.keys()
+        for key in x.keys() - timed:
+            near = pytest.approx(y[key], rel=2e-6, abs=within) if isinstance(y[key], float) else y[key]
+            assert x[key] == near, (x["step"], key)
+    ledgers = [json.loads((run / "ledger.json").read_text("utf-8")) for run in (a, b)]
+    assert ledgers[0] == ledgers[1] and ledgers[0]["balanced"]
+
+
+@pytest.mark.parametrize("quantizer", ["none", "nf4"])
+def test_ranks_are_one_process_also_where_the_last_step_has_no_pack_for_one(
+    quantizer: str, flags: list[str], tmp_path: Path
+) -> None:
+    how = ["--quantizer", quantizer, *flags]
+    assert together(1, ["--out", "one", *how], tmp_path) == [0]
+    assert together(2, ["--out", "two", *how], tmp_path) == [0, 0], said(tmp_path) + said(tmp_path, 1)
+    assert together(4, ["--out", "four", *how], tmp_path) == [0] * 4, said(tmp_path)
+    assert steps(tmp_path / "one")[-2]["packs"] == 1  # of 4: the others' share of the last step is nothing
+    same(tmp_path / "one", tmp_path / "two")
+    same(tmp_path / "one", tmp_path / "four")
+    assert said(tmp_path, 1) == said(tmp_path, 3) == ""
+    assert "ranks: 2, each with its share" in said(tmp_path)
+
+
+def test_two_then_one_then_two_ranks_are_the_straight_run(flags: list[str], tmp_path: Path) -> None:
+    assert together(1, ["--out", "straight", *flags], tmp_path) == [0]
+    stop = ["--out", "run", *flags, "checkpoint.every_steps=3"]
+    assert together(2, [*stop, "train.max_steps=3"], tmp_path) == [0, 0], said(tmp_path)
+    assert together(1, ["--resume", *stop, "train.max_steps=5"], tmp_path) == [0], said(tmp_path)
+    assert together(2, ["--resume", *stop], tmp_path) == [0, 0], said(tmp_path) + said(tmp_path, 1)
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    weights = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, straight)]
+    assert max(abs(weights[0][name] - weights[1][name]).max() for name in weights[0]) <= 1e-6
+    assert together(2, ["--resume", *stop], tmp_path) == [0, 0]
+    assert "is complete: nothing to do" in said(tmp_path)
+
+
+def test_other_data_on_another_machine_is_refused(flags: list[str], tmp_path: Path) -> None:
+    import corefit.run
+    from corefit.engine.ranks import Ranks
+    from corefit.errors import RunError
+
+    assert together(1, ["--out", "run", *flags, "train.max_steps=1"], tmp_path) == [0]
+    run = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
+    facts = {**run["identity"], "file 0 of data 0": "data.jsonl, 3 bytes, 0123456789abcdef"}
+    text = json.dumps(dict(recipe=(tmp_path / "run" / "recipe.toml").read_text("utf-8"), folder=str(tmp_path / "run"),
+                           resuming=False, facts=facts, changes=[]))  # fmt: skip
+
+    class Second(Ranks):
+        def tell(self, _: str = "") -> str:
+            return text
+
+    with pytest.raises(RunError, match="not what rank 0 has: file 0 of data 0: data.jsonl, 3 bytes"):
+        corefit.run._follow(Second(rank=1, world=2), False)
+
+
+def test_a_mistake_is_said_by_rank_0_and_ends_all_with_code_2(flags: list[str], tmp_path: Path) -> None:
+    done = corefit("launch", "-n", 2, "--out", "run", *flags, "train.packs_per_step=3", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "rank 0: error: train.packs_per_step: 3 is not a multiple of train.micro_batch 1 x 2 ranks" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = corefit("launch", "-n", "two", *flags, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "corefit: error: 'two' processes: expected a number from 1 on, best that of the GPUs\n",
+    )
+
+
+def killed(process: subprocess.Popen[str], run: Path, number: int) -> None:
+    """Wait for step 8, then send the signal to rank 1."""
+    until = time.monotonic() + 90
+    while not (run / "metrics.jsonl").is_file() or len(steps(run)) < 9:
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.05)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()  # fmt: skip
+    os.kill(max(map(int, children)), number)
+
+
+def test_a_killed_rank_ends_all_within_30_seconds_and_the_run_goes_on(flags: list[str], tmp_path: Path) -> None:
+    words = ["launch", "-n", "2", "--out", "run", *flags, "train.epochs=60", "checkpoint.every_steps=4"]
+    begin = [sys.executable, "-m", "corefit"]
+    process = subprocess.Popen(
+        [*begin, *words], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    killed(process, tmp_path / "run", signal.SIGKILL)
+    began = time.monotonic()
+    assert process.wait(30) == 1
+    assert time.monotonic() - began < 30
+    assert "was ended by SIGKILL; --resume goes on from the newest checkpoint" in process.communicate()[1]
+    done = len([line for line in steps(tmp_path / "run") if "loss" in line])
+    more = ["--resume", *words[3:], f"train.max_steps={done + 3}"]
+    assert together(2, more, tmp_path) == [0, 0], said(tmp_path) + said(tmp_path, 1)
+    assert "resume: from step" in said(tmp_path)
+
+
+def test_torchrun_starts_a_run_again_and_it_goes_on(flags: list[str], tmp_path: Path) -> None:
+    words = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "corefit", "train", "--out", "run", *flags]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *words, "train.epochs=4", "checkpoint.every_steps=2"],
+        cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    killed(process, tmp_path / "run", signal.SIGKILL)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, out + errors
+    assert "resume: from step" in out and "ended by epochs" in out
+
+
+def test_a_signal_to_one_rank_saves_and_stops_all(flags: list[str], tmp_path: Path) -> None:
+    words = ["launch", "-n", "2", "--out", "run", *flags, "train.epochs=60"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "corefit", *words],
+        cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    killed(process, tmp_path / "run", signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    run = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
+    assert (run["status"], run["ended_by"]) == ("interrupted", "another rank stopped")
+    newest = (tmp_path / "run" / "checkpoints" / "latest").read_text("utf-8").strip()
+    assert newest == f"step-{run['steps']:08}"
+
+
+def test_tensors_are_summed_in_parts() -> None:
+    import torch
+
+    sizes = [[t.numel() for t in part] for part in _buckets([torch.zeros(n) for n in (2**24, 2**24, 1, 2**26, 3)])]
+    assert sizes == [[2**24, 2**24], [1], [2**26], [3]]
+    assert list(_buckets([])) == []
+    assert ALONE.sum(1, 2.5) == [1, 2.5]
+    assert (ALONE.tell("x"), ALONE.agree(""), ALONE.agree("a")) == ("x", "", "a")

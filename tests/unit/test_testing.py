@@ -1,0 +1,410 @@
+"""Each mutant of a plugin fails the one check that is about its mistake; every built-in plugin passes all of them."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from fake_plugins import write_plugin
+
+from corefit.cli import main
+from corefit.errors import PluginError
+from corefit.registry import Registry
+from corefit.testing import RULES, plugin_checks
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "plugin_example" / "corefit_example"
+GOOD = (EXAMPLE / "__init__.py").read_text("utf-8")
+TEMPLATE = r"""
+import re
+from corefit import PromptTemplate, Segment, Unrenderable
+
+def render(item, tokenizer, options=None):
+    if item.tools:
+        raise Unrenderable("tools")
+    for i, message in enumerate(item.messages):
+        if message.tool_calls or message.reasoning:
+            raise Unrenderable("no_place")
+        if message.role not in ("system", "user", "assistant") or (message.role == "system" and i):
+            raise Unrenderable("role")
+        learnt = message.role == "assistant" and message.supervised is not False
+        yield Segment("<|begin|>", control=True, turn=message.role == "user")
+        yield Segment(message.role + "\n")
+        yield Segment(message.content, learnt)
+        yield Segment("<|end|>", learnt, control=True)
+        yield Segment("\n")
+
+JINJA = (
+    "{% for m in messages %}{{ '<|begin|>' + m.role + '\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|begin|>assistant\n' }}{% endif %}"
+)
+
+def corefit_prompt_templates():
+    yield PromptTemplate(
+        name="mutant", summary="", render=render, stop=("<|end|>",), control=("<|begin|>",), chat_template=JINJA
+    )
+"""
+QUANTIZER = """
+import itertools
+from corefit import Quantizer
+
+COUNT = itertools.count(1)
+
+def config(compute_dtype):
+    return None
+
+def after_load(model):
+    pass
+
+def corefit_quantizers():
+    yield Quantizer(name="mutant", summary="", config=config, after_load=after_load)
+"""
+SPOILS = """
+    import torch
+    def spoil(head, *_):
+        if not torch.is_grad_enabled():
+            head.weight.data.mul_(1.5)
+    model.get_output_embeddings().register_forward_hook(spoil)
+"""
+COUNT = ("from __future__ import annotations\n", "from __future__ import annotations\nimport itertools\n")
+COUNT_TO = ("QUESTIONS =", "COUNT = itertools.count()\nQUESTIONS =")
+NO_SEEK = ("seekable=True", "seekable=False")
+Edits = tuple[tuple[str, str], ...]
+MUTANTS: dict[str, dict[str, list[Edits]]] = {
+    "plugin": {
+        "loads, and nobody else claims its names": [
+            (("KEYS: dict", "1 / 0\nKEYS: dict"),),
+            (('Quantizer(name="example"', 'Quantizer(name="nf4"'),),
+        ],
+        "is imported without torch, transformers and numpy": [
+            (("QUESTIONS =", "import numpy\nQUESTIONS ="),),
+        ],
+    },
+    "reader": {
+        "brings an example that it reads": [
+            (("needs_path=False,\n        example=QUESTIONS,", ""),),
+            (("example=QUESTIONS", 'example=b"no tab\\n"'),),
+        ],
+        "gives the same records twice": [
+            (
+                COUNT,
+                COUNT_TO,
+                NO_SEEK,
+                ('"answer": answer}', '"answer": f"{answer}{next(COUNT)}"}'),
+            ),
+        ],
+        "says where each record begins": [
+            (
+                NO_SEEK,
+                ("file=file)", "file=0)"),
+            ),
+            (
+                NO_SEEK,
+                ("line=number,", "line=number - 1,"),
+            ),
+            (
+                NO_SEEK,
+                ("offset=offset,", "offset=0,"),
+                ("line=number,", "line=1,"),
+            ),
+        ],
+        "streams: the first records don't cost the whole file": [
+            (("read=read,", "read=lambda *args, **more: iter(list(read(*args, **more))),"),),
+        ],
+        "holds no record longer than the limit": [
+            (("lines.readline(sources.max_record_bytes + 1)", "lines.readline()"),),
+        ],
+        "yields what it can't read, and goes on": [
+            (('return BadRecord(reason=f"byte {error.start + 1} is not UTF-8", **here)', "raise"),),
+            (
+                ('return BadRecord(reason=f"byte {error.start + 1} is not UTF-8", **here)', "return None"),
+                ("elif line.strip():", "elif line.strip() and _record(line, here):"),
+            ),
+        ],
+        "begins at any record it is asked for": [
+            (("lines.seek(start.offset)", "lines.seek(0)"),),
+            (("number, offset = start.line - 1,", "number, offset = 0,"),),
+        ],
+        "fetches and indexes what it reads": [
+            (("seekable=True,", "seekable=True, fetch=lambda sources, options, at: list(read(sources))[: len(at)],"),),
+            (
+                (
+                    "seekable=True,",
+                    "seekable=True, index=lambda sources, options: [r.position for r in read(sources)][1:],",
+                ),
+            ),
+        ],
+        "reads no further than a file's size when the run began": [
+            (("seekable=True,", "seekable=True, bounded=True,"),),
+        ],
+        "closes its files": [
+            (('with open(path, "rb") as lines:', 'for lines in [open(path, "rb")]:'),),
+        ],
+    },
+    "map function": {
+        "brings an example that it makes items of": [
+            (('example={"question": "What is 1 + 1?", "answer": "2"},', ""),),
+            (('"What is 1 + 1?", "answer": "2"', '"What is 1 + 1?", "answer": ""'),),
+        ],
+        "gives the same items twice": [
+            (
+                COUNT,
+                COUNT_TO,
+                ('Message("user", question)', 'Message("user", f"{question}{next(COUNT)}")'),
+                ('fields=("question", "answer"),', ""),
+            ),
+        ],
+        "changes no record": [
+            (
+                (
+                    'question, answer = record.get("question")',
+                    'record._fields["seen"] = True\n    question, answer = record.get("question")',
+                ),
+            ),
+        ],
+        "takes any record, and never raises": [
+            (
+                (
+                    "if not isinstance(question, str) or not isinstance(answer, str):",
+                    "if question is None or answer is None:",
+                ),
+            ),
+            (('yield Drop("empty_answer")', 'yield Conversation((Message("critic", question),))'),),
+        ],
+        "drops nothing without a reason": [
+            (('yield Drop("no_question_or_answer")', "return"),),
+            (('yield Drop("empty_answer")', 'yield Drop(f"the answer is {answer!r}!")'),),
+        ],
+        "reads no field that it doesn't declare": [
+            (('fields=("question", "answer"),', 'fields=("question",),'),),
+        ],
+        "recognises its own records, and looks at any": [
+            (('set(record) == {"question", "answer"}', "False"),),
+            (
+                (
+                    'set(record) == {"question", "answer"}',
+                    'set(record) == {"question", "answer"} and record["question"] > ""',
+                ),
+            ),
+        ],
+        "recognises nobody else's records": [
+            (('set(record) == {"question", "answer"}', "True"),),
+        ],
+    },
+    "template": {
+        "writes content as it is, and in order": [
+            (("Segment(message.content,", 'Segment(message.content.replace("\\n\\n", "\\n"),'),),
+        ],
+        "supervises answers and their stops, nothing else": [
+            (('message.role == "assistant" and message.supervised is not False', 'message.role != "system"'),),
+            (('Segment(message.role + "\\n")', 'Segment(message.role + "\\n", learnt)'),),
+            (('yield Segment("\\n")', 'yield Segment("\\n", learnt)'),),
+            ((" and message.supervised is not False", ""),),
+        ],
+        "ends every answer with a supervised stop": [
+            (('Segment("<|end|>", learnt, control=True)', 'Segment("<|end|>", control=True)'),),
+            (('Segment("<|end|>", learnt, control=True)', 'Segment("<|end|>", learnt)'),),
+        ],
+        "may be split between turns only": [
+            (('turn=message.role == "user"', "turn=True"),),
+        ],
+        "begins with the BOS that it declares": [
+            (("chat_template=JINJA", "chat_template=JINJA, bos=True"),),
+        ],
+        "writes a system message first and unsupervised, or refuses it": [
+            (("        learnt =", '        if message.role == "system":\n            continue\n        learnt ='),),
+        ],
+        "writes or refuses whatever else a conversation holds": [
+            (
+                ('            raise Unrenderable("role")', "            continue"),
+                ('("system", "user", "assistant") or', '("system", "user", "assistant") or i and'),
+            ),
+            (("message.tool_calls or message.reasoning", "message.tool_calls"),),
+        ],
+        "is not fooled by text that looks like its markers": [
+            (
+                (
+                    "        yield Segment(message.content, learnt)\n",
+                    '        for part in re.split(r"(<\\|end\\|>)", message.content):\n'
+                    '            yield Segment(part, learnt, part == "<|end|>")\n',
+                ),
+            ),
+        ],
+        "writes control segments that are declared tokens": [
+            (('control=("<|begin|>",)', "control=()"),),
+        ],
+        "writes in Jinja what it renders": [
+            (("'<|end|>\\n' }}{% endfor %}", "'<|end|>' }}{% endfor %}"),),
+            (("'<|begin|>assistant\\n'", "'<|begin|>'"),),
+            (("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"),),
+        ],
+    },
+    "quantizer": {
+        "loads a model in every compute dtype": [
+            (("return None", 'return {"float16": None, "float32": None}[compute_dtype]'),),
+        ],
+        "trains a step, and the same step after an evaluation": [
+            (("    pass\n", SPOILS),),
+        ],
+        "saves an adapter that loads and answers alike": [
+            (("    pass\n", "    model.get_output_embeddings().weight.data.mul_(next(COUNT))\n"),),
+        ],
+    },
+    "scheduler": {
+        "gives a number for every progress in (0, 1]": [
+            (("factor = (1 - progress) * (1 + progress)", "factor = 0 * (1 / (1 - progress)) + 0.5"),),
+            (("factor = (1 - progress) * (1 + progress)", 'factor = (1 - progress) * (1 + progress) or float("nan")'),),
+        ],
+        "stays within 0 and 1": [
+            (("(1 - progress) * (1 + progress)", "1.01 * (1 - progress) * (1 + progress)"),),
+        ],
+        "is a pure function": [
+            (
+                COUNT,
+                COUNT_TO,
+                ("(1 - progress) * (1 + progress)", "(1 - progress) / (1 + next(COUNT))"),
+            ),
+        ],
+        "is not 0 where training goes on": [
+            (("(1 - progress) * (1 + progress)", "(1 - progress) * (1 + progress) * (progress != 0.5)"),),
+        ],
+    },
+    "recipe reader": {
+        "brings an example that becomes a recipe": [
+            (('example="rate = 1e-4\\nsteps = 10\\n",', ""),),
+            (('example="rate = 1e-4', 'example="rate = -1'),),
+        ],
+        "says for every key where it was read": [
+            (('        lines[f"{section}.{name}"] = where\n', ""),),
+        ],
+        "runs nothing that is in the file": [
+            (("    notes: list[str] = []\n", '    notes: list[str] = []\n    exec("1")\n'),),
+        ],
+        "answers any file with a recipe or an error in words": [
+            (("except ValueError as error:", "except ZeroDivisionError as error:"),),
+        ],
+    },
+}
+"""Kind -> what is promised -> edits of the code, each of which breaks this and nothing else."""
+_numbers = itertools.count()
+
+
+def edited(code: str, edits: Edits) -> str:
+    for old, new in edits:
+        assert code.count(old) == 1, (code.count(old), old)
+        code = code.replace(old, new)
+    return code
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Give a function that installs a module of this code as the plugin ``mutant``."""
+    modules = []
+
+    def write(code: str) -> None:
+        modules.append(f"mutant_{next(_numbers)}")
+        write_plugin(tmp_path, "corefit-mutant", code, module=modules[-1])
+        (tmp_path / "questions.tsv").write_bytes((EXAMPLE / "questions.tsv").read_bytes())
+        monkeypatch.syspath_prepend(str(tmp_path))
+
+    yield write
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
+def failures(*kinds: str) -> dict[str, str]:
+    """Run the mutant's checks that are about these kinds; give title -> reason."""
+    found = {}
+    for check in plugin_checks("mutant"):
+        if check.subject.startswith(kinds):
+            try:
+                check()
+            except AssertionError as error:
+                found[check.title] = str(error)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize(
+    ("kind", "title", "edits"),
+    [
+        pytest.param(kind, title, edits, id=f"{kind} {title} {n}")
+        for kind, titles in MUTANTS.items()
+        for title, all_edits in titles.items()
+        for n, edits in enumerate(all_edits)
+    ],
+)
+def test_a_mutant_fails_its_check_and_nothing_else(kind, title, edits, install):
+    install(edited({"template": TEMPLATE, "quantizer": QUANTIZER}.get(kind, GOOD), edits))
+    found = failures("plugin", kind)
+    assert list(found) == [title], found
+    assert found[title] and "\n" not in found[title]
+
+
+@pytest.mark.parametrize("code", [GOOD, TEMPLATE, QUANTIZER], ids=["example", "template", "quantizer"])
+def test_what_mutants_are_made_of_fails_nothing(code, install):
+    install(code)
+    assert failures("") == {}
+
+
+README = (Path(__file__).resolve().parents[2] / "plugins" / "README.md").read_text("utf-8")
+
+
+def test_the_template_that_plugins_readme_shows_in_strings_keeps_every_promise(install):
+    (call,) = re.findall(r"```python\n(yield PromptTemplate.+?)```", README, re.DOTALL)
+    install("from corefit import PromptTemplate\n\ndef corefit_prompt_templates():\n" + textwrap.indent(call, "    "))
+    assert failures("") == {} and len(plugin_checks("mutant")) == 12
+
+
+@pytest.mark.parametrize("mistake", ["", "tool"])
+def test_the_template_that_plugins_readme_shows_in_python_keeps_every_promise(mistake, install):
+    (module,) = re.findall(r"```python\n(from __future__.+?)```", README, re.DOTALL)
+    if mistake:  # tools are looked at too, where a format has a place for them
+        module = edited(module, (("+ m.content + '<|end|>", "+ (m.content if m.role != 'tool' else '') + '<|end|>"),))
+    install(module)
+    assert list(failures("")) == (["writes in Jinja what it renders"] if mistake else [])
+
+
+def test_plugins_readme_lists_the_checks():
+    for kind in dict.fromkeys(rule.kind for rule in RULES):
+        assert f"| {kind} | {'; '.join(rule.title for rule in RULES if rule.kind == kind)} |\n" in README
+
+
+def test_every_check_has_a_mutant():
+    titles = [(kind, title) for kind, titles in MUTANTS.items() for title in titles]
+    assert titles == [(rule.kind, rule.title) for rule in RULES]
+
+
+@pytest.mark.parametrize("name", [info.name for info in Registry.load().plugins if info.distribution == "corefit"])
+def test_a_built_in_plugin_keeps_what_every_plugin_promises(name):
+    for check in plugin_checks(name):
+        try:
+            check()
+        except AssertionError as error:
+            raise AssertionError(f"{check}: {error}") from error
+
+
+def test_the_command_prints_a_line_for_each_check(install, capsys):
+    install(edited(TEMPLATE, (("'<|begin|>assistant\\n'", "'<|begin|>'"),)))
+    assert main(["check", "mutant"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    (failed,) = [line for line in lines if line.startswith("FAILED")]
+    assert failed.startswith("FAILED  template mutant: writes in Jinja what it renders: to ask, chat_template says ")
+    assert lines.count("ok      template mutant: ends every answer with a supervised stop") == 1
+    assert len(lines) == 1 + len(plugin_checks("mutant")) and lines[-1].endswith("checks, 1 failed")
+    assert main(["check", "chatml"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("checks, none failed")
+
+
+def test_an_unknown_plugin_names_the_nearest(capsys):
+    with pytest.raises(PluginError, match="no plugin 'chatlm'; did you mean 'chatml'"):
+        plugin_checks("chatlm")
+    assert main(["check", "chatlm"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_check_reads_as_what_it_is_about():
+    assert "scheduler cosine: stays within 0 and 1" in map(str, plugin_checks("corefit"))
