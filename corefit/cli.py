@@ -30,6 +30,7 @@ fine-tune a chat model:
   eval RUN             loss of base and tuned model on held-out records, multiple choice, exact answers
   merge RUN --out DIR  write base model and adapter as one plain Hugging Face folder
   runs [DIR]           list the runs of a folder: model, data, steps, best loss, state
+  report RUN [OTHER]   write report.html of a run again, or a page that compares two runs
   safetensors PATH     read the tensors of pickled weights (.bin, .pt, .pth) without running what is in them
 
 look around:
@@ -263,6 +264,13 @@ def _parser() -> _Parser:
     listed.add_argument("--sort", default="started", metavar="KEY", help=keys)
     listed.add_argument("--json", action="store_true", help="one JSON object a run")
 
+    report = verb("report", _report, "Write the page of a run, or one that compares two; it opens without a network.")
+    report.add_argument("target", metavar="RUN")
+    report.add_argument("other", nargs="?", metavar="RUN", help="the run to compare it with")
+    report.add_argument(
+        "--out", metavar="FILE", help="the page (default: report.html, or compare.html, in the first RUN)"
+    )
+
     tensors = verb(
         "safetensors",
         _safetensors,
@@ -419,6 +427,13 @@ def _merge(args: argparse.Namespace) -> int:
     from corefit.merge import merge
 
     say(f"merged model: {merge(args.target, args.out, model=args.model, into=args.base)}")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from corefit.page import report
+
+    say(f"page: {report(args.target, args.other, args.out)}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""corefit's own plugin: the jsonl reader, three quantizers, four schedulers.
+"""corefit's own plugin: the jsonl reader, three quantizers, four schedulers, two reporters.
 
 torch, transformers and numpy are imported by the functions that need them, when they are called.
 """
@@ -6,10 +6,10 @@ torch, transformers and numpy are imported by the functions that need them, when
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from corefit.types import BadRecord, DatasetReader, Position, Quantizer, Record, Scheduler, Sources
+from corefit.types import BadRecord, DatasetReader, Event, Position, Quantizer, Record, Reporter, Scheduler, Sources
 
 if TYPE_CHECKING:
     import numpy as np
@@ -147,3 +147,21 @@ def corefit_schedulers() -> Iterable[Scheduler]:
     yield Scheduler(name="linear", summary="down in a straight line", factor=linear)
     yield Scheduler(name="cosine", summary="down half a cosine wave", factor=cosine)
     yield Scheduler(name="wsd", summary="the peak rate, then down over the last fifth", factor=wsd)
+
+
+def _progress(options: object = None) -> Callable[[Event], None]:
+    from corefit.report import progress
+
+    return progress()
+
+
+def _page(options: object = None) -> Callable[[Event], None]:
+    from corefit.page import reporter
+
+    return reporter()
+
+
+def corefit_reporters() -> Iterable[Reporter]:
+    """The progress line and the page of a run."""
+    yield Reporter(name="progress", summary="a bar on a terminal, else a line every few steps", open=_progress)
+    yield Reporter(name="report.html", summary="the run as a page, written while it goes on", open=_page)

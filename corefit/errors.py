@@ -116,6 +116,11 @@ def encoding_hint(raw: bytes) -> str:
     return f"; as GB18030 it reads {shown!r}: iconv -f GB18030 -t UTF-8 FILE > NEW"
 
 
+def in_words(error: BaseException) -> str:
+    """Give kind and text of somebody else's exception, on one line, as far as a line has room."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """Give the words for a name nobody knows: the nearest known one, then all of them, sorted.
 

@@ -1,4 +1,4 @@
-"""The six hooks by which a plugin contributes. Start here to write one.
+"""The seven hooks by which a plugin contributes. Start here to write one.
 
 A plugin is a module (one is enough) that a distribution names in its ``pyproject.toml``::
 
@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 from pluggy import HookimplMarker, HookspecMarker
 
-from corefit.types import DatasetReader, MapFunction, PromptTemplate, Quantizer, RecipeReader, Scheduler
+from corefit.types import DatasetReader, MapFunction, PromptTemplate, Quantizer, RecipeReader, Reporter, Scheduler
 
 hookspec = HookspecMarker("corefit")
 hookimpl = HookimplMarker("corefit")
@@ -226,12 +226,57 @@ def corefit_recipe_readers() -> Iterable[RecipeReader]:
     return ()
 
 
+@hookspec
+def corefit_reporters() -> Iterable[Reporter]:
+    r"""Ways to tell the world what happens in a run: what ``run.reporters`` names.
+
+    Called: once at start-up, before any file is opened.
+    Yield: a ``Reporter`` for every way. Its ``open(options)`` is called once, in a process of its own, and gives a
+    function that is called with every event, in order: a ``StartReport``, then ``PacksReport``, ``StepReport``,
+    ``ValidationReport``, ``SampleReport`` and ``CheckpointReport`` as they happen, an ``EndReport``. Others may come
+    with later versions: ignore what you don't know. What it raises is said once and ends this reporter, never the run;
+    one that hangs is ended 30 seconds after the run.
+
+    A whole plugin, used with ``--set run.reporters=progress,losses run.options.file=losses.txt``::
+
+        from dataclasses import dataclass
+        from pathlib import Path
+
+        from corefit import Reporter, StartReport, StepReport
+
+
+        @dataclass(frozen=True)
+        class Options:
+            file: str = "losses.txt"
+
+
+        def losses(options):
+            folder = Path()
+
+            def tell(event):
+                nonlocal folder
+                if isinstance(event, StartReport):
+                    folder = Path(event.folder)
+                elif isinstance(event, StepReport) and event.loss is not None:
+                    with open(folder / options.file, "a", encoding="utf-8") as file:
+                        file.write(f"{event.step} {event.loss}\n")
+
+            return tell
+
+
+        def corefit_reporters():
+            yield Reporter(name="losses", summary="a line with the loss of each step", open=losses, options=Options)
+    """
+    return ()
+
+
 __all__ = [
     "corefit_dataset_readers",
     "corefit_map_functions",
     "corefit_prompt_templates",
     "corefit_quantizers",
     "corefit_recipe_readers",
+    "corefit_reporters",
     "corefit_schedulers",
     "hookimpl",
     "hookspec",

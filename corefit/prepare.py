@@ -9,7 +9,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
-import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ from corefit.data.source import (
     as_found,
     encode_items,
     encode_records,
-    in_words,
     items_of,
     map_record,
     record_row,
@@ -37,7 +35,7 @@ from corefit.data.source import (
 from corefit.data.stream import Source, Stream
 from corefit.data.tokenizer import Tokenizer
 from corefit.durable import read_json
-from corefit.errors import CorefitError, DataError, ModelError, PluginError, RecipeError, unknown
+from corefit.errors import CorefitError, DataError, ModelError, PluginError, RecipeError, in_words, unknown
 from corefit.fields import Fields
 from corefit.own import own_code, own_file
 from corefit.recipe import (
@@ -53,6 +51,7 @@ from corefit.recipe import (
     to_toml,
 )
 from corefit.registry import Registry
+from corefit.terminal import secrets
 from corefit.types import (
     BadRecord,
     DatasetReader,
@@ -84,9 +83,6 @@ OTHER_LORA = (
 """Settings of peft under which an adapter is more than a pair of matrices of one shape and scale for every layer."""
 MAX_THREADS = 8
 """That encode records, where the recipe doesn't say how many."""
-
-
-_SECRET = re.compile("(?i)token(?!iz)|secret|passw|credential|api_?key|access_?key|private_?key")
 
 
 @dataclass(frozen=True)
@@ -203,11 +199,6 @@ def _check_paths(recipe: Recipe) -> None:
             missing.append(str(error))
     if missing:
         raise DataError("\n".join(missing))
-
-
-def secrets() -> dict[str, str]:
-    """Give the environment variables whose names look like those of secrets: nothing that is written holds a value."""
-    return {name: value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= 8}
 
 
 def _reader(name: str | None, map_name: str | None, registry: Registry, paths: Sequence[Path] = ()) -> DatasetReader:

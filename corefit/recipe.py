@@ -235,6 +235,10 @@ class RunSettings:
     """CPU threads of torch, and threads that encode records; None: torch's choice, and one for each CPU up to 8."""
     device: Text = "auto"
     """``auto``, ``cpu``, ``cuda``, ``cuda:1``."""
+    reporters: tuple[Text, ...] = ("progress", "report.html")
+    """Who is told what happens; ``metrics.jsonl``, ``samples.jsonl`` and the ledger are written whoever is."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Their options: each key goes to every reporter here that has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -682,7 +686,8 @@ def apply_overrides(
         recipe: what to start from.
         flags: ``plugin``, ``template``, ``model``, ``data``, ``quantizer``, ``scheduler``, ``out`` or ``seed`` -> the
             text given; None: not given. Paths are relative to the current folder. ``plugin`` also unsets the reader.
-        sets: ``section.key=value``, the value in TOML; a bare word is text, nothing at all is the default.
+        sets: ``section.key=value``, the value in TOML; a bare word is text, ``a,b`` a list of words where the key wants
+            one, nothing at all is the default.
             ``data.KEY`` means every source, ``section.options.NAME`` one option, ``data.fields.NAME`` one field.
 
     Raises:
@@ -713,6 +718,8 @@ def apply_overrides(
             if title not in SECTIONS:
                 raise RecipeError(f"{unknown('section', title, SECTIONS)}{_elsewhere(title, '')}")
             tries = [_toml(given), given] if given.strip() else []
+            if re.fullmatch(r"[\w.@+-]+(,[\w.@+-]+)*", given):  # names: a list of them needs no brackets
+                tries.append(given.split(","))
             recipe = _assign(recipe, key, tries, f"--set {argument}")
         except RecipeError as error:
             problems.append(f"--set {argument}: {error}")

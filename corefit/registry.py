@@ -22,7 +22,16 @@ from corefit import __version__, hookspecs
 from corefit.deprecated import GOING, warn
 from corefit.errors import PluginError, unknown
 from corefit.own import own_code, own_map_function
-from corefit.types import DatasetReader, Entry, MapFunction, PromptTemplate, Quantizer, RecipeReader, Scheduler
+from corefit.types import (
+    DatasetReader,
+    Entry,
+    MapFunction,
+    PromptTemplate,
+    Quantizer,
+    RecipeReader,
+    Reporter,
+    Scheduler,
+)
 
 GROUP = "corefit"
 DISABLE = "COREFIT_DISABLE_PLUGINS"
@@ -44,9 +53,10 @@ KINDS: Mapping[str, _Kind] = MappingProxyType(
         "quantizer": _Kind("corefit_quantizers", Quantizer, "config"),
         "scheduler": _Kind("corefit_schedulers", Scheduler, "factor"),
         "recipe reader": _Kind("corefit_recipe_readers", RecipeReader, "read"),
+        "reporter": _Kind("corefit_reporters", Reporter, "open"),
     }
 )
-"""The words for the six kinds of entry, as they stand in errors and in ``PluginInfo.entries``."""
+"""The words for the seven kinds of entry, as they stand in errors and in ``PluginInfo.entries``."""
 
 _HOOKS = tuple(kind.hook for kind in KINDS.values())
 _E = TypeVar("_E")
@@ -172,6 +182,11 @@ class Registry:
         """Recipe readers by name."""
         return cast(Mapping[str, RecipeReader], self.entries["recipe reader"])
 
+    @property
+    def reporters(self) -> Mapping[str, Reporter]:
+        """Reporters by name."""
+        return cast(Mapping[str, Reporter], self.entries["reporter"])
+
     def reader(self, name: str) -> DatasetReader:
         """Give the reader of this name; raises ``PluginError`` where there is none that can be used."""
         return self._get("reader", self.readers, name)
@@ -193,6 +208,10 @@ class Registry:
     def scheduler(self, name: str) -> Scheduler:
         """Give the scheduler of this name; raises ``PluginError`` where there is none that can be used."""
         return self._get("scheduler", self.schedulers, name)
+
+    def reporter(self, name: str) -> Reporter:
+        """Give the reporter of this name; raises ``PluginError`` where there is none that can be used."""
+        return self._get("reporter", self.reporters, name)
 
     def recipe_reader(self, suffix: str) -> RecipeReader:
         """Give the recipe reader of files that end so; raises ``PluginError`` where there is none, or more than one."""

@@ -12,13 +12,13 @@ import shutil
 import sys
 import time
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from corefit import terminal
 from corefit.errors import RunError, system_words
-from corefit.types import StepReport
+from corefit.types import EndReport, Event, StartReport, StepReport, ValidationReport
 
 
 def to_json(value: object) -> str:
@@ -136,22 +136,43 @@ class Progress:
             with contextlib.suppress(OSError):
                 self._bar.refresh()
         elif self._first is None or report.skipped or report.step % self._every == 0:
-            self.note(text)
+            note(text, self._file)
         self._first = self._first or (now, report.progress)
-
-    def note(self, text: str) -> None:
-        """Print a line of its own, above the bar; a terminal that is gone ends no run."""
-        with contextlib.suppress(OSError):
-            if self._bar is not None:
-                self._bar.write(terminal.visible(text), file=self._file)
-            else:
-                terminal.say(text, file=self._file)
 
     def close(self) -> None:
         """End the line; a bar that is not full stays as it is."""
         with contextlib.suppress(OSError):
             if self._bar is not None:
                 self._bar.close()
+
+
+def note(text: str, file: TextIO | None = None) -> None:
+    """Print a line on standard error, above the bar where there is one; a terminal that is gone ends no run."""
+    with contextlib.suppress(OSError):
+        if "tqdm" in sys.modules:
+            sys.modules["tqdm"].tqdm.write(terminal.visible(text), file=file or sys.stderr)
+        else:
+            terminal.say(text, file=file or sys.stderr)
+
+
+def progress(options: object = None) -> Callable[[Event], None]:
+    """Give the reporter ``progress``."""
+    shown: Progress | None = None
+
+    def tell(event: Event) -> None:
+        nonlocal shown
+        if isinstance(event, StartReport):
+            shown = Progress(endless=event.endless)
+        elif shown is None:
+            return
+        elif isinstance(event, StepReport):
+            shown.update(event)
+        elif isinstance(event, ValidationReport):
+            note(f"step {event.step}: validation loss {event.loss:.4f} (perplexity {perplexity(event.loss):,.2f})")
+        elif isinstance(event, EndReport):
+            shown.close()
+
+    return tell
 
 
 def step_line(report: StepReport, left: float | None) -> str:

@@ -30,6 +30,7 @@ from corefit.prepare import Prepared, arena_key, identity, look, make_arena, pre
 from corefit.recipe import Recipe, flat, load_recipe, parse_recipe, run_and_step, to_toml
 from corefit.registry import Registry
 from corefit.report import read_lines
+from corefit.reporters import Reporters
 from corefit.types import BadRecord, Record, Sample
 
 if TYPE_CHECKING:
@@ -252,6 +253,7 @@ def _train(
     if source is None and resume and recipe.run.out and (Path(recipe.run.out) / "run.json").is_file():
         source = Path(recipe.run.out)
     quantizer, scheduler = registry.quantizer(recipe.model.quantizer), registry.scheduler(recipe.train.scheduler)
+    reporters = Reporters(recipe.run.reporters, recipe.run.options, registry)
     say(f"corefit {__version__}: {lines[0]}")
     for line in lines[1:]:
         say(line)
@@ -303,7 +305,7 @@ def _train(
     from corefit.session import Interrupts, Session
 
     if aside:
-        dry = Session(plan, folder, base, quantizer, scheduler, Interrupts(say), say)
+        dry = Session(plan, folder, base, quantizer, scheduler, reporters, Interrupts(say), say)
         dry.check(None if source is None or fork else changes)
         return Run(folder)
     more = {"ranks": ranks} if ranks else {}
@@ -311,7 +313,7 @@ def _train(
         told = dict(recipe=to_toml(plan.recipe), folder=str(folder.absolute()), resuming=source is not None)
         ranks.tell(json.dumps({**told, "facts": facts, "changes": changes}))
     with Interrupts(say, own_process=own_process) as interrupts:
-        session = Session(plan, folder, base, quantizer, scheduler, interrupts, say, **more)
+        session = Session(plan, folder, base, quantizer, scheduler, reporters, interrupts, say, **more)
         return Run(folder, session.play(identity=facts, resuming=source is not None, changes=changes))
 
 
@@ -335,7 +337,8 @@ def _follow(ranks: Ranks, own_process: bool) -> Run:
         raise RunError(f"not what rank 0 has: {words(other)}")
     quantizer, scheduler = registry.quantizer(recipe.model.quantizer), registry.scheduler(recipe.train.scheduler)
     with Interrupts(lambda line: None, own_process=own_process) as interrupts:
-        session = Session(plan, folder, base, quantizer, scheduler, interrupts, lambda line: None, ranks)
+        nobody = Reporters((), {}, registry)  # rank 0 tells the world
+        session = Session(plan, folder, base, quantizer, scheduler, nobody, interrupts, lambda line: None, ranks)
         session.follow(resuming=told["resuming"], changes=told["changes"])
     return Run(folder)
 

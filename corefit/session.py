@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from corefit import __version__, show
+from corefit.data.block import LENGTH, fit
 from corefit.data.ledger import Ledger
-from corefit.data.source import map_record
+from corefit.data.source import encode_items, items_of, map_record
 from corefit.data.stream import Estimate, Source, Stream, encode_validation, packs_at_once, split_validation
 from corefit.durable import claim, make_folder, read_json, sync, write_whole
 from corefit.engine import attention, checkpoint, evaluate, export, model
@@ -31,22 +32,39 @@ from corefit.engine.loop import Every, LoopState, autocast, progress_at, train
 from corefit.engine.loss import CausalLoss
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_notice
 from corefit.engine.ranks import ALONE, Ranks
-from corefit.errors import CheckpointError, DataError, LedgerError, ModelError, RecipeError, RunError, system_words
+from corefit.errors import (
+    CheckpointError,
+    DataError,
+    LedgerError,
+    ModelError,
+    RecipeError,
+    RunError,
+    in_words,
+    system_words,
+)
 from corefit.own import own_file
-from corefit.prepare import FIELDS, Prepared, encoding_threads, file_facts, make_stream, secrets, without_out
+from corefit.prepare import FIELDS, Prepared, encoding_threads, file_facts, make_stream, without_out
 from corefit.proofs import Proof, data_proofs, first_records
-from corefit.recipe import Train, to_toml
-from corefit.report import JsonLines, Progress, answers_table, finite, perplexity, read_lines, summary
+from corefit.recipe import Train, flat, to_toml
+from corefit.report import JsonLines, answers_table, finite, note, perplexity, read_lines, summary
+from corefit.reporters import Reporters
+from corefit.terminal import without_secrets
 from corefit.types import (
     BadRecord,
     Batch,
+    CheckpointReport,
     Conversation,
+    EndReport,
     Message,
+    PacksReport,
     Quantizer,
     Record,
+    SampleReport,
     Scheduler,
+    StartReport,
     StepReport,
     Unrenderable,
+    ValidationReport,
 )
 
 Say = Callable[[str], None]
@@ -161,21 +179,26 @@ class Session:
         base: Path,
         quantizer: Quantizer,
         scheduler: Scheduler,
+        reporters: Reporters,
         interrupts: Interrupts,
         say: Say,
         ranks: Ranks = ALONE,
     ) -> None:
         """Load data and model; nothing is written yet, so that a refusal leaves no folder behind."""
+        self.reporters = reporters
         self.plan, self.folder, self.base, self.say, self.interrupts = plan, folder, base, say, interrupts
         self.ranks = ranks
         self.recipe, self.scheduler = plan.recipe, scheduler
         self.proofs: dict[str, Any] = {}
+        self.proved: dict[str, str] = {}
         self.stream, self.val_batches, self.prompts = self._data()
         self.patience = Patience(self.recipe.val.patience)
         self.state, self.lengths = LoopState(), {"metrics.jsonl": 0, "samples.jsonl": 0}
         self.best = 0  # the step after which the validation loss was lowest
         self.validated: set[int] = set()
         self.sampled: set[int] = set()
+        self.first_packs: list[dict[str, Any]] = []
+        self.ended = False
         self._model(quantizer)
 
     # ------------------------------------------------------------------------------------------------------ the start
@@ -183,6 +206,7 @@ class Session:
     def _proved(self, *proofs: Proof) -> None:
         for proof in proofs:
             self.proofs[proof.name] = proof.facts
+            self.proved[proof.name] = proof.line
             self.say(proof.line)
 
     def _data(self) -> tuple[Stream, list[Batch], tuple[str, ...]]:
@@ -224,6 +248,9 @@ class Session:
                 "--set train.max_steps=N, or --scheduler constant"
             )
         self.system = common_system(first)
+        block = encode_items(items_of(first, plan.encoder.supervise), plan.encoder)[0]
+        block = fit(block, recipe.pack.max_length, recipe.pack.overlong)
+        self.sample_lengths: list[int] = block.samples[:, LENGTH].tolist()
         return stream, batches, recipe.sample.prompts or questions(held_out or first)
 
     def _stream(self, val_hashes: frozenset[int]) -> Stream:
@@ -368,6 +395,7 @@ class Session:
             if not self.state.step:
                 if self.interrupts.reason:
                     self._write_run("interrupted", ended_by=reason, steps=0)
+                    self._end("interrupted", reason)
                     return self.interrupts.exit_code
                 raise DataError(f"no step was made ({reason}): no record became a sample")
             self._export()
@@ -380,16 +408,24 @@ class Session:
                 if report := getattr(error, "report", None):  # a NonFiniteError's
                     write_json(self.folder / "nonfinite.json", report)
                 self._write_run("failed", error=f"{type(error).__name__}: {error}")
+            self._end("failed", in_words(error))
             if isinstance(error, OSError):
                 where = error.filename or self.folder
                 raise RunError(f"{where}: {system_words(error)}; what is saved is whole, --resume goes on") from error
             raise
         finally:
-            self.progress.close()
             self.metrics.close()
             self.samples.close()
+            self.reporters.close()
             if lock is not None:
                 os.close(lock)
+
+    def _steps(self) -> Iterator[tuple[Batch, ...]]:
+        """Yield the batches of each step, and keep what the first packs of a new run look like."""
+        for batches in self.stream.steps(self.recipe.train.packs_per_step, self.recipe.train.micro_batch):
+            if not self.state.step:
+                self.first_packs = show.first_packs(batches, self.plan.tokenizer, self.plan.tokenizer.pad_id)
+            yield batches
 
     def follow(self, *, resuming: bool, changes: Sequence[tuple[str, str, str]]) -> None:
         """Compute this rank's share of a run that rank 0 plays; write nothing."""
@@ -407,7 +443,7 @@ class Session:
         settings = self.recipe.train
         return train(
             loss_fn=self.loss_fn,
-            steps=self.stream.steps(settings.packs_per_step, settings.micro_batch),
+            steps=self._steps(),
             parameters=self.parameters,
             optimizer=self.optimizer,
             scaler=self.scaler,
@@ -475,7 +511,6 @@ class Session:
         if saved is not None:
             self.facts["resumed"] = [*before, {"step": saved.step, "changed": [list(change) for change in changes]}]
         self.facts["identity"] = identity
-        self.progress = Progress(endless=not self.recipe.train.epochs and not self.recipe.train.max_steps)
         try:
             write_whole(self.folder / "recipe.toml", to_toml(without_out(self.recipe)).encode())
             for source in self.plan.sources:
@@ -496,29 +531,43 @@ class Session:
                 {"step": saved.step, "save_seconds": None, "save_bytes": checkpoint.size_of(saved.path)},
             )
 
+        self.reporters.start(
+            StartReport(
+                folder=str(self.folder.resolve()),
+                step=self.state.step,
+                endless=not self.recipe.train.epochs and not self.recipe.train.max_steps,
+                recipe=flat(self.recipe),
+                facts={key: value for key, value in self.facts.items() if key != "command"},
+                lengths=self.sample_lengths,
+            )
+        )
+
     def _write(self, file: JsonLines, value: object) -> None:
         """Append a line; what the disk refuses is said once and written later."""
         before = file.trouble
         file.write(value)
         if file.trouble and not before:
-            self.progress.note(f"{file.trouble}; its lines are kept until they can be, the run goes on")
+            note(f"{file.trouble}; its lines are kept until they can be, the run goes on")
 
     def _report(self, report: StepReport) -> None:
         self._write(self.metrics, report)
-        self.progress.update(report)
+        if self.first_packs:
+            self.reporters.tell(PacksReport(packs=self.first_packs))
+            self.first_packs = []
+        self.reporters.tell(report)
         while self.stream.notices:
-            self.progress.note(self.stream.notices.pop(0))
+            note(self.stream.notices.pop(0))
 
     def _validate(self, step: int) -> None:
         """Write and show the validation loss, once a step; nothing where validation is off."""
         if (scored := self._score(step)) is None:
             return
         nats, tokens, better = scored
-        line = {"step": step, "val_loss": nats, "val_perplexity": perplexity(nats), "val_tokens": tokens}
-        self._write(self.metrics, line)
+        ratio = perplexity(nats)
+        self._write(self.metrics, {"step": step, "val_loss": nats, "val_perplexity": ratio, "val_tokens": tokens})
+        self.reporters.tell(ValidationReport(step=step, loss=nats, perplexity=finite(ratio), tokens=tokens))
         if better and step and self.recipe.checkpoint.keep_best:
             self.best, self.checkpoint.asked = step, True
-        self.progress.note(f"step {step}: validation loss {nats:.4f} (perplexity {perplexity(nats):,.2f})")
 
     def _score(self, step: int) -> tuple[float, int, bool] | None:
         """Give validation loss in nats, its tokens and whether it is the best; None: validation is off, or was done."""
@@ -539,9 +588,7 @@ class Session:
                 asked = (Message("system", self.system), Message("user", prompt))[not self.system :]
                 ids = self.plan.encoder.prompt(asked).tolist()
             except Unrenderable as refusal:
-                self.progress.note(
-                    f"sample: the template can't write this question ({refusal.reason}): {prompt[:80]!r}"
-                )
+                note(f"sample: the template can't write this question ({refusal.reason}): {prompt[:80]!r}")
                 continue
             answer = evaluate.generate(
                 self.network,
@@ -551,11 +598,13 @@ class Session:
                 **self.context,
             )
             text = self.plan.tokenizer.decode(answer.ids)
-            self._write(self.samples, {"step": step, "prompt": prompt, "answer": text, "stopped": answer.stopped})
+            sample = SampleReport(step=step, prompt=prompt, answer=text, stopped=answer.stopped)
+            self._write(self.samples, sample)
+            self.reporters.tell(sample)
 
     def _save(self, step: int) -> None:
         """Write a checkpoint; where the disk refuses, say so and go on."""
-        began = time.perf_counter()
+        began, path, size, failed = time.perf_counter(), None, None, None
         try:
             path = checkpoint.save(
                 self.folder / "checkpoints",
@@ -576,14 +625,18 @@ class Session:
             seconds, size = time.perf_counter() - began, checkpoint.size_of(path)
             self._write(self.metrics, {"step": step, "save_seconds": seconds, "save_bytes": size})
         except (CheckpointError, OSError) as error:
-            self._write(self.metrics, {"step": step, "save_error": str(error)})
-            self.progress.note(f"{error}; earlier checkpoints are whole, the run goes on")
+            failed = str(error)
+            self._write(self.metrics, {"step": step, "save_error": failed})
+            note(f"{error}; earlier checkpoints are whole, the run goes on")
+        seconds, folder = time.perf_counter() - began, None if failed else str(path)
+        self.reporters.tell(
+            CheckpointReport(step=step, path=folder, seconds=seconds, size_bytes=None if failed else size, error=failed)
+        )
 
     # -------------------------------------------------------------------------------------------------------- the end
 
     def _finish(self, reason: str) -> int:
         """Write ledger and status, print answers and summary, and give the exit code."""
-        self.progress.close()
         self.metrics.sync()
         self.samples.sync()
         ledger = Ledger.from_dict(self.state.as_dict()["stream"]["ledger"])
@@ -592,7 +645,9 @@ class Session:
         facts = {**ledger.as_dict(), "balanced": not differences, "proofs": self.proofs}
         write_json(self.folder / "ledger.json", facts)
         interrupted = self.interrupts.exit_code or int(reason not in ENDS)  # 1: another rank was told to stop
-        self._write_run("interrupted" if interrupted else "complete", ended_by=reason, steps=self.state.step)
+        status = "interrupted" if interrupted else "complete"
+        self._write_run(status, ended_by=reason, steps=self.state.step)
+        self._end(status, reason, facts)
         rows = before_after(read_lines(self.folder / "samples.jsonl"), self.state.step)
         if rows:
             self.say(answers_table(rows))
@@ -605,6 +660,12 @@ class Session:
         if differences:
             raise LedgerError(f"{self.folder / 'ledger.json'}: {'; '.join(differences)}; the weights are saved")
         return interrupted
+
+    def _end(self, status: str, reason: str, ledger: Mapping[str, Any] | None = None) -> None:
+        """Tell the reporters that the run is over, once."""
+        if not self.ended:
+            self.ended = True
+            self.reporters.tell(EndReport(step=self.state.step, status=status, reason=reason, ledger=ledger or {}))
 
     def _export(self) -> None:
         """Write ``adapter/``, or ``model/`` after full fine-tuning."""
@@ -624,6 +685,7 @@ class Session:
             "template": [plan.template.name],
             "quantizer": [self.recipe.model.quantizer],
             "scheduler": [self.scheduler.name],
+            "reporter": list(self.recipe.run.reporters),
         }
         providers = {kind: {name: plan.registry.provider(kind, name) for name in names} for kind, names in used.items()}
         return {
@@ -650,6 +712,7 @@ class Session:
             "data": [file_facts(path) for s in (*plan.sources, *plan.val_sources) for path in s.sources.paths],
             "device": self.device,
             "precision": self.precision.name,
+            "proofs": self.proved,
         }
 
     def _write_run(self, status: str, **more: object) -> None:
@@ -743,7 +806,5 @@ def before_after(lines: Sequence[Mapping[str, Any]], last: int) -> list[tuple[st
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file in one step: whole, or as it was."""
-    text = json.dumps(finite(value), indent=2, ensure_ascii=False)
-    for name, secret in secrets().items():  # a command line and an error may hold one
-        text = text.replace(json.dumps(secret, ensure_ascii=False)[1:-1], f"${name}")
+    text = without_secrets(json.dumps(finite(value), indent=2, ensure_ascii=False))
     write_whole(path, (text + "\n").encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from corefit.data.block import DROPPED, SAMPLES, TRUNCATED, WORDS
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from corefit.data.block import Block
-    from corefit.types import Record
+    from corefit.types import Batch, Record
 
 PLACES = 3
 """Records that are named for each reason why something is left out."""
+SHOWN = 1_500
+"""Tokens whose text ``first_packs`` gives."""
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 
 
@@ -69,6 +71,37 @@ def pieces(sample: Sample, tokenizer: _Bytes) -> Iterator[tuple[str, bool, int]]
         pending, count = b"", 0
     if count:
         yield pending.decode("utf-8", errors="replace"), supervised, count
+
+
+def first_packs(batches: Iterable[Batch], tokenizer: _Bytes, pad_id: int) -> list[dict[str, Any]]:
+    """Give the first packs of a step as ``PacksReport`` has them, as far as the text of ``SHOWN`` tokens goes."""
+    import numpy as np
+
+    packs: list[dict[str, Any]] = []
+    left = SHOWN
+    for batch in batches:
+        width, origins = batch.input_ids.shape[1], iter(batch.origins())
+        ids, labels = batch.input_ids.ravel(), batch.labels.ravel()
+        bounds = batch.cu_seqlens.tolist()
+        rows: dict[int, list[dict[str, Any]]] = {}
+        for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+            if begin == end or (ids[begin:end] == pad_id).all():  # the padding of a pack is its last document
+                continue
+            target = np.concatenate([[False], labels[begin : end - 1] != IGNORE_INDEX, [False]])
+            edges = np.flatnonzero(np.diff(target.astype(np.int8))) + 1  # every run of targets begins and ends at one
+            sample = Sample(ids[begin:end].astype(np.int32), edges.reshape(-1, 2).astype(np.int32), next(origins, ""))
+            shown = list(islice(pieces(sample, tokenizer), left))
+            left -= len(shown)
+            document: dict[str, Any] = {"origin": sample.origin, "tokens": end - begin}
+            document["pieces"] = [[text, supervised] for text, supervised, _ in shown]
+            document["cut"] = sum(n for _, _, n in shown) < end - begin
+            rows.setdefault(begin // width, []).append(document)
+        for documents in rows.values():
+            used = sum(document["tokens"] for document in documents)
+            packs.append({"slots": width, "used": used, "documents": [d for d in documents if d["pieces"]]})
+        if left <= 0:
+            break
+    return [pack for pack in packs if pack["documents"]]
 
 
 def marked(sample: Sample, tokenizer: _Bytes, *, colour: bool) -> str:

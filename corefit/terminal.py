@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import sys
 from typing import TextIO
@@ -11,6 +13,21 @@ _OBEYED = re.compile(
     "\u2028-\u202e\u2066-\u2069"  # line breaks of their own, and what turns the order of others
     "\ud800-\udfff\U000e0000-\U000e007f]"  # halves of characters; ASCII that nobody sees
 )
+
+_SECRET = re.compile("(?i)token(?!iz)|secret|passw|credential|api_?key|access_?key|private_?key")
+
+
+def secrets() -> dict[str, str]:
+    """Give the environment variables whose names look like those of secrets: nothing that is written holds a value."""
+    return {name: value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= 8}
+
+
+def without_secrets(text: str) -> str:
+    """Give JSON with the names of these variables in place of their values."""
+    for name, secret in secrets().items():  # a command line and an error may hold one
+        for escaped in {json.dumps(secret, ensure_ascii=ascii)[1:-1] for ascii in (True, False)}:
+            text = text.replace(escaped, f"${name}")
+    return text
 
 
 def visible(text: str) -> str:

@@ -280,6 +280,92 @@ class StepReport:
     """Peak so far: allocated by torch on CUDA, else resident in the process; None where the system does not say."""
 
 
+# ------------------------------------------------------------------------- what a run tells its reporters
+# Fields hold what JSON can hold: a reporter lives in a process of its own.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartReport:
+    """A run begins, or goes on from a checkpoint: the first event."""
+
+    folder: str
+    """Absolute path of the run folder; a reporter may keep files of its own there."""
+    step: int
+    """The step that a resumed run goes on from; 0: from the start."""
+    endless: bool
+    """True: no number of steps or epochs ends it."""
+    recipe: Mapping[str, str]
+    """Dotted key (``data.0.map``) -> value as TOML, for every key that is set."""
+    facts: Mapping[str, Any]
+    """What ``run.json`` holds but the command line: versions, plugins, model, data, device, proofs."""
+    lengths: Sequence[int] = ()
+    """Tokens of the samples that the first records become: at most 64 records of each source."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PacksReport:
+    """The first packs of a run, as the model saw them in step 1; before that step's report."""
+
+    packs: Sequence[Mapping[str, Any]]
+    """Each with ``slots``, ``used`` and ``documents``, at most a few: each with ``origin`` (``path:line``), ``tokens``
+    (how many), ``pieces``, the text of its first tokens, [text, whether it is supervised], and ``cut``, whether there
+    are more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationReport:
+    """A validation: after ``step``, before step 1 where it is 0."""
+
+    step: int
+    loss: float
+    """Nats per supervised token."""
+    perplexity: float | None
+    """None where it is larger than a float."""
+    tokens: int
+    """Supervised tokens it was taken over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleReport:
+    """An answer of the model as it is after ``step``, greedily decoded."""
+
+    step: int
+    prompt: str
+    answer: str
+    stopped: bool
+    """True: it ended by itself; False: cut at ``sample.max_tokens``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointReport:
+    """A checkpoint was written, or could not be."""
+
+    step: int
+    path: str | None
+    """Its folder; None where the disk refused, and the run goes on."""
+    seconds: float
+    size_bytes: int | None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndReport:
+    """A run ends: the last event. A process that is killed sends none."""
+
+    step: int
+    """Steps made."""
+    status: str
+    """``complete``, ``interrupted`` (a signal; saved) or ``failed``."""
+    reason: str
+    """What ended it (``epochs``, ``max_steps``, ``patience``, a signal's name), or the error in one line."""
+    ledger: Mapping[str, Any]
+    """As ``ledger.json`` has it; empty where the run failed."""
+
+
+Event = StartReport | PacksReport | StepReport | ValidationReport | SampleReport | CheckpointReport | EndReport
+"""What a reporter is called with: a ``StartReport``, the others as they happen, an ``EndReport``."""
+
+
 # ------------------------------------------------------------------------------------------------------ entries
 
 
@@ -498,4 +584,20 @@ class RecipeReader:
     """The text of a small configuration, which ``corefit check`` reads."""
 
 
-Entry = DatasetReader | MapFunction | PromptTemplate | Quantizer | RecipeReader | Scheduler
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reporter:
+    """Who is told what happens in a run."""
+
+    name: str
+    summary: str
+    open: Callable[..., Callable[[Event], object]]
+    """``open(options) -> tell``: called once a run; ``tell(event)`` then once an event, in order. Both run in a process
+    of their own, in which nothing can disturb the run: an exception is said once and ends this reporter; events that it
+    is too slow for are left out, counted and said. Its prints go to standard error."""
+    options: type | None = None
+    """A frozen dataclass; its fields are keys of ``run.options``."""
+    needs: Mapping[str, str] = field(default_factory=dict)
+    """Modules that ``open`` imports -> what ``pip install`` takes for it: a run that lacks one is refused at once."""
+
+
+Entry = DatasetReader | MapFunction | PromptTemplate | Quantizer | RecipeReader | Reporter | Scheduler

@@ -33,7 +33,7 @@ from corefit.data.block import (
 )
 from corefit.data.encode import parts
 from corefit.data.jsonl import changed, content_hash, file_state
-from corefit.errors import CorefitError, DataError
+from corefit.errors import CorefitError, DataError, in_words
 from corefit.own import line_in, own_file
 from corefit.types import (
     BadRecord,
@@ -222,11 +222,6 @@ def map_record(source: Source, record: Record) -> list[Item | Drop]:
         place = line_in(str(own_file(function.name)), error)
         at = f" (line {place})" if place else ""
         raise DataError(f"{where} failed: {in_words(error)}{at}; {what}: {keys[:MOST]}") from error
-
-
-def in_words(error: BaseException) -> str:
-    """Give kind and text of somebody else's exception, on one line, as far as a line has room."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:MOST]
 
 
 def _texts(item: Item | Drop) -> list[str]:

@@ -20,7 +20,7 @@ VARYING = {"seconds", "tokens_per_s", "memory_bytes"}
 SMALL = [
     *("pack.max_length=128", "pack.held=16", "adapter.r=4", "adapter.dropout=0.1", "train.lr=5e-3", "run.threads=1"),
     *("train.packs_per_step=2", "train.micro_batch=1", "train.max_steps=3", "sample.max_tokens=2"),
-    *("checkpoint.every_steps=1", "checkpoint.keep=1"),
+    *("checkpoint.every_steps=1", "checkpoint.keep=1", "run.reporters=progress"),
 ]
 """A run of three steps that saves after each and keeps one checkpoint."""
 WIDE = [

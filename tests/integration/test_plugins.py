@@ -35,10 +35,11 @@ def test_the_example_distribution_contributes_one_of_everything_to_a_run(install
     assert "example  (corefit-example 0.1.0; corefit_example)" in listed
     flags = [word for flag in ("plugin", "template", "quantizer", "scheduler") for word in (f"--{flag}", "example")]
     few = ["train.max_steps=3", "sample.max_tokens=4", "train.packs_per_step=1", "train.micro_batch=1"]
+    few += ["run.reporters=progress,example", "run.options.every=2"]
     done = corefit("train", *flags, "--out", "run", "--set", *few, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     facts = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
-    for kind in ("reader", "map function", "template", "quantizer", "scheduler"):
+    for kind in ("reader", "map function", "template", "quantizer", "scheduler", "reporter"):
         assert facts["plugins"][kind]["example"]["distribution"] == "corefit-example"
     assert json.loads((tmp_path / "run" / "ledger.json").read_text("utf-8"))["balanced"] is True
     rates = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -46,6 +47,7 @@ def test_the_example_distribution_contributes_one_of_everything_to_a_run(install
     base = max(lr.values()) / max(1 - p * p for p in lr)
     for progress, rate in lr.items():
         assert rate == pytest.approx(base * min(1 - progress * progress, progress / 0.05), rel=1e-6)
+    assert [line.split()[0] for line in (tmp_path / "run" / "losses.txt").read_text("utf-8").splitlines()] == ["2"]
     asked = corefit("train", "--plugin", "example", "--set", "data.options.shuot=true", cwd=tmp_path, env=env)
     assert asked.returncode == 2
     assert "did you mean 'shout'?" in asked.stderr

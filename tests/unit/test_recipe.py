@@ -80,7 +80,7 @@ def test_sections_and_keys_are_those_of_the_recipe_page():
         "val": "data share records every_steps patience",
         "sample": "prompts every_steps max_tokens",
         "checkpoint": "every_steps every_minutes keep keep_best",
-        "run": "out threads device",
+        "run": "out threads device reporters options",
     }
     assert [item.name for item in dataclasses.fields(Recipe)] == [*SECTIONS, "origins"]
 

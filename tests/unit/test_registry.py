@@ -51,6 +51,7 @@ def test_the_defaults_come_in_as_a_plugin():
         "reader": ("jsonl",),
         "quantizer": ("int8", "nf4", "none"),
         "scheduler": ("constant", "cosine", "linear", "wsd"),
+        "reporter": ("progress", "report.html"),
     }
     assert registry.reader("jsonl").name == "jsonl"
     assert registry.provider("quantizer", "nf4") is plugin

@@ -20,6 +20,7 @@ from corefit.report import (
     cell_width,
     duration,
     finite,
+    note,
     perplexity,
     read_lines,
     step_line,
@@ -174,7 +175,7 @@ def test_without_a_terminal_a_plain_line_every_few_steps(capsys):
     progress = Progress(every=5)
     for step in range(1, 12):
         progress.update(report(step, skipped=step == 7, cause="nothing_supervised" if step == 7 else None))
-    progress.note("validation loss 1.5")
+    note("validation loss 1.5")
     progress.close()
     out, err = capsys.readouterr()
     assert out == ""
@@ -207,7 +208,7 @@ def test_on_a_terminal_one_bar_and_notes_above_it():
     file = Terminal()
     progress = Progress(file=file)
     progress.update(report(5))
-    progress.note("validation loss 1.5")
+    note("validation loss 1.5", file)
     progress.update(report(6))
     progress.close()
     text = file.getvalue()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from corefit import terminal
 from corefit.chat import chat_loop
-from corefit.report import Progress, answers_table
+from corefit.report import answers_table, note
 from corefit.show import marked
 from corefit.terminal import visible
 
@@ -51,7 +51,7 @@ def test_whatever_shows_content_shows_it_so(text):
     assert not obeyed(marked(Sample(), Tokens(), colour=False))
     assert not obeyed(answers_table([(text, text, text)], width=60))
     file = io.StringIO()
-    Progress(file=file).note(text)
+    note(text, file)
     assert not obeyed(file.getvalue()) and file.getvalue() == visible(text) + "\n"
 
 

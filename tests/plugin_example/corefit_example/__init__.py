@@ -21,8 +21,11 @@ from corefit import (
     RecipeError,
     RecipeReader,
     Record,
+    Reporter,
     Scheduler,
     Sources,
+    StartReport,
+    StepReport,
 )
 
 QUESTIONS = Path(__file__).with_name("questions.tsv")
@@ -129,6 +132,29 @@ def recipe(path: Path, overrides: Sequence[str] = ()) -> ImportedRecipe:
     return ImportedRecipe(tables=tables, lines=lines, notes=tuple(notes))
 
 
+@dataclass(frozen=True)
+class ReporterOptions:
+    """Keys of ``run.options``: ``--set run.options.every=10``."""
+
+    every: int = 1
+    """Steps between two lines."""
+
+
+def losses(options: ReporterOptions) -> Callable[[object], None]:
+    """Give what writes ``losses.txt`` into the run folder: step and loss, a line each."""
+    file = Path()
+
+    def tell(event: object) -> None:
+        nonlocal file
+        if isinstance(event, StartReport):
+            file = Path(event.folder, "losses.txt")
+        elif isinstance(event, StepReport) and event.loss is not None and event.step % options.every == 0:
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(f"{event.step} {event.loss:.4f}\n")
+
+    return tell
+
+
 def corefit_dataset_readers() -> Iterable[DatasetReader]:  # noqa: D103, the hook says what it is
     yield DatasetReader(
         name="example",
@@ -178,4 +204,10 @@ def corefit_recipe_readers() -> Iterable[RecipeReader]:  # noqa: D103
         suffixes=(".example",),
         habits={"learn": "`corefit train FILE.example`"},
         example="rate = 1e-4\nsteps = 10\n",
+    )
+
+
+def corefit_reporters() -> Iterable[Reporter]:  # noqa: D103
+    yield Reporter(
+        name="example", summary="losses.txt: a line with step and loss", open=losses, options=ReporterOptions
     )

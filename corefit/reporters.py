@@ -1,0 +1,204 @@
+"""Who is told what happens in a run, and why none of them can change it.
+
+corefit's own reporters are called where the run is. Every other one lives in a process of its own (``serve``), which
+gets each event as a line of JSON from a queue that never waits: it can raise, hang, crash, draw random numbers or
+replace functions of torch, and the run stays what it would have been.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, Any, get_args
+
+from corefit import types
+from corefit.errors import PluginError, in_words, system_words, unknown
+from corefit.recipe import option_keys, options_from
+from corefit.registry import GROUP, PluginInfo, Registry
+from corefit.report import note, to_json
+from corefit.terminal import notice, without_secrets
+from corefit.types import Event
+
+HELD = 1_000
+"""Events that wait for a reporter; what comes while it has so many is left out, counted and said."""
+PATIENCE = 30.0
+"""Seconds after a run that its reporters have to finish, all of them together."""
+CHILD = "import sys; sys.path[:] = sys.argv[1:]; from corefit.reporters import serve; serve()"
+EVENTS: Mapping[str, type[Any]] = {event.__name__: event for event in get_args(Event)}
+
+
+class Reporters:
+    """Those of one run: ``start`` them, ``tell`` them every event, ``close`` them."""
+
+    def __init__(self, names: Sequence[str], options: Mapping[str, Any], registry: Registry) -> None:
+        """Look them up; nothing of theirs is imported or called yet.
+
+        Raises:
+            PluginError: a name that no plugin has, or a module that isn't installed. RecipeError: an option is wrong.
+        """
+        entries = [registry.reporter(name) for name in dict.fromkeys(names)]
+        known = {key for entry in entries for key in option_keys(entry.options)}
+        for key in options:
+            if key not in known:
+                raise PluginError(f"run.options: {unknown('option', key, known)}")
+        self._each: list[_Here | _Apart] = []
+        for entry in entries:
+            for module, what in entry.needs.items():
+                if importlib.util.find_spec(module) is None:
+                    raise PluginError(
+                        f"run.reporters: {entry.name!r} needs {module}, which is not installed: pip install '{what}'"
+                    )
+            own = {key: value for key, value in options.items() if key in option_keys(entry.options)}
+            made = options_from(entry.options, own, where="run.options")
+            plugin = registry.provider("reporter", entry.name)
+            here = plugin.name == GROUP
+            self._each.append(_Here(entry, plugin, made) if here else _Apart(entry.name, plugin, own))
+
+    def start(self, event: types.StartReport) -> None:
+        """Open all of them, and tell them the first event."""
+        for each in self._each:
+            each.start()
+        self.tell(event)
+
+    def tell(self, event: Event) -> None:
+        """Tell all of them; takes no longer than corefit's own do."""
+        for each in self._each:
+            each.tell(event)
+
+    def close(self) -> None:
+        """Wait for them, for ``PATIENCE`` seconds, and say what went wrong."""
+        until = time.monotonic() + PATIENCE
+        for each in self._each:
+            each.finish()
+        for each in self._each:
+            each.close(until)
+
+
+def named(name: str, plugin: PluginInfo) -> str:
+    """Give how messages call a reporter."""
+    return f"reporter {name!r} ({plugin.source})"
+
+
+class _Here:
+    """One of corefit's own."""
+
+    def __init__(self, entry: types.Reporter, plugin: PluginInfo, options: object) -> None:
+        self._entry, self._options, self._name = entry, options, named(entry.name, plugin)
+        self._tell: Callable[[Event], object] | None = None
+
+    def start(self) -> None:
+        self._tell = self._entry.open(self._options)
+
+    def tell(self, event: Event) -> None:
+        if self._tell is not None:
+            try:
+                self._tell(event)
+            except Exception as error:
+                self._tell = None
+                note(f"{self._name}: {type(event).__name__}: {in_words(error)}; it is switched off, the run goes on")
+
+    def finish(self) -> None:
+        pass
+
+    def close(self, until: float) -> None:
+        pass
+
+
+class _Apart:
+    """One in a process of its own, with a thread that waits for it, so that the run doesn't."""
+
+    def __init__(self, name: str, plugin: PluginInfo, options: Mapping[str, Any]) -> None:
+        self._name = named(name, plugin)
+        self._head = to_json({"name": name, "options": options, "called": self._name})
+        self._queue = queue.Queue[bytes | None](HELD)
+        self._left_out = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        try:
+            # Of its own session: ctrl-C and a terminal that hangs up are for the run, which ends it.
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", CHILD, *sys.path], stdin=subprocess.PIPE, stdout=2, start_new_session=True
+            )
+        except OSError as error:
+            note(f"{self._name}: can't be started: {system_words(error)}; the run goes on without it")
+            return
+        self._put(self._head)
+        self._thread = threading.Thread(target=self._write, args=(self._process.stdin,), daemon=True)
+        self._thread.start()
+
+    def tell(self, event: Event) -> None:
+        if self._process is None:
+            return
+        if (code := self._process.poll()) is None:
+            self._put(without_secrets(to_json([type(event).__name__, event])))
+        else:
+            self._process = None
+            note(f"{self._name}: its process ended with {code}; the run goes on without it")
+
+    def _put(self, line: str) -> None:
+        try:
+            self._queue.put_nowait(line.encode() + b"\n")
+        except queue.Full:
+            if not self._left_out:
+                note(f"{self._name}: too slow; events are left out, the run goes on")
+            self._left_out += 1
+
+    def _write(self, pipe: IO[bytes]) -> None:
+        with contextlib.suppress(OSError), pipe:  # an OSError: its process is gone
+            while (line := self._queue.get()) is not None:
+                pipe.write(line)
+                pipe.flush()
+
+    def finish(self) -> None:
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(None)
+
+    def close(self, until: float) -> None:
+        if (process := self._process) is None:
+            return
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=max(until - time.monotonic(), 0))  # where there was no room for it before
+        try:
+            code = process.wait(max(until - time.monotonic(), 0))
+            if code:
+                note(f"{self._name}: its process ended with {code}")
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            note(f"{self._name}: still busy {PATIENCE:g} s after the run, so it was ended")
+        self._thread.join(1)
+        if self._left_out:
+            note(f"{self._name}: it was too slow for {self._left_out:,} events, which it was not told")
+
+
+def serve() -> None:
+    """Be the process of one reporter, called with the ``sys.path`` of the run; what to do comes from standard input."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lines = os.fdopen(os.dup(0), "rb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what a reporter starts must not read its events
+    head = json.loads(lines.readline())
+    doing = "loading it"
+    try:
+        entry = Registry.load().reporter(head["name"])
+        options = options_from(entry.options, head["options"], where="run.options")
+        doing = "open(options)"
+        tell = entry.open(options)
+        for line in lines:
+            name, values = json.loads(line)
+            doing = f"tell({name})"
+            tell(EVENTS[name](**values))
+    except BaseException as error:  # also SystemExit
+        with contextlib.suppress(OSError):
+            notice(f"{head['called']}: {doing} raised {in_words(error)}; it is switched off, the run goes on")
+        for _ in lines:  # whoever writes must not wait
+            pass
