@@ -971,6 +971,8 @@ def _events(folder: str, step: int = 0, *, failed: bool = False) -> list[Any]:
 def _told(reporter: Reporter) -> Iterator[tuple[str, Callable[[Any], object]]]:
     """Give a run folder, and what is to be called with its events; prints go nowhere."""
     with tempfile.TemporaryDirectory(prefix="corefit-check-") as folder, redirect_stdout(io.StringIO()):
+        for name, text in {"run.json": '{"status": "running"}', "metrics.jsonl": ""}.items():  # as a run has by then
+            (Path(folder) / name).write_text(text, "utf-8")
         with redirect_stderr(io.StringIO()):
             for module, what in reporter.needs.items():
                 _hold(find_spec(module), f"needs {module}, which is not installed: pip install {what!r}")
