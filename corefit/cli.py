@@ -312,7 +312,7 @@ def _parser() -> _Parser:
 
     new = verb("new-plugin", _new_plugin, "Write a whole distribution to begin a plugin with: corefit-NAME, here.")
     new.add_argument("name", metavar="NAME", help="of the plugin: small letters, digits and _")
-    kinds = "dataset, template, quantizer, scheduler, reader or recipe-reader"
+    kinds = "dataset, template, quantizer, scheduler, reader, recipe-reader or reporter"
     new.add_argument("--kind", required=True, metavar="KIND", help=kinds)
     new.add_argument("--out", default=".", metavar="DIR", help="where the new folder goes (default: here)")
 

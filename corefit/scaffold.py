@@ -236,6 +236,47 @@ def corefit_recipe_readers() -> Iterable[RecipeReader]:
     )
 ''',
     ),
+    "reporter": (
+        "reporter",
+        "corefit train --model DIR --data rows.jsonl --set run.reporters=progress,report.html,$name",
+        '''\
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from corefit import Reporter, StartReport, StepReport
+
+
+@dataclass(frozen=True)
+class Options:
+    """Keys of ``run.options``: ``--set run.options.file=losses.txt``."""
+
+    file: str = "$name.txt"
+    """What is written, in the run folder."""
+
+
+def begin(options: Options) -> Callable[[object], None]:
+    """Give what is called with every event of a run; all of it is in a process of its own, beside the run."""
+    folder = Path()
+
+    def tell(event: object) -> None:
+        nonlocal folder
+        if isinstance(event, StartReport):
+            folder = Path(event.folder)
+        elif isinstance(event, StepReport) and event.loss is not None:
+            with open(folder / options.file, "a", encoding="utf-8") as file:
+                file.write(f"{event.step} {event.loss}\\n")
+
+    return tell
+
+
+def corefit_reporters() -> Iterable[Reporter]:
+    """Who is told what happens in a run."""
+    yield Reporter(name="$name", summary="a line with the loss of each step", open=begin, options=Options)
+''',
+    ),
 }
 """What ``--kind`` says -> the kind of entry, a command that uses it, the module."""
 FILES = {

@@ -17,17 +17,20 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,23 +38,31 @@ from corefit.errors import CorefitError, PluginError, unknown
 from corefit.registry import PluginInfo, Registry
 from corefit.types import (
     BadRecord,
+    CheckpointReport,
     Conversation,
     DatasetReader,
     Document,
     Drop,
+    EndReport,
     ImportedRecipe,
     MapFunction,
     Message,
+    PacksReport,
     Position,
     PromptTemplate,
     Quantizer,
     RecipeReader,
     Record,
+    Reporter,
+    SampleReport,
     Scheduler,
     Segment,
     Sources,
+    StartReport,
+    StepReport,
     Tokenizer,
     Unrenderable,
+    ValidationReport,
 )
 
 
@@ -907,6 +918,122 @@ def _answers(reader: RecipeReader, registry: Registry) -> None:
                 continue
             except Exception as error:
                 raise AssertionError(f"{_raised(error)} for {damaged[:80]!r}; raise RecipeError") from error
+
+
+# ----------------------------------------------------------------------------------------------------------- reporters
+
+
+class _Later:
+    """An event of a later version."""
+
+
+def _events(folder: str, step: int = 0, *, failed: bool = False) -> list[Any]:
+    """Give the events of two steps of a run; ``failed``: of one in which nothing works, and all that may be None is."""
+    loss = None if failed else 1.5
+    packs = [{"slots": 8, "used": 6, "documents": [{"origin": "a.jsonl:1", "tokens": 2, "pieces": [["a", True]]}]}]
+    facts: dict[str, Any] = {"corefit": "0.1.0", "plugins": {}, "model": {}, "data": [], "device": "cpu"}
+    step_report = StepReport(
+        step=step + 1,
+        epoch=0.5,
+        progress=0.25,
+        loss=loss,
+        lr=1e-4,
+        grad_norm=loss,
+        loss_scale=1.0,
+        next_loss_scale=1.0,
+        skipped=failed,
+        cause="non_finite_gradients" if failed else None,
+        tokens=6,
+        supervised_tokens=3,
+        samples=1,
+        packs=1,
+        fill=75.0,
+        tokens_per_s=3.0,
+        seconds=1.0,
+        memory_bytes=None if failed else 2**20,
+    )
+    sample = SampleReport(step=step + 2, prompt="<b>1 + 1?</b>", answer="2 \x1b[2J 你好", stopped=not failed)
+    saved = CheckpointReport(step=step + 2, path=folder, seconds=0.1, size_bytes=8)
+    if failed:
+        saved = replace(saved, path=None, size_bytes=None, error="no space left on device")
+    status, reason = ("failed", "RunError: no luck") if failed else ("complete", "max_steps")
+    return [
+        StartReport(folder=folder, step=step, endless=failed, recipe={"train.lr": "1e-4"}, facts=facts, lengths=[2, 4]),
+        *([] if failed else [PacksReport(packs=packs)]),
+        *(step_report, replace(step_report, step=step + 2)),
+        ValidationReport(step=step + 2, loss=2.0, perplexity=None if failed else 7.4, tokens=3),
+        *(sample, saved),
+        EndReport(step=step + 2, status=status, reason=reason, ledger={}),
+    ]
+
+
+@contextmanager
+def _told(reporter: Reporter) -> Iterator[tuple[str, Callable[[Any], object]]]:
+    """Give a run folder, and what is to be called with its events; prints go nowhere."""
+    with tempfile.TemporaryDirectory(prefix="corefit-check-") as folder, redirect_stdout(io.StringIO()):
+        for name, text in {"run.json": '{"status": "running"}', "metrics.jsonl": ""}.items():  # as a run has by then
+            (Path(folder) / name).write_text(text, "utf-8")
+        with redirect_stderr(io.StringIO()):
+            for module, what in reporter.needs.items():
+                _hold(find_spec(module), f"needs {module}, which is not installed: pip install {what!r}")
+            yield folder, reporter.open(_options(reporter))
+
+
+@_rule("reporter", "takes every event of a run, and of one that goes on")
+def _listens(reporter: Reporter, registry: Registry) -> None:
+    with _told(reporter) as (folder, tell):
+        for event in _events(folder):
+            tell(event)
+        again = reporter.open(_options(reporter))
+        for event in _events(folder, step=2):
+            again(event)
+
+
+@_rule("reporter", "takes the events of a run that fails")
+def _fails(reporter: Reporter, registry: Registry) -> None:
+    with _told(reporter) as (folder, tell):
+        for event in _events(folder, failed=True):
+            tell(event)
+
+
+@_rule("reporter", "lets events pass that it doesn't know")
+def _future(reporter: Reporter, registry: Registry) -> None:
+    with _told(reporter) as (folder, tell):
+        for event in (_events(folder)[0], _Later()):
+            tell(event)
+
+
+@_rule("reporter", "keeps up with a run")
+def _fast(reporter: Reporter, registry: Registry) -> None:
+    with _told(reporter) as (folder, tell):
+        start, _, step, *_ = _events(folder)
+        tell(start)
+        began = time.perf_counter()
+        for n in range(20):
+            tell(replace(step, step=n + 1))
+        seconds = time.perf_counter() - began
+        _hold(seconds < 2, f"20 steps took {seconds:.1f} s; what comes while it is busy is left out")
+
+
+@_rule("reporter", "draws no random numbers")
+def _still(reporter: Reporter, registry: Registry) -> None:
+    generators = [(sys.modules[name], get) for name, get in GENERATORS.items() if name in sys.modules]
+    for module, _ in generators:
+        module.seed()  # not what an earlier event may have left
+
+    def states() -> list[Any]:
+        found = [getattr(module, get)() for module, get in generators]
+        return [repr(state.tolist() if hasattr(state, "tolist") else state) for state in found]
+
+    before = states()
+    with _told(reporter) as (folder, tell):
+        for event in _events(folder):
+            tell(event)
+    _hold(states() == before, "random numbers of Python, numpy or torch are drawn; make a generator of your own")
+
+
+GENERATORS = {"random": "getstate", "numpy.random": "get_state", "torch": "get_rng_state"}
+"""Modules whose random numbers a run draws -> what gives their state."""
 
 
 __all__ = ["Check", "plugin_checks"]

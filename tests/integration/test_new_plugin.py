@@ -88,12 +88,20 @@ def test_a_run_uses_all_of_them(venv: Path, tmp_path: Path) -> None:
     (tmp_path / "run.new_recipe_reader").write_text(f"model: {EMBEDDED / 'model'}\nsteps: 2\ncolour: red\n", "utf-8")
     flags = [f"--{flag}={NAMES[flag]}" for flag in ("template", "quantizer", "scheduler")]
     flags += [f"--plugin={NAMES['dataset']}", "--data=rows.new_reader", "--out=run"]
-    few = ["sample.max_tokens=2", "train.packs_per_step=1", "train.micro_batch=1", "pack.max_length=64"]
+    few = [
+        "run.reporters=progress,new_reporter",
+        "sample.max_tokens=2",
+        "train.packs_per_step=1",
+        "train.micro_batch=1",
+        "pack.max_length=64",
+    ]
     said = run(venv / "corefit", "train", "run.new_recipe_reader", *flags, "--set", *few, cwd=tmp_path)
     assert "run.new_recipe_reader:3: colour: left out: no counterpart" in said
     used = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))["plugins"]
     for kind in ("reader", "dataset", "template", "quantizer", "scheduler"):
         assert used[NEW[kind][0]][NAMES[kind]]["distribution"] == f"corefit-{NAMES[kind].replace('_', '-')}"
+    told = (tmp_path / "run" / "new_reporter.txt").read_text("utf-8").splitlines()
+    assert [line.split()[0] for line in told] == ["1", "2"]
     ledger = json.loads((tmp_path / "run" / "ledger.json").read_text("utf-8"))
     assert ledger["balanced"] is True
 

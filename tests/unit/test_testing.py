@@ -14,6 +14,7 @@ from fake_plugins import write_plugin
 from corefit.cli import main
 from corefit.errors import PluginError
 from corefit.registry import Registry
+from corefit.scaffold import NEW
 from corefit.testing import RULES, plugin_checks
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "plugin_example" / "corefit_example"
@@ -62,6 +63,7 @@ def after_load(model):
 def corefit_quantizers():
     yield Quantizer(name="mutant", summary="", config=config, after_load=after_load)
 """
+REPORTER = NEW["reporter"][2].replace("$name", "mutant")
 SPOILS = """
     import torch
     def spoil(head, *_):
@@ -294,6 +296,34 @@ MUTANTS: dict[str, dict[str, list[Edits]]] = {
             (("except ValueError as error:", "except ZeroDivisionError as error:"),),
         ],
     },
+    "reporter": {
+        "takes every event of a run, and of one that goes on": [
+            (("folder = Path(event.folder)", "(folder := Path(event.folder)).joinpath('new').touch(exist_ok=False)"),),
+        ],
+        "takes the events of a run that fails": [
+            ((" and event.loss is not None", ""), ("{event.loss}", "{event.loss:.3f}")),
+        ],
+        "lets events pass that it doesn't know": [
+            (
+                (
+                    "    def tell(event: object) -> None:\n",
+                    "    def tell(event: object) -> None:\n        event.__dataclass_fields__\n",
+                ),
+            ),
+        ],
+        "keeps up with a run": [
+            ((" and event.loss is not None:", " and not __import__('time').sleep(0.11):"),),
+        ],
+        "draws no random numbers": [
+            (("    folder = Path()", "    folder = Path(str(__import__('random').random()))"),),
+            (
+                (
+                    "            folder = Path(event.folder)",
+                    "            folder = Path(event.folder)\n            __import__('random').seed(0)",
+                ),
+            ),
+        ],
+    },
 }
 """Kind -> what is promised -> edits of the code, each of which breaks this and nothing else."""
 _numbers = itertools.count()
@@ -345,13 +375,15 @@ def failures(*kinds: str) -> dict[str, str]:
     ],
 )
 def test_a_mutant_fails_its_check_and_nothing_else(kind, title, edits, install):
-    install(edited({"template": TEMPLATE, "quantizer": QUANTIZER}.get(kind, GOOD), edits))
+    install(edited({"template": TEMPLATE, "quantizer": QUANTIZER, "reporter": REPORTER}.get(kind, GOOD), edits))
     found = failures("plugin", kind)
     assert list(found) == [title], found
     assert found[title] and "\n" not in found[title]
 
 
-@pytest.mark.parametrize("code", [GOOD, TEMPLATE, QUANTIZER], ids=["example", "template", "quantizer"])
+@pytest.mark.parametrize(
+    "code", [GOOD, TEMPLATE, QUANTIZER, REPORTER], ids=["example", "template", "quantizer", "reporter"]
+)
 def test_what_mutants_are_made_of_fails_nothing(code, install):
     install(code)
     assert failures("") == {}
