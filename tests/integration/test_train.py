@@ -91,6 +91,7 @@ def test_a_run_folder_holds_what_is_promised_and_repeats(tmp_path: Path, base: l
     run = tmp_path / "runs" / "oasst1-1"
     names = {path.name for path in run.iterdir()}
     files = {"recipe.toml", "run.json", "metrics.jsonl", "ledger.json", "samples.jsonl", "checkpoints", "adapter"}
+    files |= {"report.html", "packs.json"}
     assert names == files
     told = README.read_text("utf-8").split("## What a run leaves\n")[1].split("\n## ")[0]
     assert {name.rstrip("/") for name in re.findall(r"^\| `([\w./]+)`", told, re.MULTILINE)} == files
