@@ -23,10 +23,9 @@ from typing import Any
 from corefit import __version__
 from corefit.data import kernel
 from corefit.errors import CorefitError
-from corefit.prepare import secrets
 from corefit.registry import GROUP, Registry
 from corefit.report import columns, to_json
-from corefit.terminal import say, visible, write
+from corefit.terminal import say, secrets, visible, write
 
 VARIABLES = re.compile(
     r"(COREFIT|HF|TRANSFORMERS|CUDA|NVIDIA|NCCL|PYTORCH|TORCH|OMP|MKL|BNB|BITSANDBYTES|TOKENIZERS|LC)_\w+|LANG|"
