@@ -148,11 +148,12 @@ class Progress:
 
 def note(text: str, file: TextIO | None = None) -> None:
     """Print a line on standard error, above the bar where there is one; a terminal that is gone ends no run."""
+    file = file or sys.stderr
     with contextlib.suppress(OSError):
-        if "tqdm" in sys.modules:
-            sys.modules["tqdm"].tqdm.write(terminal.visible(text), file=file or sys.stderr)
+        if "tqdm" in sys.modules and file.isatty():
+            sys.modules["tqdm"].tqdm.write(terminal.visible(text), file=file)
         else:
-            terminal.say(text, file=file or sys.stderr)
+            terminal.say(text, file=file)
 
 
 def progress(options: object = None) -> Callable[[Event], None]:
