@@ -73,10 +73,10 @@ def wandb(options: WandbOptions) -> Callable[[object], None]:
         if isinstance(event, StartReport):
             folder = Path(event.folder)
             known = folder / "wandb-id.txt"
-            own = known.read_text("utf-8").strip() if known.is_file() else client.util.generate_id()
-            known.write_text(own, "utf-8")
+            own = known.read_text("utf-8").strip() if known.is_file() else None
             about = dict(project=options.project, name=folder.name, config=dict(event.recipe), dir=str(folder))
-            run = client.init(id=own, resume="allow", **about)
+            run = client.init(id=own, resume="allow" if own else None, **about)
+            known.write_text(run.id, "utf-8")
         step, found = numbers(event)
         if found:
             run.log({**found, "step": step})

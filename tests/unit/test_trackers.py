@@ -55,27 +55,57 @@ def test_tensorboard_has_the_curves_and_a_resumed_run_takes_away_what_it_makes_a
 def test_wandb_keeps_its_id_over_a_resume(tmp_path, monkeypatch):
     seen: list[tuple[str, object]] = []
     run = types.SimpleNamespace(
-        log=lambda values: seen.append(("log", values)), finish=lambda exit_code: seen.append(("finish", exit_code))
+        id="abc123",
+        log=lambda values: seen.append(("log", values)),
+        finish=lambda exit_code: seen.append(("finish", exit_code)),
     )
 
     def init(**how):
         seen.append(("init", how))
         return run
 
-    names = iter(["abc123", "other"])
-    client = types.SimpleNamespace(init=init, util=types.SimpleNamespace(generate_id=lambda: next(names)))
-    monkeypatch.setitem(sys.modules, "wandb", client)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     for step in (0, 7):
         tell = wandb(WandbOptions(project="mine"))
         for event in events(tmp_path, step=step):
             tell(event)
     begun = [how for what, how in seen if what == "init"]
-    assert [how["id"] for how in begun] == ["abc123", "abc123"] and begun[0]["resume"] == "allow"
+    assert [how["id"] for how in begun] == [None, "abc123"] and [how["resume"] for how in begun] == [None, "allow"]
     assert begun[0]["project"] == "mine" and begun[0]["config"] == {"train.lr": "0.0001"}
     logged = [values for what, values in seen if what == "log"]
     assert {"val/loss": 2.0, "step": 7} in logged and logged[1]["train/loss"] == 1.5
     assert seen[-1] == ("finish", 1)
     json.dumps(logged)
+
+
+def test_the_example_distribution_logs_to_mlflow_and_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    seen: list[tuple[str, object]] = []
+
+    class Client(types.ModuleType):
+        def start_run(self, **how):
+            seen.append(("start", how))
+            return types.SimpleNamespace(info=types.SimpleNamespace(run_id="id1"))
+
+        def __getattr__(self, name):
+            return lambda *values, **more: seen.append((name, values, more))
+
+    monkeypatch.setitem(sys.modules, "mlflow", Client("mlflow"))
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "plugins" / "example_mlflow")
+    from corefit_mlflow import Options, mlflow
+
+    for step in (0, 7):
+        tell = mlflow(Options(experiment="mine"))
+        for event in events(tmp_path, step=step):
+            tell(event)
+    assert [call for call in seen if call[0] == "start"] == [
+        ("start", {"run_name": tmp_path.name}),
+        ("start", {"run_id": "id1"}),
+    ]
+    assert ("log_params", ({"train.lr": "0.0001"},), {}) in seen
+    assert ("log_metrics", ({"val/loss": 2.0},), {"step": 7}) in seen
+    logged = [call for call in seen if call[0] == "log_metrics" and "train/loss" in call[1][0]]
+    assert [call[2]["step"] for call in logged] == [1, 8]  # a skipped step has no loss
+    assert seen[0] == ("set_experiment", ("mine",), {}) and seen[-1] == ("end_run", ("FAILED",), {})
 
 
 def test_one_that_is_not_installed_is_named_with_its_extra(monkeypatch):
