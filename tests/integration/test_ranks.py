@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from cli import corefit, environment
+from one_rank import one_rank
 from safetensors.numpy import load_file
 
 from corefit.engine.ranks import ALONE, _buckets
@@ -41,18 +42,6 @@ def flags(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[st
     more = "run.threads=1 val.every_steps=4 val.records=7 train.lr=1e-3 train.warmup=0"
     names = ["--plugin", "alpaca", "--template", "internlm_chat", "--scheduler", "constant"]
     return ["--model", str(tiny_model), "--data", str(data), *names, "--set", *sets.split(), *more.split()]
-
-
-def one_rank(rank: int, world: int, port: int, words: list[str], where: str) -> None:
-    """What torchrun does, from a process that has imported torch already."""
-    from corefit.cli import main
-
-    os.chdir(where)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    for fd in (1, 2):
-        os.dup2(os.open(f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
-    sys.exit(main(["train", *words]))
 
 
 def together(world: int, words: list[str], where: Path) -> list[int | None]:

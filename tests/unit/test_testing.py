@@ -419,11 +419,16 @@ def test_every_check_has_a_mutant():
 
 @pytest.mark.parametrize("name", [info.name for info in Registry.load().plugins if info.distribution == "corefit"])
 def test_a_built_in_plugin_keeps_what_every_plugin_promises(name):
+    missing = []
     for check in plugin_checks(name):
         try:
             check()
         except AssertionError as error:
-            raise AssertionError(f"{check}: {error}") from error
+            if not str(error).endswith("]'") or "which is not installed: pip install 'corefit[" not in str(error):
+                raise AssertionError(f"{check}: {error}") from error
+            missing.append(str(error))  # an extra
+    if missing:
+        pytest.skip(missing[0])
 
 
 def test_the_command_prints_a_line_for_each_check(install, capsys):

@@ -1,0 +1,18 @@
+"""One process of several, in a module of its own: a fork server imports it by its name."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def one_rank(rank: int, world: int, port: int, words: list[str], where: str) -> None:
+    """What torchrun does, from a process that has imported torch already."""
+    from corefit.cli import main
+
+    os.chdir(where)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    for fd in (1, 2):
+        os.dup2(os.open(f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
+    sys.exit(main(["train", *words]))
