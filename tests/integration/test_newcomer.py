@@ -48,7 +48,7 @@ def test_from_the_list_of_recipes_to_a_merged_model(shared: Path, tmp_path: Path
     trained = step("train", f"{NAME}.toml", "--out", "run", "--set", *sets)
     assert "ledger balanced" in trained and "talk to it: corefit chat " in trained
     assert step("chat", "run", "--prompt", "What is the capital of France?", "--max-tokens", 24).strip()
-    assert "perplexity" in step("eval", "run", "--records", 3)
+    assert "base loss" in step("eval", "run", "--records", 3)
     step("merge", "run", "--out", "merged")
     assert step("chat", "merged", "--prompt", "Hello", "--max-tokens", 8).strip()
     for words, took in seconds.items():
