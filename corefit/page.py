@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from corefit.durable import read_json, write_whole
 from corefit.errors import CorefitError, RecipeError, RunError, system_words
 from corefit.recipe import flat, load_recipe
-from corefit.report import finite, note
+from corefit.report import finite, note, objects
 from corefit.types import EndReport, Event, PacksReport, StartReport
 
 NAME = "report.html"
@@ -132,7 +132,7 @@ def curves(path: Path) -> dict[str, Any]:
     each, open_, validations, saves, errors = 1, _Point(), list[list[float]](), 0, 0
     first = last = None
     total = _Point()
-    for row in _lines(path):
+    for row in objects(path):
         if "loss" in row:
             first, last = (row["loss"] if first is None else first), (row["loss"] if row["loss"] is not None else last)
             open_.add(row)
@@ -211,31 +211,17 @@ class _Point:
 def samples(path: Path) -> list[dict[str, Any]]:
     """Give for each question its answers at the first, the middle and the last step that it was asked at."""
     steps: dict[str, list[int]] = {}
-    for row in _lines(path):
+    for row in objects(path):
         if row.get("prompt") in steps or len(steps) < PROMPTS:
             steps.setdefault(row.get("prompt", ""), []).append(row.get("step", 0))
     wanted = {prompt: sorted({at[0], at[len(at) // 2], at[-1]}) for prompt, at in steps.items()}
     answers: dict[str, dict[int, dict[str, Any]]] = {prompt: {} for prompt in wanted}
-    for row in _lines(path):
+    for row in objects(path):
         prompt, step = row.get("prompt", ""), row.get("step", 0)
         if step in wanted.get(prompt, ()):
             stopped = row.get("stopped", True)
             answers[prompt][step] = {"step": step, "answer": _short(row.get("answer", "")), "stopped": stopped}
     return [{"prompt": _short(prompt), "answers": list(of.values())} for prompt, of in answers.items()]
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON lines file; what is no object, a torn last line too, is left out."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                yield row
 
 
 def _digits(value: float) -> float:

@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -106,6 +106,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read what ``JsonLines`` wrote; a last line that was cut short is left out."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def objects(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON lines file, if it is there; what is no object, a torn line too, is left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, RecursionError):
+                if isinstance(value := json.loads(line), dict):
+                    yield value
 
 
 class Progress:

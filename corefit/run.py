@@ -308,12 +308,11 @@ def _train(
         dry = Session(plan, folder, base, quantizer, scheduler, reporters, Interrupts(say), say)
         dry.check(None if source is None or fork else changes)
         return Run(folder)
-    more = {"ranks": ranks} if ranks else {}
     if ranks:
         told = dict(recipe=to_toml(plan.recipe), folder=str(folder.absolute()), resuming=source is not None)
         ranks.tell(json.dumps({**told, "facts": facts, "changes": changes}))
     with Interrupts(say, own_process=own_process) as interrupts:
-        session = Session(plan, folder, base, quantizer, scheduler, reporters, interrupts, say, **more)
+        session = Session(plan, folder, base, quantizer, scheduler, reporters, interrupts, say, ranks)
         return Run(folder, session.play(identity=facts, resuming=source is not None, changes=changes))
 
 

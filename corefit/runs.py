@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from corefit.durable import held, read_json
 from corefit.errors import UserError, unknown
-from corefit.report import columns, shortened, to_json
+from corefit.report import columns, objects, shortened, to_json
 from corefit.terminal import say, visible, write
 
 WIDEST = 32
@@ -136,19 +135,12 @@ def _metrics(path: Path) -> tuple[int | None, list[float], list[float]]:
     """Give the last step, the losses of steps and the validation losses; lines that are torn are left out."""
     steps: int | None = None
     losses, validation = list[float](), list[float]()
-    for line in _objects(path):
-        if isinstance(loss := line.get("loss"), float):
-            losses.append(loss)
-        if isinstance(loss := line.get("val_loss"), float):
-            validation.append(loss)
-        if "loss" in line and isinstance(step := line.get("step"), int):
-            steps = step
+    with contextlib.suppress(OSError):  # a folder that is shut
+        for line in objects(path):
+            if isinstance(loss := line.get("loss"), float):
+                losses.append(loss)
+            if isinstance(loss := line.get("val_loss"), float):
+                validation.append(loss)
+            if "loss" in line and isinstance(step := line.get("step"), int):
+                steps = step
     return steps, losses, validation
-
-
-def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        for raw in file:
-            with contextlib.suppress(ValueError, RecursionError):
-                if isinstance(value := json.loads(raw), dict):
-                    yield value

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -182,12 +183,12 @@ class Session:
         reporters: Reporters,
         interrupts: Interrupts,
         say: Say,
-        ranks: Ranks = ALONE,
+        ranks: Ranks | None = None,
     ) -> None:
         """Load data and model; nothing is written yet, so that a refusal leaves no folder behind."""
         self.reporters = reporters
         self.plan, self.folder, self.base, self.say, self.interrupts = plan, folder, base, say, interrupts
-        self.ranks = ranks
+        self.ranks = ranks or ALONE
         self.recipe, self.scheduler = plan.recipe, scheduler
         self.proofs: dict[str, Any] = {}
         self.proved: dict[str, str] = {}
@@ -421,9 +422,9 @@ class Session:
                 os.close(lock)
 
     def _steps(self) -> Iterator[tuple[Batch, ...]]:
-        """Yield the batches of each step, and keep what the first packs of a new run look like."""
+        """Yield the batches of each step; rank 0 keeps what the first packs of a new run look like."""
         for batches in self.stream.steps(self.recipe.train.packs_per_step, self.recipe.train.micro_batch):
-            if not self.state.step:
+            if not self.state.step and not self.ranks.rank:
                 self.first_packs = show.first_packs(batches, self.plan.tokenizer, self.plan.tokenizer.pad_id)
             yield batches
 
@@ -604,7 +605,7 @@ class Session:
 
     def _save(self, step: int) -> None:
         """Write a checkpoint; where the disk refuses, say so and go on."""
-        began, path, size, failed = time.perf_counter(), None, None, None
+        began, report = time.perf_counter(), partial(CheckpointReport, step=step)
         try:
             path = checkpoint.save(
                 self.folder / "checkpoints",
@@ -624,14 +625,12 @@ class Session:
             )
             seconds, size = time.perf_counter() - began, checkpoint.size_of(path)
             self._write(self.metrics, {"step": step, "save_seconds": seconds, "save_bytes": size})
+            self.reporters.tell(report(path=str(path), seconds=seconds, size_bytes=size))
         except (CheckpointError, OSError) as error:
-            failed = str(error)
-            self._write(self.metrics, {"step": step, "save_error": failed})
+            self._write(self.metrics, {"step": step, "save_error": str(error)})
             note(f"{error}; earlier checkpoints are whole, the run goes on")
-        seconds, folder = time.perf_counter() - began, None if failed else str(path)
-        self.reporters.tell(
-            CheckpointReport(step=step, path=folder, seconds=seconds, size_bytes=None if failed else size, error=failed)
-        )
+            seconds = time.perf_counter() - began
+            self.reporters.tell(report(path=None, seconds=seconds, size_bytes=None, error=str(error)))
 
     # -------------------------------------------------------------------------------------------------------- the end
 
