@@ -257,7 +257,7 @@ class Registry:
             raise PluginError(f"{message}; a broken plugin may have had it: {reasons}") from broken[0].cause
         if self.disabled:
             message += f"; left out by {DISABLE}: {', '.join(self.disabled)}"
-        raise PluginError(message)
+        raise PluginError(f"{message}; is its plugin installed? 'corefit plugins' lists all that are")
 
 
 def _find() -> list[tuple[PluginInfo, metadata.EntryPoint | None]]:

@@ -301,6 +301,8 @@ def template_sample(template: PromptTemplate, tokenizer: str | None, *, colour: 
     ):
         lines += [visible(f"{what}: {'  '.join(words)}")] if words else []
     lines += [f"[+supervised+]  {{control token}}  \u00b7 between {unit}"]
+    if tokenizer is None:
+        lines += ["<bos> and <eos> stand for the tokenizer's own; --tokenizer PATH shows them, and tokens"]
     for name in ("a system message", "two turns"):
         try:
             return [*lines, "", _marked(read(CONVERSATIONS[name]), colour=colour)]

@@ -147,7 +147,7 @@ def template_from_strings(
         name=name,
         summary=summary,
         render=render,
-        stop=stop or ((suffix,) if suffix else ()),
+        stop=stop or ((suffix,) if suffix and (suffix in control or not eos) else ()),
         control=control,
         bos=bos != "none" and not start,
         chat_template=chat_template,

@@ -94,7 +94,12 @@ def plugin_checks(name: str) -> list[Check]:
     Raises:
         PluginError: no plugin has this name; the text has the nearest.
     """
-    registry, checks = Registry.load(), list[Check]()
+    return [check for check, applies in _all_checks(name) if applies]
+
+
+def _all_checks(name: str) -> list[tuple[Check, bool]]:
+    """Give them with those that have nothing to try: what a False stands beside, the entry doesn't declare."""
+    registry, checks = Registry.load(), list[tuple[Check, bool]]()
     plugins = [info for info in registry.plugins if info.name == name]
     if not plugins:
         raise PluginError(unknown("plugin", name, {info.name for info in registry.plugins}))
@@ -105,9 +110,9 @@ def plugin_checks(name: str) -> list[Check]:
         ]
         for kind, each, entry in own:
             for rule in RULES if entry is not None else ():
-                if rule.kind == kind and rule.applies(entry):
+                if rule.kind == kind:
                     run = lambda rule=rule, entry=entry: rule.run(entry, registry)  # noqa: E731
-                    checks.append(Check(f"{kind} {each}", rule.title, run))
+                    checks.append((Check(f"{kind} {each}", rule.title, run), rule.applies(entry)))
     return checks
 
 
@@ -117,8 +122,11 @@ def check(name: str, say: Callable[[str], None]) -> int:
     Raises:
         PluginError: no plugin has this name.
     """
-    checks, failed = plugin_checks(name), 0
-    for each in checks:
+    checks, failed = _all_checks(name), 0
+    for each, applies in checks:
+        if not applies:
+            say(f"n/a     {each}")
+            continue
         try:
             each()
         except AssertionError as error:
@@ -126,7 +134,8 @@ def check(name: str, say: Callable[[str], None]) -> int:
             say(f"FAILED  {each}: {error}")
         else:
             say(f"ok      {each}")
-    say(f"{len(checks)} checks, {failed or 'none'} failed")
+    tried = sum(applies for _, applies in checks)
+    say(f"{tried} checks, {failed or 'none'} failed" + "; n/a: what the plugin doesn't have" * (tried < len(checks)))
     return 1 if failed else 0
 
 
@@ -561,6 +570,12 @@ def _tokenizer(template: PromptTemplate) -> Any:  # noqa: ANN401, the real one, 
     return Loaded.load(EMBEDDED / "model", (*template.control, *template.stop))
 
 
+def _stops(template: PromptTemplate, tokenizer: Any) -> list[str]:  # noqa: ANN401
+    """Give what may end an answer, the longest first; any control token where the format is the tokenizer's own."""
+    own = () if template.chat_template or template.stop else tokenizer.control_tokens
+    return sorted({*template.stop, tokenizer.eos_token or "", *own} - {""}, key=len, reverse=True)
+
+
 def _rendered(template: PromptTemplate, tokenizer: Tokenizer, item: Conversation) -> list[Segment]:
     try:
         return list(template.render(item, tokenizer, _options(template)))
@@ -615,6 +630,7 @@ def _verbatim(template: PromptTemplate, registry: Registry) -> None:
 @_rule("template", "supervises answers and their stops, nothing else")
 def _masked(template: PromptTemplate, registry: Registry) -> None:
     tokenizer = _tokenizer(template)
+    stops = _stops(template, tokenizer)
     for messages in _chats(template, tokenizer):
         segments = _rendered(template, tokenizer, Conversation(messages))
         learnt, text = _supervised(segments), _joined(segments)
@@ -625,13 +641,9 @@ def _masked(template: PromptTemplate, registry: Registry) -> None:
             if message.supervised:
                 _hold(all(learnt[begin:end]), f"{what} is not supervised")
                 rest = learnt[end:following]
-                _hold(
-                    rest == sorted(rest, reverse=True), f"what follows the stop is supervised: {text[end:following]!r}"
-                )
-                closing = text[end : end + sum(rest)]
-                stops = {*template.stop, tokenizer.eos_token or ""} - {""}
-                after = re.sub("|".join(map(re.escape, stops)) or "(?!)", "", closing)
-                _hold(not after or template.chat_template is None, f"more than a stop is supervised: {closing!r}")
+                _hold(rest == sorted(rest, reverse=True), f"supervised in part: {text[end:following]!r}, after {what}")
+                _, *after = re.split("|".join(map(re.escape, stops)) or "(?!)", text[end : end + sum(rest)])
+                _hold(not any(after), f"what follows the stop is supervised: {''.join(after)!r}, after {what}")
             else:
                 wrong = "".join(c for c, yes in zip(text[begin:following], learnt[begin:following], strict=True) if yes)
                 _hold(not wrong, f"{wrong!r} is supervised at {what}")
@@ -641,7 +653,7 @@ def _masked(template: PromptTemplate, registry: Registry) -> None:
 def _stopped(template: PromptTemplate, registry: Registry) -> None:
     tokenizer = _tokenizer(template)
     segments = _rendered(template, tokenizer, Conversation(TURNS))
-    stops = {*template.stop, tokenizer.eos_token, *(() if template.chat_template else tokenizer.control_tokens)}
+    stops = _stops(template, tokenizer)
     for message, _, end, following in _spans(segments, TURNS):
         at, found = 0, False
         for segment in segments:
@@ -650,7 +662,17 @@ def _stopped(template: PromptTemplate, registry: Registry) -> None:
             at += len(segment.text)
         _hold(
             found or not message.supervised,
-            f"no supervised control segment of {sorted(map(str, stops))} ends an answer",
+            f"no supervised control segment of {stops} ends an answer; text can't: let EOS follow it (eos=True)",
+        )
+
+
+@_rule("template", "stops at tokens that it declares")
+def _stops_declared(template: PromptTemplate, registry: Registry) -> None:
+    for stop in template.stop:
+        _hold(
+            stop in template.control,
+            f"stop has {stop!r}, and control has not: name a token of the model in both; take text out of stop, which "
+            "can't end an answer, and let the tokenizer's EOS follow it (eos=True)",
         )
 
 

@@ -433,7 +433,7 @@ class PromptTemplate:
     """``render(item, tokenizer, options)``: content verbatim and in order; only answers and their stops supervised.
     An item it can't place exactly raises ``Unrenderable(reason)``, a counted drop."""
     stop: tuple[str, ...] = ()
-    """Strings that end an answer, each one token, beside the one that training puts there; empty: that one."""
+    """Tokens that end an answer, beside the one that training puts there; empty: that one. Each is in ``control``."""
     control: tuple[str, ...] = ()
     """Tokens that only the template may write: content never yields their ids."""
     bos: bool = False
@@ -479,7 +479,8 @@ class PromptTemplate:
             system: a system message, with ``{content}``; empty: the format has none, and a system message is a
                 counted drop of the item.
             separator: follows every answer, also the last, not supervised, a segment of its own.
-            stop: strings that end an answer when the model is served; default: ``suffix``, else the EOS token.
+            stop: tokens that end an answer when the model is served, beside what training puts at its end; default:
+                ``suffix``, unless it is plain text that EOS follows. Text that is no token can't stop a model.
             control: the substrings of the above that are single tokens.
             bos: ``"none"``, ``"first"`` (before the conversation) or ``"turn"`` (before every turn).
             start: the control tokens that are written there; default: the tokenizer's BOS.

@@ -309,6 +309,12 @@ def make_encoder(
 
 
 def _not_one_token(token: str, template: PromptTemplate, tokenizer: Tokenizer) -> str:
+    if token in template.stop and token not in template.control:
+        return (
+            f"template {template.name!r} has the stop {token!r}, which is not one token of the tokenizer "
+            f"{tokenizer.name}; where it is plain text, take it out of the template's stop and let EOS end an answer "
+            "(eos=True), else choose a model made for this format, or add it with model.add_tokens"
+        )
     return (
         f"template {template.name!r} needs {token!r}, which is not one token of the tokenizer {tokenizer.name}; choose "
         "another with --template ('tokenizer' is the model's own), a model made for this format, or add "

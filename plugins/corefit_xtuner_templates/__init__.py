@@ -146,7 +146,12 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen_chat": (
         "Qwen, Qwen1.5, Qwen2: ChatML, no BOS, no default system text",
-        {**_CHATML, "bos": "none", "stop": ("<|im_end|>", "<|endoftext|>")},
+        {
+            **_CHATML,
+            "bos": "none",
+            "stop": ("<|im_end|>", "<|endoftext|>"),
+            "control": ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+        },
     ),
     "baichuan_chat": (
         "Baichuan 13B Chat: <reserved_102>, <reserved_103>",

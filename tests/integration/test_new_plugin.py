@@ -79,7 +79,8 @@ def test_their_own_tests_pass(venv: Path, written: Path) -> None:
 @pytest.mark.parametrize("kind", NEW)
 def test_they_keep_what_every_plugin_promises(kind: str, venv: Path, tmp_path: Path) -> None:
     lines = run(venv / "corefit", "check", NAMES[kind], cwd=tmp_path).splitlines()
-    assert lines[-1] == f"{len(lines) - 1} checks, none failed"
+    tried = sum(not line.startswith("n/a") for line in lines) - 1
+    assert lines[-1].partition(";")[0] == f"{tried} checks, none failed"
     assert any(line.startswith(f"ok      {NEW[kind][0]} {NAMES[kind]}: ") for line in lines)
 
 

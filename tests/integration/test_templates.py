@@ -44,7 +44,8 @@ def test_a_template_is_shown_on_a_sample_conversation(tmp_path, tiny_tokenizer):
         "markers in plain text, counted where content has them: <|System|>:  <|User|>:  <|Bot|>:",
         "[+supervised+]  {control token}  · between segments",
     ]
-    assert "\n".join(lines[4:]) == (
+    assert lines[4].startswith("<bos> and <eos> stand for the tokenizer's own; --tokenizer PATH")
+    assert "\n".join(lines[5:]) == (
         "\n{<bos>}·<|System|>:Be brief.\\n\n<|User|>:Hi! 你好·{<eoh>}·\\n\n<|Bot|>:[+Hello 🙂·{<eoa>}+]\\n\n"
         "·<|User|>:2 + 2?·{<eoh>}·\\n\n<|Bot|>:[+4.·{<eoa>}+]\\n\n"
     )

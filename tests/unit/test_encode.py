@@ -255,7 +255,7 @@ class TestStart:
 
     def test_stop_that_is_two_tokens(self, tokenizer):
         template = PromptTemplate.from_strings(name="t", summary="", user="Q: {content} A:", suffix=" END")
-        with pytest.raises(ModelError, match="needs ' END'"):
+        with pytest.raises(ModelError, match="has the stop ' END'"):
             make_encoder(template, tokenizer)
 
     def test_no_chat_template(self, tmp_path):

@@ -12,7 +12,10 @@ import pytest
 from fake_plugins import write_plugin
 
 from corefit.cli import main
-from corefit.errors import PluginError
+from corefit.data.encode import make_encoder
+from corefit.data.tokenizer import Tokenizer
+from corefit.errors import ModelError, PluginError
+from corefit.prepare import EMBEDDED
 from corefit.registry import Registry
 from corefit.scaffold import NEW
 from corefit.testing import RULES, plugin_checks
@@ -45,7 +48,8 @@ JINJA = (
 
 def corefit_prompt_templates():
     yield PromptTemplate(
-        name="mutant", summary="", render=render, stop=("<|end|>",), control=("<|begin|>",), chat_template=JINJA
+        name="mutant", summary="", render=render, stop=("<|end|>",), control=("<|begin|>", "<|end|>"),
+        chat_template=JINJA
     )
 """
 QUANTIZER = """
@@ -217,6 +221,9 @@ MUTANTS: dict[str, dict[str, list[Edits]]] = {
             (('Segment("<|end|>", learnt, control=True)', 'Segment("<|end|>", control=True)'),),
             (('Segment("<|end|>", learnt, control=True)', 'Segment("<|end|>", learnt)'),),
         ],
+        "stops at tokens that it declares": [
+            (('stop=("<|end|>",)', 'stop=("<|end|>", "END")'),),
+        ],
         "may be split between turns only": [
             (('turn=message.role == "user"', "turn=True"),),
         ],
@@ -243,7 +250,7 @@ MUTANTS: dict[str, dict[str, list[Edits]]] = {
             ),
         ],
         "writes control segments that are declared tokens": [
-            (('control=("<|begin|>",)', "control=()"),),
+            (('control=("<|begin|>", "<|end|>")', 'control=("<|end|>",)'),),
         ],
         "writes in Jinja what it renders": [
             (("'<|end|>\\n' }}{% endfor %}", "'<|end|>' }}{% endfor %}"),),
@@ -395,7 +402,7 @@ README = (Path(__file__).resolve().parents[2] / "plugins" / "README.md").read_te
 def test_the_template_that_plugins_readme_shows_in_strings_keeps_every_promise(install):
     (call,) = re.findall(r"```python\n(yield PromptTemplate.+?)```", README, re.DOTALL)
     install("from corefit import PromptTemplate\n\ndef corefit_prompt_templates():\n" + textwrap.indent(call, "    "))
-    assert failures("") == {} and len(plugin_checks("mutant")) == 12
+    assert failures("") == {} and len(plugin_checks("mutant")) == 13
 
 
 @pytest.mark.parametrize("mistake", ["", "tool"])
@@ -438,9 +445,42 @@ def test_the_command_prints_a_line_for_each_check(install, capsys):
     (failed,) = [line for line in lines if line.startswith("FAILED")]
     assert failed.startswith("FAILED  template mutant: writes in Jinja what it renders: to ask, chat_template says ")
     assert lines.count("ok      template mutant: ends every answer with a supervised stop") == 1
-    assert len(lines) == 1 + len(plugin_checks("mutant")) and lines[-1].endswith("checks, 1 failed")
+    assert lines.count("n/a     template mutant: begins with the BOS that it declares") == 1
+    assert len(lines) == 2 + len(plugin_checks("mutant"))
+    assert lines[-1] == f"{len(plugin_checks('mutant'))} checks, 1 failed; n/a: what the plugin doesn't have"
     assert main(["check", "chatml"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].endswith("checks, none failed")
+    assert "checks, none failed" in capsys.readouterr().out.splitlines()[-1]
+
+
+KESTREL = """
+from corefit import PromptTemplate
+
+def corefit_prompt_templates():
+    yield PromptTemplate.from_strings(
+        name="mutant", summary="answers between brackets", system="[SYS]{content}[/SYS]\\n",
+        user="[U]{content}[/U]\\n[A]", assistant="[A]", suffix="[/A]", eos=True,
+    )
+"""
+
+
+@pytest.mark.parametrize(
+    ("edits", "title"),
+    [
+        ((), None),
+        ((("eos=True", 'eos=True, stop=("[/A]",)'),), "stops at tokens that it declares"),
+    ],
+)
+def test_an_answer_may_end_with_text_and_the_eos_behind_it(edits, title, install):
+    install(edited(KESTREL, edits))
+    assert list(failures("")) == ([title] if title else [])
+    template = Registry.load().template("mutant")
+    assert template.stop == (("[/A]",) if edits else ())
+    if not edits:
+        stop = make_encoder(template, Tokenizer.load(EMBEDDED / "model")).stop
+        assert stop == ("</s>",)
+        return
+    with pytest.raises(ModelError, match=r"has the stop '\[/A\]', which is not one token of .*take it out of .*stop"):
+        make_encoder(template, Tokenizer.load(EMBEDDED / "model"))
 
 
 def test_an_unknown_plugin_names_the_nearest(capsys):
