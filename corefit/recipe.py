@@ -46,6 +46,7 @@ CountOrOff = Annotated[int, Is(">= 0", lambda n: n >= 0)]
 Positive = Annotated[float, Is("> 0", lambda x: x > 0)]
 PositiveOrOff = Annotated[float, Is(">= 0", lambda x: x >= 0)]
 Share = Annotated[float, Is(">= 0 and < 1", lambda x: 0 <= x < 1), Unit("share")]
+LayerShare = Annotated[float, Is("> 0 and < 1", lambda x: 0 < x < 1), Unit("share of the layers")]
 Steps = Annotated[Count, Unit("steps")]
 
 
@@ -177,8 +178,11 @@ class Train:
     """Decay rates of AdamW's two running means."""
     clip: Annotated[PositiveOrOff, Unit("norm")] = 1.0
     """Largest norm of the gradient; 0: not clipped."""
-    gradient_checkpointing: bool | Literal["auto"] = "auto"
-    """Compute activations anew in the backward; ``auto``: on a GPU, not on a CPU."""
+    gradient_checkpointing: bool | Literal["auto"] | LayerShare = "auto"
+    """Compute activations anew in the backward; a number: in that share of the layers; ``auto``: on a GPU, not on a
+    CPU."""
+    offload_activations: bool = False
+    """Keep what the backward needs in the computer's memory instead of the GPU's: slow, and the last resort."""
     seed: Annotated[int, Is(">= 0 and < 2^63", lambda n: 0 <= n < 2**63), Unit("")] = 42
     """Of the order of records, the adapter's first weights and dropout."""
 

@@ -30,7 +30,7 @@ from corefit.data.stream import Estimate, Source, Stream, encode_validation, pac
 from corefit.durable import claim, make_folder, read_json, sync, write_whole
 from corefit.engine import attention, checkpoint, evaluate, export, model
 from corefit.engine.loop import Every, LoopState, autocast, progress_at, train
-from corefit.engine.loss import CausalLoss
+from corefit.engine.loss import CausalLoss, offloaded
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_notice
 from corefit.engine.ranks import ALONE, Ranks
 from corefit.errors import (
@@ -302,8 +302,10 @@ class Session:
         )
         self.network = network = model.attach_adapter(network, None if full else spec, seed=settings.seed)
         wanted = settings.gradient_checkpointing
-        if wanted is True or (wanted == "auto" and self.device != "cpu"):
-            model.enable_gradient_checkpointing(network)
+        if wanted == "auto":
+            wanted = self.device != "cpu"
+        if wanted:
+            model.enable_gradient_checkpointing(network, float(wanted))
         self.fingerprint = model.model_fingerprint(str(self.base))
         self.counts = counts = model.count_parameters(network)
         self.say(f"model: {counts.total / 1e6:,.1f}M parameters, base weights {quantizer.name}")
@@ -342,6 +344,10 @@ class Session:
         line = f"isolation: documents of one pack don't see each other (max |delta| {delta:g})"
         self._proved(Proof("isolation", {"max_delta": delta}, line))
         self.loss_fn = CausalLoss(network)
+        if settings.offload_activations and self.device == "cpu":
+            self.say("train.offload_activations: nothing to do on a CPU")
+        elif settings.offload_activations:
+            self.loss_fn.kept = partial(offloaded, list(network.parameters()))
         with autocast(self.device, self.precision.compute_dtype):
             why = self.loss_fn.probe()
         if why:

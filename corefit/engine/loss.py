@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,8 @@ from corefit.types import IGNORE_INDEX
 
 CHUNK = 256
 """Rows whose logits exist at the same time."""
+SMALL = 2**16
+"""Numbers of a tensor below which it is not moved for the sake of memory."""
 
 
 class Head(NamedTuple):
@@ -112,6 +116,8 @@ class CausalLoss(nn.Module):
         self.probed = False
         self.plain: str | None = None
         """Why plain logits are used, in a few words; None: they aren't (or the probe has not run)."""
+        self.kept: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+        """Makes the context in which the decoder runs and that says where what the backward needs is kept."""
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
         """Give the sum of nats over labels other than -100, an fp32 scalar; 0.0 where there are none.
@@ -123,9 +129,11 @@ class CausalLoss(nn.Module):
         rows = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
         targets = labels.flatten().index_select(0, rows)
         if self.plain is not None:
-            logits = run_packed(causal_lm(self.model), input_ids, position_ids).logits
+            with self.kept():
+                logits = run_packed(causal_lm(self.model), input_ids, position_ids).logits
             return F.cross_entropy(logits.flatten(0, 1).index_select(0, rows).float(), targets, reduction="sum")
-        states = run_packed(decoder(self.model), input_ids, position_ids).last_hidden_state
+        with self.kept():
+            states = run_packed(decoder(self.model), input_ids, position_ids).last_hidden_state
         hidden = states.flatten(0, 1).index_select(0, rows)
         head = _linear_head(self.model)
         assert head is not None
@@ -179,6 +187,25 @@ class CausalLoss(nn.Module):
         if not _close(logits, F.linear((seen[0] * factor).to(dtype), weight.to(dtype))):
             return "the logits are not the head's output (a soft cap or a scale)"
         return None
+
+
+def offloaded(weights: Iterable[Tensor], to: str = "cpu") -> AbstractContextManager[Any]:
+    """Give a context in which tensors that the backward needs wait in the computer's memory; weights stay in place.
+
+    ``to``: the device where they wait. Small ones stay too: a copy costs more than it saves.
+    """
+    own = {weight.untyped_storage().data_ptr() for weight in weights}
+
+    def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
+        if tensor.numel() < SMALL or tensor.untyped_storage().data_ptr() in own:
+            return tensor.device, tensor
+        away = torch.empty(tensor.shape, dtype=tensor.dtype, device=to, pin_memory=tensor.is_cuda and to == "cpu")
+        return tensor.device, away.copy_(tensor, non_blocking=tensor.is_cuda)
+
+    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
+        return packed[1].to(packed[0], non_blocking=True)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _linear_head(model: nn.Module) -> Head | None:

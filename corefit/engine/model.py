@@ -910,14 +910,20 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(trainable, total)
 
 
-def enable_gradient_checkpointing(model: Any) -> None:  # noqa: ANN401, PeftModel or PreTrainedModel
+def enable_gradient_checkpointing(model: Any, share: float = 1.0) -> None:  # noqa: ANN401, Peft- or PreTrainedModel
     """Keep only each layer's input and compute the rest again in backward: less memory, about a third more time.
 
     Non-reentrant, so frozen inputs need no hook. Works in train mode only.
 
+    Args:
+        model: with or without an adapter.
+        share: of the layers, in (0, 1], spread evenly.
+
     Raises:
         ModelError: the model class doesn't support it.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     kwargs = {"use_reentrant": False}
     try:
@@ -929,6 +935,9 @@ def enable_gradient_checkpointing(model: Any) -> None:  # noqa: ANN401, PeftMode
         raise ModelError(
             f"{_first_line(error)} --set train.gradient_checkpointing=false does without, at the price of memory"
         ) from error
+    layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for i, layer in enumerate(layers):
+        layer.gradient_checkpointing = int((i + 1) * share) > int(i * share)
 
 
 @contextlib.contextmanager

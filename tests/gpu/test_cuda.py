@@ -41,6 +41,15 @@ def test_the_loss_curve_is_that_of_fp32_on_a_cpu(
     assert on_gpu == pytest.approx(on_cpu, rel=0.03)
 
 
+def test_activations_in_the_computers_memory_change_no_loss(tmp_path: Path, tiny_model: Path) -> None:
+    same = ["model.quantizer=nf4", "adapter.dropout=0.0", "run.device=cuda", "train.precision=bf16"]
+    here = losses(tmp_path, tiny_model, "here", *same, "train.gradient_checkpointing=false")
+    away = losses(
+        tmp_path, tiny_model, "away", *same, "train.gradient_checkpointing=0.5", "train.offload_activations=true"
+    )
+    assert away == pytest.approx(here, rel=1e-2)
+
+
 def test_isolation_holds_on_the_gpu(tmp_path: Path, tiny_model: Path) -> None:
     from corefit.engine.attention import isolation_canary
     from corefit.engine.model import load_base

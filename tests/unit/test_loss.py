@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tiny import write_model
 
 from corefit.engine.attention import causal_lm
-from corefit.engine.loss import CausalLoss, LinearCrossEntropy
+from corefit.engine.loss import CausalLoss, LinearCrossEntropy, offloaded
 from corefit.engine.model import (
     AdapterSpec,
     attach_adapter,
@@ -346,3 +346,34 @@ def test_quantised_bases_learn(tmp_path, quantizer):
         losses.append(loss.item())
     assert loss_fn.plain is None
     assert losses[1] < losses[0]
+
+
+def test_offloaded_activations_are_copies_and_weights_stay_in_place():
+    weight, small = torch.nn.Parameter(torch.ones(300, 300)), torch.nn.Parameter(torch.ones(1))
+    given = torch.ones(300, 300, requires_grad=True)
+    with offloaded([weight, small]):
+        result = (F.linear(given, weight) * small).sum()
+    with torch.no_grad():
+        given.data.fill_(7.0)
+        weight.data.fill_(7.0)
+    result.backward()
+    assert (weight.grad == 300).all(), "what came in was not kept aside"
+    assert (given.grad == 7 * 300).all(), "a weight was copied"
+
+
+@pytest.mark.parametrize("share", [None, 1.0, 0.5])
+@pytest.mark.parametrize("quantizer", ["none", "nf4"])
+def test_offloading_changes_no_gradient(tmp_path, monkeypatch, quantizer, share):
+    monkeypatch.setattr("corefit.engine.loss.SMALL", 0)
+    model = loaded(write_model(tmp_path), quantizer=quantizer)
+    batch = pack([documents([9, 2, 17]), documents([5, 20])], 48)
+    loss_fn = CausalLoss(model)
+    loss_fn(*batch).backward()
+    expected = gradients(model)
+    if share:
+        enable_gradient_checkpointing(model, share)
+    made = []
+    loss_fn.kept = lambda: made.append(1) or offloaded(model.parameters())
+    loss_fn(*batch).backward()
+    assert made
+    assert_close(gradients(model), expected, 0)

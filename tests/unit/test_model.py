@@ -579,6 +579,20 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(tiny_model, monke
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
+@pytest.mark.parametrize(
+    ("share", "recomputed"), [(1.0, "1111111"), (0.5, "0101010"), (0.3, "0001001"), (0.9, "0111111")]
+)
+def test_a_share_of_the_layers_is_checkpointed(tmp_path, share, recomputed):
+    model = load(write_model(tmp_path, num_hidden_layers=7))
+    enable_gradient_checkpointing(model, share)
+    model.train()
+    calls = [0] * 7
+    for i, layer in enumerate(causal_lm(model).model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    model(input_ids=torch.arange(12)[None], use_cache=False).logits.logsumexp(-1).sum().backward()
+    assert "".join(str(n - 1) for n in calls) == recomputed
+
+
 def test_a_class_without_gradient_checkpointing_says_what_to_set(tiny_model, monkeypatch):
     model = load(tiny_model)
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
