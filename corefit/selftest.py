@@ -114,9 +114,11 @@ def apart(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 class PlainLoss(CausalLoss):
     """The loss from full logits, by torch's cross entropy."""
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, layout: attention.Layout | None = None
+    ) -> Tensor:
         """Give the sum of nats, as ``CausalLoss`` does."""
-        table = attention.run_packed(attention.causal_lm(self.model), input_ids, position_ids).logits
+        table = attention.run_packed(attention.causal_lm(self.model), input_ids, position_ids, layout).logits
         return F.cross_entropy(table.flatten(0, 1), labels.flatten(), reduction="sum")
 
 
@@ -256,6 +258,7 @@ class Lab:
             for name, parameter in network.named_parameters():
                 if "lora_B" in name:  # 0 until it is trained, which would hide half of the gradients
                     parameter.copy_(0.05 * torch.randn(parameter.shape, generator=random))
+        attention.choose_route(network, vocab_size=self.tokenizer.vocab_size, device=self.device)
         return network.eval()
 
     def batch(self, which: range, documents: int = 1, state: Mapping[str, Any] | None = None) -> Batch:

@@ -335,12 +335,13 @@ class Session:
             device=self.device.partition(":")[0],
         )
         self.context: dict[str, Any] = {"device": self.device, "compute_dtype": self.precision.compute_dtype}
-        delta = attention.isolation_canary(
-            network,
+        how: dict[str, Any] = dict(
             vocab_size=sizes["embeddings"],
             device=self.device,
             autocast=lambda: autocast(self.device, self.precision.compute_dtype),
         )
+        self.say(attention.choose_route(network, **how))
+        delta = attention.isolation_canary(network, **how)
         line = f"isolation: documents of one pack don't see each other (max |delta| {delta:g})"
         self._proved(Proof("isolation", {"max_delta": delta}, line))
         self.loss_fn = CausalLoss(network)

@@ -30,7 +30,7 @@ class TinyLoss(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(256, 16))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, input_ids, position_ids, labels):
+    def forward(self, input_ids, position_ids, labels, layout=None):
         h = self.embed[input_ids] + self.place[position_ids]
         h = h + F.linear(F.linear(self.dropout(h), self.lora_A), self.lora_B)
         logits = F.linear(h, self.head).float()

@@ -1,24 +1,36 @@
 """Documents in one pack never see each other: the one way a model is run on packs, and the proof before step 1.
 
-transformers builds a mask per document from restarting ``position_ids`` only where there is neither an attention mask
-nor a key/value cache. With ``use_cache=True``, the default of most models, or with a mask of ones, documents see each
-other, gradients are off by more than 100 %, and the loss hardly moves.
+Two ways. Attention by document (``packed_attention``) gets their bounds and computes nothing else. What it can't serve
+runs on transformers' own: that builds a mask per document from restarting ``position_ids``, only where there is neither
+an attention mask nor a key/value cache. With ``use_cache=True``, the default of most models, or with a mask of ones,
+documents see each other, gradients are off by more than 100 %, and the loss hardly moves.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from corefit.engine.model import evaluating
 from corefit.engine.nonfinite import Watch, culprit
 from corefit.errors import IsolationError, RunError
+from corefit.types import IGNORE_INDEX
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PACKED = "corefit_packed"
+"""The name of attention by document among transformers' attention functions."""
 ROWS = ((21, 1, 17, 9), (12, 19, 1, 16))
 """Lengths of the canary's documents, two packs of 48 slots; the last document of each is its padding."""
 CHANGED = ((0, 0, 21), (1, 12, 31))
@@ -37,12 +49,255 @@ def decoder(model: nn.Module) -> nn.Module:
     return found
 
 
-def run_packed(part: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Any:  # noqa: ANN401, a ModelOutput
+class Layout(NamedTuple):
+    """Where documents lie in the B x T' slots of a micro-batch, one row after the other, and what of them counts."""
+
+    cu_seqlens: Tensor
+    """int32 [D + 1]: where each document begins, and B x T'; on the model's device."""
+    longest: int
+    """Slots of the longest."""
+    supervised: Tensor | None = None
+    """int64 [S]: slots with a label; None: to be found."""
+
+    @classmethod
+    def of(cls, cu_seqlens: NDArray[np.int32], device: str = "cpu", labels: NDArray[np.int64] | None = None) -> Layout:
+        """Take the bounds of a ``Batch``, and where it has labels, to the device; the host waits for nothing."""
+        supervised = None if labels is None else to_device(np.flatnonzero(labels != IGNORE_INDEX), device)
+        return cls(to_device(cu_seqlens, device), int(np.diff(cu_seqlens).max()), supervised)
+
+    @classmethod
+    def at(cls, position_ids: Tensor) -> Layout:
+        """Find the documents: one begins in every row, and at every position 0. Waits for the device."""
+        begins = (position_ids == 0).cpu().numpy()
+        begins[:, 0] = True
+        bounds = np.append(np.flatnonzero(begins), begins.size).astype(np.int32)
+        return cls.of(bounds, str(position_ids.device))
+
+
+def to_device(array: NDArray[Any], device: str) -> Tensor:
+    """Give a tensor on the device; the host doesn't wait for the copy."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else tensor
+
+
+def run_packed(part: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: Layout | None = None) -> Any:  # noqa: ANN401, a ModelOutput
     """Run a decoder or a whole language model on packs [B, T']: the only place that does.
 
-    ``position_ids`` begin at 0 in every document; that alone tells documents apart.
+    ``position_ids`` begin at 0 in every document. Where ``choose_route`` took attention by document, ``layout`` tells
+    them apart (None: found from ``position_ids``), else ``position_ids`` alone do.
     """
-    return part(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    kwargs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+    if _implementation(part) == PACKED:
+        bounds, longest, _ = layout or Layout.at(position_ids)
+        # A mask of four dimensions goes through transformers untouched, where none at all makes it look for documents,
+        # and wait for the device. Attention that gets it without bounds has lost them.
+        kwargs["attention_mask"] = input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
+        kwargs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}  # the names that flash attention has there
+        kwargs |= {"max_length_q": longest, "max_length_k": longest}
+    return part(**kwargs)
+
+
+def _implementation(part: nn.Module) -> str | None:
+    return getattr(getattr(part, "config", None), "_attn_implementation", None)
+
+
+# ------------------------------------------------------------------------------------------------ attention by document
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    **more: Any,  # noqa: ANN401
+) -> tuple[Tensor, None]:
+    """Attend causally inside each document; as transformers calls it: query [B, H, T', D] gives [B, T', H, D].
+
+    Without ``cu_seq_lens_q`` (generation) it is transformers' own sdpa attention.
+
+    Raises:
+        LostBounds: a pack came without its bounds, or with what this attention doesn't do.
+    """
+    if cu_seq_lens_q is None:
+        if attention_mask is not None and attention_mask.numel() == 1 < key.shape[2]:
+            raise LostBounds("the model doesn't hand cu_seq_lens_q on to its attention")
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        more |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
+        plain: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **more)
+        return plain
+    for name in ("softcap", "s_aux", "position_bias"):
+        if more.get(name) is not None:
+            raise LostBounds(f"its attention has {name}")
+    rows, heads, slots, _ = query.shape
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    q, k, v = (x.to(dtype).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    window = sliding_window if sliding_window and sliding_window < max_length_q else None
+    if kind == "cuda":
+        out = _varlen(q, k, v, cu_seq_lens_q, max_length_q, scaling, window, dropout)
+    else:
+        out = _one_by_one(q, k, v, cu_seq_lens_q.tolist(), scaling, window, dropout)
+    return out.view(rows, slots, heads, -1), None
+
+
+def _one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: float | None, window: int | None, dropout: float
+) -> Tensor:
+    """Attend in [slots, heads, D], a document after the other."""
+    sizes = [end - begin for begin, end in pairwise(bounds)]
+    outputs = []
+    split = (torch.split(x, sizes) for x in (q, k, v))  # whose backward is one cat, not D adds
+    for parts in zip(*split, strict=True):
+        query, key, value = (part.transpose(0, 1)[None] for part in parts)
+        mask = None
+        if window and query.shape[2] > window:
+            at = torch.arange(query.shape[2], device=query.device)
+            mask = (at[:, None] >= at) & (at[:, None] - at < window)
+        causal, gqa = mask is None, query.shape[1] != key.shape[1]
+        how: dict[str, Any] = dict(dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=gqa)
+        outputs.append(F.scaled_dot_product_attention(query, key, value, mask, **how)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor,
+    longest: int,
+    scale: float | None,
+    window: int | None,
+    dropout: float,
+) -> Tensor:
+    """Attend in [slots, heads, D], all documents in one kernel."""
+    sides = (window - 1 if window else -1, 0)
+    function, gqa = varlen_function()
+    if function.__name__ == "flash_attn_varlen_func":
+        how: dict[str, Any] = dict(softmax_scale=scale, causal=True, window_size=sides, dropout_p=dropout)
+        out: Tensor = function(q, k, v, bounds, bounds, longest, longest, **how)
+        return out
+    if dropout:
+        raise LostBounds("its attention has dropout")
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and not gqa:
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    how = {"enable_gqa": True} if gqa and groups > 1 else {}
+    out = function(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=sides, **how)
+    return out
+
+
+@functools.cache
+def varlen_function() -> tuple[Callable[..., Any], bool]:
+    """Give flash-attn's function where it is installed, else torch's, and whether it knows grouped queries.
+
+    Raises:
+        LostBounds: this torch has none that is good for training.
+    """
+    try:
+        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+    except ImportError:
+        pass
+    else:
+        return flash_attn_varlen_func, True
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        raise LostBounds(f"torch {torch.__version__} has no varlen_attn") from error
+    known = inspect.signature(varlen_attn).parameters
+    if not {"window_size", "scale"} <= set(known):
+        raise LostBounds(f"varlen_attn of torch {torch.__version__} has no window_size")
+    return varlen_attn, "enable_gqa" in known
+
+
+class LostBounds(Exception):
+    """This attention can't serve the model; says why in a few words."""
+
+
+def choose_route(
+    model: nn.Module,
+    *,
+    vocab_size: int,
+    device: str,
+    autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> str:
+    """Give the model attention by document where that does what its own does, and say which and why in one line.
+
+    The rest runs on transformers' sdpa (or eager) attention with a mask of T' x T' for every pack. Run as training
+    runs. Leaves the model, but for its attention, and all random state as they were.
+    """
+    lm: Any = causal_lm(model)
+    before = lm.config._attn_implementation
+    why = _why_not(lm, before)
+    if not why:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+
+        AttentionMaskInterface.register(PACKED, sdpa_mask)  # for generation
+        ids, positions, layout = _canary_packs(vocab_size, device, torch.Generator().manual_seed(0))
+        windows: list[int | None] = []
+
+        def watched(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # noqa: ANN401
+            windows.append(kwargs.get("sliding_window"))
+            return packed_attention(*args, **kwargs)
+
+        AttentionInterface.register(PACKED, watched)
+        with evaluating(model), _row_by_row(model), autocast():
+            parts = [(decoder(model), "last_hidden_state"), (lm, "logits")]
+            whole = lm.dtype == torch.float32 and not torch.is_autocast_enabled(ids.device.type)
+            wanted = [getattr(run_packed(part, ids, positions, layout), name) for part, name in parts]
+            try:
+                lm.set_attn_implementation(PACKED)
+                got = [getattr(run_packed(part, ids, positions, layout), name) for part, name in parts]
+                if sum(map(bool, windows)) != len(parts) * _layers_with_window(lm.config):
+                    why = "the model doesn't tell its attention of sliding windows"
+                elif not all(_alike(*pair, 1e-3 if whole else 0.05) for pair in zip(got, wanted, strict=True)):
+                    why = "it doesn't give what the model's own attention does"
+            except LostBounds as error:
+                why = str(error)
+            except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
+                why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        AttentionInterface.register(PACKED, packed_attention)
+    if why:
+        lm.set_attn_implementation(before)
+        return f"attention: {before} with a mask of each pack: slower, and more memory in long packs ({why})"
+    name = "sdpa" if device == "cpu" else varlen_function()[0].__name__
+    return f"attention: {name} document by document, no mask"
+
+
+def _layers_with_window(config: Any) -> int:  # noqa: ANN401
+    """Give how many layers a configuration says look back a limited way."""
+    if kinds := getattr(config, "layer_types", None):
+        return list(kinds).count("sliding_attention")
+    on = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return config.num_hidden_layers if on else 0
+
+
+def _why_not(lm: Any, before: str) -> str:  # noqa: ANN401
+    """Give what is known beforehand to keep a model from attention by document."""
+    kinds = set(getattr(lm.config, "layer_types", None) or ())
+    if before != "sdpa":
+        return f"the model was loaded with {before} attention"
+    if not lm._can_set_attn_implementation():
+        return "the model's attention can't be exchanged"
+    if strange := sorted(kinds - {"full_attention", "sliding_attention"}):
+        return f"the model has layers of {strange[0]}"
+    return ""
+
+
+def _alike(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether nine of ten tokens have the same values; a router of experts may tip over by a rounding."""
+    far = (a.float() - b.float()).norm(dim=-1) / b.float().norm(dim=-1).clamp_min(1e-6)
+    return bool(far.flatten().quantile(0.9) < tolerance)
+
+
+# ---------------------------------------------------------------------------------------------------------- the canary
 
 
 def isolation_canary(
@@ -70,26 +325,23 @@ def isolation_canary(
         RunError: the model's outputs aren't finite.
     """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab_size, (2, sum(ROWS[0])), generator=generator)
-    ids[0, -ROWS[0][-1] :] = ids[1, -ROWS[1][-1] :] = 0
-    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ROWS])
+    ids, positions, layout = _canary_packs(vocab_size, device, generator)
     others, changed = torch.ones_like(ids, dtype=torch.bool), ids.clone()
     for row, begin, end in CHANGED:
         others[row, begin:end] = False
-        shift = torch.randint(1, vocab_size, (end - begin,), generator=generator)
+        shift = torch.randint(1, vocab_size, (end - begin,), generator=generator).to(device)
         changed[row, begin:end] = (ids[row, begin:end] + shift) % vocab_size
-    ids, changed, positions, others = (t.to(device) for t in (ids, changed, positions, others))
 
     worst = 0.0
     with evaluating(model), _row_by_row(model), autocast():
         for part, name in ((decoder(model), "last_hidden_state"), (causal_lm(model), "logits")):
-            output = run_packed(part, ids, positions)
+            output = run_packed(part, ids, positions, layout)
             before = getattr(output, name).float()
-            after = getattr(run_packed(part, changed, positions), name).float()
+            after = getattr(run_packed(part, changed, positions, layout), name).float()
             if not (before.isfinite().all() and after.isfinite().all()):
                 with Watch(model) as watch:
-                    run_packed(part, ids, positions)
-                    run_packed(part, changed, positions)
+                    run_packed(part, ids, positions, layout)
+                    run_packed(part, changed, positions, layout)
                 where = culprit(watch.first["forward"]) if watch.first else "not so when run again"
                 raise RunError(
                     f"the model's {name} aren't finite even before training ({where}); "
@@ -97,7 +349,7 @@ def isolation_canary(
                 )
             allowed = 0.0
             if ids.device.type != "cpu":
-                again = getattr(run_packed(part, ids, positions), name).float()
+                again = getattr(run_packed(part, ids, positions, layout), name).float()
                 allowed = float((again - before).abs().max())
             delta = (after - before).abs().amax(-1)
             moved, own = float(delta[others].max()), float(delta[~others].max())
@@ -110,6 +362,15 @@ def isolation_canary(
                 raise IsolationError(f"the isolation check proves nothing: {name} don't depend on the tokens")
             worst = max(worst, moved)
     return worst
+
+
+def _canary_packs(vocab_size: int, device: str, generator: torch.Generator) -> tuple[Tensor, Tensor, Layout]:
+    """Give packs of random tokens, as training runs them."""
+    ids = torch.randint(vocab_size, (2, sum(ROWS[0])), generator=generator)
+    ids[0, -ROWS[0][-1] :] = ids[1, -ROWS[1][-1] :] = 0
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ROWS])
+    bounds = np.cumsum([0, *ROWS[0], *ROWS[1]], dtype=np.int32)
+    return ids.to(device), positions.to(device), Layout.of(bounds, device)
 
 
 @contextlib.contextmanager
@@ -135,7 +396,12 @@ def _row_by_row(model: nn.Module) -> Iterator[None]:
 def _likely_cause(model: nn.Module, output: Any) -> str:  # noqa: ANN401, a ModelOutput
     if getattr(output, "past_key_values", None) is not None:
         return "likely cause: the model made a key/value cache (use_cache=True is forced somewhere)"
-    used = getattr(getattr(causal_lm(model), "config", None), "_attn_implementation", None)
+    used = _implementation(causal_lm(model))
+    if used == PACKED:
+        return (
+            "likely cause: cu_seq_lens_q doesn't tell attention where documents end, or this model class mixes tokens "
+            "outside of it; such a model can't be trained on packs"
+        )
     if used not in ("sdpa", "eager"):
         return f"likely cause: attention {used!r} takes no notice of position_ids"
     return (

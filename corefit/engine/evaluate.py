@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from corefit.engine.loop import autocast, to_device
+from corefit.engine.loop import autocast, on_device
 from corefit.engine.model import evaluating
 from corefit.engine.ranks import ALONE, Ranks
 from corefit.errors import RunError, UserError
@@ -108,7 +108,7 @@ def validation_loss(
         for batch in batches:
             if batch.n_supervised:
                 with autocast(device, compute_dtype):
-                    total += loss_fn(*to_device(batch, device)).double()
+                    total += loss_fn(*on_device(batch, device)).double()
                 supervised += batch.n_supervised
     nats, tokens = ranks.sum(total.item(), supervised)
     if not tokens:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from corefit.engine.attention import Layout, to_device
 from corefit.engine.nonfinite import explain, random_state, set_random_state
 from corefit.engine.ranks import ALONE, Ranks
 from corefit.errors import CorefitError, RunError
@@ -101,9 +102,10 @@ def train(
 ) -> str:
     """Train until the data or the steps end, or ``should_stop()`` gives a reason; say which.
 
-    ``loss_fn(input_ids, position_ids, labels)`` gives the sum of nats over supervised tokens, fp32. ``lr_at(progress)``
-    gives the rate. ``clip``: the largest gradient norm; 0, None: off. ``state`` is changed in place before the hooks.
-    The end is saved by ``checkpoint`` whatever the reason: ``"epochs"``, ``"max_steps"``, or what ``should_stop`` said.
+    ``loss_fn(input_ids, position_ids, labels, layout)`` gives the sum of nats over supervised tokens, fp32.
+    ``lr_at(progress)`` gives the rate. ``clip``: the largest gradient norm; 0, None: off. ``state`` is changed in place
+    before the hooks. The end is saved by ``checkpoint`` whatever the reason: ``"epochs"``, ``"max_steps"``, or what
+    ``should_stop`` said.
 
     Raises:
         NonFiniteError: the loss of a step was not finite, and what is saved is as if that step had not begun; or the
@@ -238,7 +240,7 @@ def take_step(
 def nats(loss_fn: nn.Module, batch: Batch, device: str, compute_dtype: torch.dtype) -> torch.Tensor:
     """Give the loss of a micro-batch, summed over its supervised tokens."""
     with autocast(device, compute_dtype):
-        loss: torch.Tensor = loss_fn(*to_device(batch, device))
+        loss: torch.Tensor = loss_fn(*on_device(batch, device))
         return loss
 
 
@@ -247,12 +249,10 @@ def autocast(device: str, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.partition(":")[0], dtype=dtype, enabled=dtype != torch.float32)
 
 
-def to_device(batch: Batch, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Give input ids, position ids and labels as int64 [B, T'] on the device."""
-    tensors = [torch.from_numpy(array) for array in (batch.input_ids, batch.position_ids, batch.labels)]
-    if device.startswith("cuda"):
-        tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
-    return tensors[0], tensors[1], tensors[2]
+def on_device(batch: Batch, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Layout]:
+    """Give input ids, position ids and labels as int64 [B, T'] on the device, and their layout."""
+    ids, positions, labels = (to_device(a, device) for a in (batch.input_ids, batch.position_ids, batch.labels))
+    return ids, positions, labels, Layout.of(batch.cu_seqlens, device, batch.labels)
 
 
 def progress_at(step: float, epoch: float, *, max_steps: int | None, epochs: int) -> float:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from corefit.engine.attention import causal_lm, decoder, run_packed
+from corefit.engine.attention import Layout, causal_lm, decoder, run_packed
 from corefit.engine.model import evaluating
 from corefit.types import IGNORE_INDEX
 
@@ -119,21 +119,23 @@ class CausalLoss(nn.Module):
         self.kept: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
         """Makes the context in which the decoder runs and that says where what the backward needs is kept."""
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, layout: Layout | None = None) -> Tensor:
         """Give the sum of nats over labels other than -100, an fp32 scalar; 0.0 where there are none.
 
-        All [B, T'] int64; labels are next-token-aligned, nothing is shifted here.
+        All [B, T'] int64; labels are next-token-aligned, nothing is shifted here. ``layout`` as for ``run_packed``.
         """
         if not self.probed:
             self.probe()
-        rows = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
+        rows = layout and layout.supervised
+        if rows is None:
+            rows = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
         targets = labels.flatten().index_select(0, rows)
         if self.plain is not None:
             with self.kept():
-                logits = run_packed(causal_lm(self.model), input_ids, position_ids).logits
+                logits = run_packed(causal_lm(self.model), input_ids, position_ids, layout).logits
             return F.cross_entropy(logits.flatten(0, 1).index_select(0, rows).float(), targets, reduction="sum")
         with self.kept():
-            states = run_packed(decoder(self.model), input_ids, position_ids).last_hidden_state
+            states = run_packed(decoder(self.model), input_ids, position_ids, layout).last_hidden_state
         hidden = states.flatten(0, 1).index_select(0, rows)
         head = _linear_head(self.model)
         assert head is not None

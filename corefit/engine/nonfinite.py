@@ -9,6 +9,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -243,6 +244,7 @@ def documents(batch: Batch) -> Iterator[tuple[Batch, str]]:
         ids, labels = part["input_ids"], part["labels"]
         # a sample has a supervised token or, cut from a longer one, at least two different ones
         padding = end % width == 0 and (labels == IGNORE_INDEX).all() and (ids == ids[0, 0]).all()
+        part["cu_seqlens"] = np.array([0, end - begin], np.int32)
         yield replace(batch, **part), PADDING if padding else next(origins)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cli import corefit
+from tiny import write_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,6 +61,101 @@ def test_isolation_holds_on_the_gpu(tmp_path: Path, tiny_model: Path) -> None:
     quantizer = Registry.load().quantizer("none")
     model = load_base(str(tiny_model), quantizer=quantizer, compute_dtype="float16", device="cuda")
     assert isolation_canary(model, vocab_size=512, device="cuda") < 1e-2
+
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def on_gpu(folder: Path, precision: str) -> tuple[Any, Any]:
+    """A model with an adapter that does something, and what autocast training runs in."""
+    from corefit.engine.loop import autocast
+    from corefit.engine.model import AdapterSpec, attach_adapter, load_base
+    from corefit.registry import Registry
+
+    dtype = DTYPES.get(precision, torch.float32)
+    how: dict[str, Any] = {"compute_dtype": str(dtype).removeprefix("torch."), "device": "cuda"}
+    base = load_base(str(folder), quantizer=Registry.load().quantizer("none"), **how)
+    model = attach_adapter(base, AdapterSpec(r=4, alpha=8, dropout=0.0), seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    return model, lambda: autocast("cuda", dtype)
+
+
+def two_packs() -> Any:
+    """A micro-batch of documents of 5 to 60 tokens in two packs of 128; each but the padding is supervised."""
+    from corefit.types import Batch
+
+    sizes = (5, 60, 1, 40, 22, 33, 60, 28, 7)
+    ids = np.random.default_rng(0).integers(3, 512, (2, 128))
+    positions = np.concatenate([np.arange(n) for n in sizes]).reshape(2, 128)
+    labels = np.where(np.roll(positions, -1) == 0, -100, np.roll(ids, -1))
+    labels[1, -7:] = -100
+    counts: dict[str, Any] = {"n_tokens": 249, "n_samples": 8, "epoch": 0.0, "origins": tuple, "state": dict}
+    bounds = np.cumsum([0, *sizes], dtype=np.int32)
+    return Batch(ids, labels, positions, bounds, n_supervised=int((labels != -100).sum()), **counts)
+
+
+def loss_and_gradients(model: Any, autocast: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    from corefit.engine.loop import on_device
+    from corefit.engine.loss import CausalLoss
+
+    loss_fn = CausalLoss(model)
+    with autocast():
+        loss_fn.probe()
+        loss = loss_fn(*on_device(two_packs(), "cuda"))
+    (loss / 200).backward()
+    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad(set_to_none=True)
+    return loss.detach(), found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_documents_in_one_kernel_give_what_a_mask_gives(precision: str, checkpointing: bool, tmp_path: Path) -> None:
+    from corefit.engine.attention import choose_route, isolation_canary
+    from corefit.engine.model import enable_gradient_checkpointing
+
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("flash attention needs a GPU of capability 8.0")
+    model, autocast = on_gpu(write_model(tmp_path), precision)
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+    model.train()
+    masked = loss_and_gradients(model, autocast)
+    said = choose_route(model, vocab_size=512, device="cuda", autocast=autocast)
+    assert said.endswith("document by document, no mask") and "sdpa" not in said
+    packed = loss_and_gradients(model, autocast)
+    for ours, theirs in zip(packed, masked, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 0.02
+    isolation_canary(model, vocab_size=512, device="cuda", autocast=autocast)
+
+
+def test_without_a_kernel_for_fp32_the_mask_stays(tmp_path: Path) -> None:
+    from corefit.engine.attention import choose_route, isolation_canary
+
+    model, autocast = on_gpu(write_model(tmp_path), "fp32")
+    said = choose_route(model, vocab_size=512, device="cuda", autocast=autocast)
+    assert said.startswith("attention: sdpa with a mask of each pack") and "(" in said
+    isolation_canary(model, vocab_size=512, device="cuda")
+
+
+def test_a_micro_batch_runs_without_waiting_for_the_gpu(tmp_path: Path) -> None:
+    from corefit.engine.attention import choose_route
+    from corefit.engine.loop import nats
+    from corefit.engine.loss import CausalLoss
+
+    model, autocast = on_gpu(write_model(tmp_path), "bf16")
+    choose_route(model, vocab_size=512, device="cuda", autocast=autocast)
+    loss_fn, batch = CausalLoss(model.train()), two_packs()
+    for turn in range(2):  # the first makes what is kept from then on
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if turn else "default")
+        try:
+            nats(loss_fn, batch, "cuda", torch.bfloat16).backward()  # type: ignore[no-untyped-call]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

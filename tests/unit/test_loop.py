@@ -414,9 +414,12 @@ def test_a_batch_reaches_the_loss_as_it_is():
     run.model.forward = lambda *args: seen.append(args) or forward(*args)
     batch = make_batch(3)
     run.train([(batch,)], max_steps=1)
-    for tensor, array in zip(seen[0], (batch.input_ids, batch.position_ids, batch.labels), strict=True):
+    *tensors, (cu_seqlens, longest, supervised) = seen[0]
+    for tensor, array in zip(tensors, (batch.input_ids, batch.position_ids, batch.labels), strict=True):
         assert tensor.dtype == torch.int64
         assert np.array_equal(tensor.numpy(), array)
+    assert np.array_equal(cu_seqlens.numpy(), batch.cu_seqlens) and longest == 16
+    assert supervised.tolist() == (tensors[2].flatten() != -100).nonzero()[:, 0].tolist() != []
 
 
 def test_dropout_is_on_in_training_whatever_mode_the_model_came_in():

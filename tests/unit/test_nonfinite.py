@@ -239,8 +239,8 @@ class BadLoss(nn.Module):
         super().__init__()
         self.loss_fn, self.token, self.value = loss_fn, token, value
 
-    def forward(self, input_ids, position_ids, labels):
-        loss = self.loss_fn(input_ids, position_ids, labels)
+    def forward(self, input_ids, position_ids, labels, layout=None):
+        loss = self.loss_fn(input_ids, position_ids, labels, layout)
         return loss * self.value if (input_ids == self.token).any() else loss
 
 
@@ -462,8 +462,8 @@ def test_the_replay_draws_the_same_random_numbers(base, checkpointing, of, monke
     class Unlucky(BadLoss):
         draws = None
 
-        def forward(self, input_ids, position_ids, labels):
-            loss = self.loss_fn(input_ids, position_ids, labels)
+        def forward(self, input_ids, position_ids, labels, layout=None):
+            loss = self.loss_fn(input_ids, position_ids, labels, layout)
             self.draws = [*(self.draws or ()), float(torch.rand(()))]
             bad = self.draws[-1] in self.draws[1:2]
             return (loss * self.value if of == "loss" else Infinite.apply(loss)) if bad else loss
@@ -501,8 +501,8 @@ def test_a_replay_that_fails_does_not_hide_why_the_run_stopped():
 
 def test_a_score_of_minus_infinity_on_the_way_makes_no_micro_batch_bad(base):
     class Masked(BadLoss):
-        def forward(self, input_ids, position_ids, labels):
-            return super().forward(input_ids, position_ids, labels) + self.scores(torch.zeros(3)).exp().sum()
+        def forward(self, input_ids, position_ids, labels, layout=None):
+            return super().forward(input_ids, position_ids, labels, layout) + self.scores(torch.zeros(3)).exp().sum()
 
     loss_fn = Masked(load(base()), RARE, NAN)
     loss_fn.scores = nn.Threshold(1.0, -float("inf"))

@@ -58,7 +58,7 @@ def test_everything_holds_without_network_and_nothing_stays_behind(small, tmp_pa
 
 
 def packs_with_a_cache(patch):
-    def cached(part, input_ids, position_ids):
+    def cached(part, input_ids, position_ids, layout=None):
         return part(input_ids=input_ids, position_ids=position_ids, use_cache=True)
 
     patch.setattr(attention, "run_packed", cached)
@@ -71,7 +71,7 @@ def mean_of_means(patch):
     def wrong(loss_fn, batches, *rest):
         total = sum(batch.n_supervised for batch in batches)
         part = total / sum(batch.n_supervised > 0 for batch in batches)
-        return take_step(lambda *three: loss_fn(*three) * part / (three[2] != -100).sum(), batches, *rest)
+        return take_step(lambda *four: loss_fn(*four) * part / (four[2] != -100).sum(), batches, *rest)
 
     patch.setattr(loop, "take_step", wrong)
 
