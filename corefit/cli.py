@@ -549,7 +549,10 @@ def _new_plugin(args: argparse.Namespace) -> int:
 
     folder = new_plugin(args.name, args.kind, args.out)
     say(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
-    say(f"next: pip install -e {folder}   corefit check {args.name}   then edit {folder / f'corefit_{args.name}.py'}")
+    say(
+        f"next: pip install -e '{folder}[test]'   corefit check {args.name}   "
+        f"then edit {folder / f'corefit_{args.name}.py'}"
+    )
     return 0
 
 

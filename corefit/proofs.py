@@ -114,6 +114,7 @@ class _Wanted:
         self.segments = encoder.segments(item, origin)
         self.text = "".join(segment.text for segment in self.segments)
         self.located = True  # the messages were found in the text, so that ``state`` says something
+        self.stripped = False  # the template leaves out white space around a message
         self.rewritten: set[str] = set()  # characters that the tokenizer itself doesn't write back
         self.stops: dict[int, str] = {}  # where each ends in the text
         if isinstance(item, Document):
@@ -212,6 +213,7 @@ class _Wanted:
             form = next((form for form in forms if text.startswith(form + literal, at)), None)
             if form is None:
                 return None
+            self.stripped = self.stripped or form != content
             places.append((i, at, at + len(form)))
             at += len(form) + len(literal)
         return places if at == len(text) else None
@@ -313,6 +315,10 @@ def _mask(wanted: dict[int, _Wanted], block: Block, fitted: Block) -> Proof:
         f"only answers and their {' '.join(encoder.stop)} are supervised; "
         f"{'one BOS' if encoder.template.bos else 'no BOS added'}"
     )
+    if stripped := [want for want in seen if want.stripped]:
+        name = encoder.template.name
+        line += f"; but template {name!r} leaves out white space around messages in {len(stripped)} of them"
+        line += f" (first: {stripped[0].origin})"
     if rewritten:
         found = sorted(set[str]().union(*(want.rewritten for want in rewritten)))
         what = " ".join(map(repr, found[:8])) + (" ..." if len(found) > 8 else "")

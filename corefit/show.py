@@ -268,7 +268,8 @@ def template_reader(template: PromptTemplate, tokenizer: str | None) -> Callable
     from corefit.data.encode import make_encoder
     from corefit.data.tokenizer import Tokenizer
 
-    loaded = Tokenizer.load(tokenizer)  # each template its own: it protects what another writes as text
+    # each template its own: it protects what another writes as text
+    loaded = Tokenizer.load(tokenizer, template.control)
     encoder = make_encoder(template, loaded, template_options=options)
 
     def read(item: Conversation) -> list[Piece]:
@@ -284,6 +285,19 @@ def template_reader(template: PromptTemplate, tokenizer: str | None) -> Callable
     return read
 
 
+def _added(templates: Sequence[PromptTemplate], tokenizer: str | None) -> list[str]:
+    """Say which control tokens the tokenizer lacks: they are shown as if it had them."""
+    if tokenizer is None:
+        return []
+    from corefit.data.tokenizer import Tokenizer
+
+    own = Tokenizer.load(tokenizer)
+    names = dict.fromkeys(token for template in templates for token in template.control)
+    missing = [token for token in names if own.token_id(token) is None]
+    words = "no tokens of {}, shown as if model.add_tokens had them: {}"
+    return [visible(words.format(tokenizer, "  ".join(missing)))] if missing else []
+
+
 def template_summary(template: PromptTemplate) -> str:
     """Give one line: what it is, how an answer ends, where it comes from."""
     ends = ", ".join(template.stop) or ("EOS" if template.chat_template else "the tokenizer's")
@@ -294,7 +308,7 @@ def template_sample(template: PromptTemplate, tokenizer: str | None, *, colour: 
     """Give lines that show a template on a sample conversation; ``tokenizer`` is a path."""
     read = template_reader(template, tokenizer)
     unit = "segments" if tokenizer is None else "tokens"
-    lines = [template_summary(template)]
+    lines = [template_summary(template), *_added([template], tokenizer)]
     for what, words in (
         ("control tokens, which content can't forge", template.control),
         ("markers in plain text, counted where content has them", template.forgeable),
@@ -317,6 +331,7 @@ def template_difference(
     """Give lines that show where two templates differ first, on ``CONVERSATIONS``; ``tokenizer`` is a path."""
     readers = [template_reader(template, tokenizer) for template in (first, second)]
     both, width = (first, second), max(len(first.name), len(second.name))
+    lines = _added(both, tokenizer)
     unit = "segment" if tokenizer is None else "token"
     for name, item in CONVERSATIONS.items():
         found, refused = list[list[Piece]](), list[str]()
@@ -326,16 +341,17 @@ def template_difference(
             except Unrenderable as refusal:
                 refused.append(f"only {template.name} can't write {name} ({refusal.reason})")
         if len(refused) == 1:
-            return refused
+            return lines + refused
         if refused or found[0] == found[1]:
             continue
         k = next(i for i, pair in enumerate(zip_longest(*found)) if pair[0] != pair[1])
         shown = [_marked(some[max(k - 3, 0) : k + 5], colour=colour).replace("\n", "") for some in found]
         return [
+            *lines,
             f"first difference: {unit} {1 + sum(piece.n for piece in found[0][:k])} of {name}",
             *(f"  {t.name:<{width}}  {'... ' if k > 3 else ''}{text}" for t, text in zip(both, shown, strict=True)),
         ]
-    lines = [f"{first.name} and {second.name} write the same {unit}s, and supervise the same"]
+    lines += [f"{first.name} and {second.name} write the same {unit}s, and supervise the same"]
     if set(first.stop) != set(second.stop):
         lines += [f"  {t.name:<{width}}  ends an answer at {', '.join(t.stop) or 'EOS'}" for t in both]
     return lines

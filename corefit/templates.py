@@ -41,6 +41,9 @@ def template_from_strings(
         raise ValueError(f"template {name}: user and system must say where the message goes with {{content}}")
     if not user.endswith(opening):
         raise ValueError(f"template {name}: user must end with assistant, the opening of the answer ({opening!r})")
+    for token in control:
+        if not any(token in text for text in (user, system, opening, suffix, separator, *start, *stop)):
+            raise ValueError(f"template {name}: control has {token!r}, which is in none of its strings, nor a stop")
     if bos not in ("none", "first", "turn"):
         raise ValueError(f"template {name}: bos is {bos!r}; known: first, none, turn")
     holes = re.compile("(" + "|".join(map(re.escape, ["{content}", "{round}", *sorted(control, key=len)[::-1]])) + ")")

@@ -16,6 +16,7 @@ is what they are tried on; templates get a tokenizer that has their control toke
 from __future__ import annotations
 
 import copy
+import difflib
 import gc
 import io
 import itertools
@@ -102,7 +103,8 @@ def _all_checks(name: str) -> list[tuple[Check, bool]]:
     registry, checks = Registry.load(), list[tuple[Check, bool]]()
     plugins = [info for info in registry.plugins if info.name == name]
     if not plugins:
-        raise PluginError(unknown("plugin", name, {info.name for info in registry.plugins}))
+        words = unknown("plugin", name, {info.name for info in registry.plugins})
+        raise PluginError(f"{words}; one of your own is found once it is installed: pip install -e ITS_FOLDER")
     for info in plugins:
         own: list[tuple[str, str, Any]] = [("plugin", name, info)]
         own += [
@@ -177,7 +179,7 @@ def _options(entry: Any) -> Any:  # noqa: ANN401, whatever the plugin declares
 
 @_rule("plugin", "loads, and nobody else claims its names")
 def _loads(info: PluginInfo, registry: Registry) -> None:
-    _hold(not info.error and not info.clashes, "; ".join([info.error or "", *info.clashes]))
+    _hold(not info.error and not info.clashes, "; ".join(filter(None, [info.error, *info.clashes])))
 
 
 @_rule("plugin", "is imported without torch, transformers and numpy", lambda info: not info.error)
@@ -188,7 +190,7 @@ def _light(info: PluginInfo, registry: Registry) -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     _hold(done.returncode == 0, f"importing it by itself: {done.stderr[-300:]}")
-    _hold(not done.stdout.strip(), f"imports {done.stdout}: move that into the functions that need it")
+    _hold(not done.stdout.strip(), f"imports {done.stdout.strip()}: move that into the functions that need it")
 
 
 # ------------------------------------------------------------------------------------------------------------- readers
@@ -578,9 +580,12 @@ def _stops(template: PromptTemplate, tokenizer: Any) -> list[str]:  # noqa: ANN4
 
 def _rendered(template: PromptTemplate, tokenizer: Tokenizer, item: Conversation) -> list[Segment]:
     try:
-        return list(template.render(item, tokenizer, _options(template)))
+        segments = list(template.render(item, tokenizer, _options(template)))
     except Unrenderable as refusal:
         raise AssertionError(f"refuses a plain conversation: {refusal.reason}") from refusal
+    for segment in segments:
+        _hold(isinstance(segment, Segment), f"render yields {segment!r}; expected a Segment")
+    return segments
 
 
 def _joined(segments: Sequence[Segment]) -> str:
@@ -607,7 +612,7 @@ def _supervised(segments: Sequence[Segment]) -> list[bool]:
 def _chats(template: PromptTemplate, tokenizer: Tokenizer) -> list[tuple[Message, ...]]:
     """Give a conversation, and those with a system message and with a tool where the format has a place for them."""
     found: list[tuple[Message, ...]] = [TURNS]
-    for extra, messages in ((SYSTEM, (SYSTEM, *TURNS)), (TOOL, (*TURNS[:4], TOOL, TURNS[5]))):
+    for extra, messages in ((SYSTEM, (SYSTEM, *TURNS)), (TOOL, (*TURNS[:2], TOOL, *TURNS[3:]))):
         with suppress(Unrenderable):
             text = _joined(list(template.render(Conversation(messages), tokenizer, _options(template))))
             found += [messages] if extra.content in text else []
@@ -618,7 +623,7 @@ def _chats(template: PromptTemplate, tokenizer: Tokenizer) -> list[tuple[Message
 def _verbatim(template: PromptTemplate, registry: Registry) -> None:
     tokenizer = _tokenizer(template)
     for odd in ("a\n\n  b\tc", "{content} {{ x }} {% y %} {}", "é 你好 🦜", "\\n \"q\" 'q' </x>", "### A:\n- b"):
-        messages = [m._replace(content=f"{m.content} {odd} {m.content}") for m in TURNS]
+        messages = [m._replace(content=f"\n {m.content} {odd} {m.content} \n") for m in TURNS]
         text = _joined(_rendered(template, tokenizer, Conversation(tuple(messages))))
         at = 0
         for message in messages:
@@ -652,18 +657,22 @@ def _masked(template: PromptTemplate, registry: Registry) -> None:
 @_rule("template", "ends every answer with a supervised stop")
 def _stopped(template: PromptTemplate, registry: Registry) -> None:
     tokenizer = _tokenizer(template)
-    segments = _rendered(template, tokenizer, Conversation(TURNS))
     stops = _stops(template, tokenizer)
-    for message, _, end, following in _spans(segments, TURNS):
-        at, found = 0, False
-        for segment in segments:
-            inside = end <= at < following
-            found = found or (inside and segment.supervised and segment.control and segment.text.strip() in stops)
-            at += len(segment.text)
-        _hold(
-            found or not message.supervised,
-            f"no supervised control segment of {stops} ends an answer; text can't: let EOS follow it (eos=True)",
-        )
+    for messages in _chats(template, tokenizer):
+        segments = _rendered(template, tokenizer, Conversation(messages))
+        ends = list(itertools.accumulate(len(segment.text) for segment in segments))
+        for message, _, end, following in _spans(segments, messages):
+            after = [s for s, at in zip(segments, ends, strict=True) if end < at <= following]
+            there = [s for s in after if s.text.strip() in stops]
+            if message.supervised and not any(s.supervised and s.control for s in there):
+                what = f"what follows {message.content!r} is {_joined(after)!r}, in which {stops} ends no answer"
+                if there:
+                    wrong = "not supervised" if there[0].control else "text, not a segment with control=True"
+                    what = f"{there[0].text!r} is {wrong}"
+                raise AssertionError(
+                    f"{what}; write Segment({(stops or ['</s>'])[0]!r}, learnt, control=True); in "
+                    "from_strings it is the suffix that control names, or eos=True"
+                )
 
 
 @_rule("template", "stops at tokens that it declares")
@@ -671,8 +680,8 @@ def _stops_declared(template: PromptTemplate, registry: Registry) -> None:
     for stop in template.stop:
         _hold(
             stop in template.control,
-            f"stop has {stop!r}, and control has not: name a token of the model in both; take text out of stop, which "
-            "can't end an answer, and let the tokenizer's EOS follow it (eos=True)",
+            f"stop has {stop!r} (by default the suffix), and control has not: name a token of the model in both; text "
+            "can't end an answer, so let the tokenizer's EOS follow it (eos=True)",
         )
 
 
@@ -738,6 +747,12 @@ def _control(template: PromptTemplate, registry: Registry) -> None:
     from corefit.data.encode import make_encoder
 
     tokenizer = _tokenizer(template)
+    known = {*template.control, *template.stop, *tokenizer.control_tokens, tokenizer.bos_token, tokenizer.eos_token}
+    for segment in _rendered(template, tokenizer, Conversation(TURNS)):
+        if segment.control and segment.text.strip() not in known:
+            near = difflib.get_close_matches(segment.text, template.control, n=1)
+            hint = f"; is {near[0]!r} there a slip?" if near else ""
+            raise AssertionError(f"render writes {segment.text!r} with control=True, which control doesn't name{hint}")
     encoder = make_encoder(template, tokenizer, template_options=_options(template))
     encoded = encoder.encode([(Conversation(TURNS), "example:1")])
     _hold(encoded.drops == [None], f"a plain conversation is dropped: {encoded.drops[0]}")
@@ -751,10 +766,20 @@ def _jinja(template: PromptTemplate, registry: Registry) -> None:
         segments = _rendered(template, tokenizer, Conversation(messages))
         ours, how = _joined(segments), {"chat_template": template.chat_template}
         theirs = tokenizer.render_chat(chat, **how)
-        _hold(ours == theirs, f"segments say {ours!r}, chat_template {theirs!r}")
+        _hold(ours == theirs, f"segments say {_apart(ours, theirs)}, chat_template {_apart(theirs, ours)}")
         begin = _spans(segments, messages)[-1][1]
         asked = tokenizer.render_chat(chat[:-1], add_generation_prompt=True, **how)
-        _hold(asked == ours[:begin], f"to ask, chat_template says {asked!r}; training {ours[:begin]!r}")
+        trained = ours[:begin]
+        _hold(
+            asked == trained,
+            f"to ask, chat_template says {_apart(asked, trained)}; training {_apart(trained, asked)}",
+        )
+
+
+def _apart(one: str, other: str) -> str:
+    """Give what is around the first difference."""
+    at = len(os.path.commonprefix([one, other]))
+    return ("..." if at > 20 else "") + repr(one[max(at - 20, 0) : at + 30]) + ("..." if at + 30 < len(one) else "")
 
 
 # ---------------------------------------------------------------------------------------------------------- quantizers

@@ -115,8 +115,11 @@ class Message(NamedTuple):
     role: str
     """``system``, ``user``, ``assistant`` or ``tool``."""
     content: str
+    """Its text, written as it is."""
     name: str | None = None
+    """Who speaks, or of which tool this is the result, where the data says so."""
     tool_calls: tuple[Mapping[str, Any], ...] = ()
+    """What the assistant calls, as OpenAI's format has it: ``{"function": {"name": ..., "arguments": ...}}``."""
     reasoning: str | None = None
     """What the assistant thought before it answered, where the data has it."""
     supervised: bool | None = None
@@ -127,7 +130,9 @@ class Conversation(NamedTuple):
     """Messages in order, at most one system message, first."""
 
     messages: tuple[Message, ...]
+    """At least one."""
     tools: tuple[Mapping[str, Any], ...] = ()
+    """The tools that the assistant may call, as OpenAI's format has them."""
     dropped: tuple[str, ...] = ()
     """A reason for every message that the map function left out (``trailing_user``); counted in the ledger."""
     notes: tuple[str, ...] = ()
@@ -159,6 +164,7 @@ class Segment(NamedTuple):
     """A run of text that is encoded by one call, never merged with a neighbour or split."""
 
     text: str
+    """Joined, the segments are the text that the model sees."""
     supervised: bool = False
     """True: every token of this segment is a target."""
     control: bool = False
@@ -428,7 +434,9 @@ class PromptTemplate:
     """
 
     name: str
+    """What ``--template`` says."""
     summary: str
+    """One line for ``corefit plugins``."""
     render: Callable[..., Iterator[Segment]]
     """``render(item, tokenizer, options)``: content verbatim and in order; only answers and their stops supervised.
     An item it can't place exactly raises ``Unrenderable(reason)``, a counted drop."""
@@ -445,6 +453,10 @@ class PromptTemplate:
     source: str = ""
     """Where the format comes from."""
     options: type | None = None
+    """A frozen dataclass of what users may set as ``template.options``; ``render`` gets one."""
+
+    def __post_init__(self) -> None:
+        _check_tuples(self.name, stop=self.stop, control=self.control, forgeable=self.forgeable)
 
     @classmethod
     def from_strings(
@@ -495,6 +507,7 @@ class PromptTemplate:
         """
         from corefit.templates import template_from_strings
 
+        _check_tuples(name, stop=stop, control=control, start=start)
         return template_from_strings(
             name=name,
             summary=summary,
@@ -512,6 +525,12 @@ class PromptTemplate:
             source=source,
             default_system=default_system,
         )
+
+
+def _check_tuples(template: str, **given: Sequence[str]) -> None:
+    for name, value in given.items():
+        if isinstance(value, str):
+            raise TypeError(f"template {template}: {name} is text, and its letters would be tokens: ({value!r},)")
 
 
 class Unrenderable(Exception):

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
-from corefit import cli, hookspecs, recipe
+from corefit import cli, hookspecs, recipe, types
 from corefit.registry import KINDS
 from corefit.scaffold import NEW
 
@@ -177,12 +177,23 @@ def hook_table() -> str:
     return table(("`--kind`", "hook", "yields", "what for", "called"), *rows)
 
 
+def field_table() -> str:
+    rows = []
+    for cls in (types.Message, types.Conversation, types.Segment, types.PromptTemplate):
+        docs = field_docs(cls)
+        for name in getattr(cls, "_fields", None) or [item.name for item in dataclasses.fields(cls)]:
+            if not docs.get(name):
+                raise Undocumented(f"corefit/types.py: {cls.__name__}.{name} has no docstring")
+            rows.append((f"`{cls.__name__}.{name}`", docs[name]))
+    return table(("field", "meaning"), *rows)
+
+
 # ---------------------------------------------------------------------------------------------------------- writing
 
 PARTS = {
     "RECIPE.md": {"recipe": recipe_reference},
     "COMMANDS.md": {"commands": command_reference},
-    "plugins/README.md": {"hooks": hook_table},
+    "plugins/README.md": {"hooks": hook_table, "fields": field_table},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -205,7 +206,7 @@ class Encoder:
             id = self.tokenizer.token_id(text)
             id = self.tokenizer.token_id(text.strip()) if id is None else id  # with the whitespace that it swallows
             if id is None:
-                raise PluginError(_not_one_token(text, self.template, self.tokenizer))
+                raise PluginError(_not_one_token([text], self.template, self.tokenizer))
             self._control_ids[text] = id
         return id
 
@@ -264,9 +265,8 @@ def make_encoder(
         PluginError: the template fails on a simple conversation.
     """
     named = (tokenizer.bos_token,) if template.bos and tokenizer.bos_token else ()
-    for token in (*named, *template.control, *template.stop):
-        if tokenizer.token_id(token) is None:
-            raise ModelError(_not_one_token(token, template, tokenizer))
+    if missing := [t for t in (*named, *template.control, *template.stop) if tokenizer.token_id(t) is None]:
+        raise ModelError(_not_one_token(missing, template, tokenizer))
     control = {*template.control, *template.stop, *(() if template.chat_template else tokenizer.control_tokens)}
     forbidden = tokenizer.protect(sorted(control))
     mask = np.zeros(tokenizer.vocab_size, np.bool_)
@@ -295,7 +295,7 @@ def make_encoder(
     trained = last[-1:] or ([] if template.stop else [tokenizer.eos_token or ""])
     stop = tuple(dict.fromkeys([*template.stop, *trained]))
     if tokenizer.token_id(stop[0]) is None:
-        raise ModelError(_not_one_token("EOS", template, tokenizer))
+        raise ModelError(_not_one_token(["EOS"], template, tokenizer))
     try:
         alone = encoder.segments(Conversation(probe.messages[:-2]), "start")
     except Unrenderable:
@@ -308,17 +308,19 @@ def make_encoder(
     return replace(encoder, stop=stop, forgeable=tuple(forgeable), rewrites=rewrites)
 
 
-def _not_one_token(token: str, template: PromptTemplate, tokenizer: Tokenizer) -> str:
-    if token in template.stop and token not in template.control:
+def _not_one_token(tokens: Sequence[str], template: PromptTemplate, tokenizer: Tokenizer) -> str:
+    names = list(dict.fromkeys(tokens))
+    if text := [token for token in names if token in template.stop and token not in template.control]:
         return (
-            f"template {template.name!r} has the stop {token!r}, which is not one token of the tokenizer "
+            f"template {template.name!r} has the stop {text[0]!r}, which is not one token of the tokenizer "
             f"{tokenizer.name}; where it is plain text, take it out of the template's stop and let EOS end an answer "
             "(eos=True), else choose a model made for this format, or add it with model.add_tokens"
         )
+    what, add = repr(names[0]) + f" and {len(names) - 1} more" * (len(names) > 1), json.dumps(names, ensure_ascii=False)
     return (
-        f"template {template.name!r} needs {token!r}, which is not one token of the tokenizer {tokenizer.name}; choose "
-        "another with --template ('tokenizer' is the model's own), a model made for this format, or add "
-        "it with model.add_tokens"
+        f"template {template.name!r} needs {what}, which is not one token of the tokenizer {tokenizer.name}; choose "
+        "another with --template ('tokenizer' is the model's own), a model made for this format, or add to it: --set "
+        f"'model.add_tokens={add}'; what is plain text in the format can't be in the template's control"
     )
 
 

@@ -347,7 +347,7 @@ def _compile(chat_template: str) -> Any:  # noqa: ANN401, a jinja2.Template
     try:
         return environment.from_string(chat_template)
     except jinja2.TemplateError as error:
-        raise ModelError(f"the tokenizer's chat template is not Jinja that can be compiled: {error}") from None
+        raise ModelError(f"this chat template is not Jinja that can be compiled: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------- sentencepiece

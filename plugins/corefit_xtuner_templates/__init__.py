@@ -276,6 +276,7 @@ _OLDER: dict[str, dict[str, Any]] = {
         user="\n<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n",
         eos=True,
         stop=(),
+        control=("<|im_start|>", "<|im_end|>"),
     ),
     "baichuan_chat": {},
     "baichuan2_chat": {},

@@ -52,6 +52,12 @@ def test_a_template_is_shown_on_a_sample_conversation(tmp_path, tiny_tokenizer):
     lines = lines_of(corefit("templates", "internlm_chat", "--tokenizer", tiny_tokenizer, cwd=tmp_path))
     assert lines[3] == "[+supervised+]  {control token}  · between tokens"
     assert lines[5].startswith("{<s>}·<·|·S·") and "·{<eoa>}+]" in lines[-2]
+    lines = lines_of(corefit("templates", "llama3_chat", "--tokenizer", tiny_tokenizer, cwd=tmp_path))
+    assert lines[1] == (
+        f"no tokens of {tiny_tokenizer}, shown as if model.add_tokens had them: "
+        "<|start_header_id|>  <|end_header_id|>  <|eot_id|>"
+    )
+    assert lines[-1].endswith("·{<|eot_id|>}+]")
     lines = lines_of(corefit("templates", "minicpm", cwd=tmp_path))
     assert (
         "it can't write a system message (system_message)" in lines and "<用户> 2 + 2? <AI>[+4.·{<eos>}+]" in lines[-2]
@@ -66,7 +72,6 @@ def test_a_template_is_shown_on_a_sample_conversation(tmp_path, tiny_tokenizer):
         (["lama3_chats"], "no template 'lama3_chats'; did you mean 'llama3_chat'?"),
         (["--diff", "chatml", "qwen_cat"], "no template 'qwen_cat'; did you mean 'qwen_chat'?"),
         (["tokenizer"], "this template is the tokenizer's own: name one with --tokenizer PATH"),
-        (["llama3_chat", "--tokenizer"], "template 'llama3_chat' needs '<|start_header_id|>', which is not one token"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path, tiny_tokenizer, arguments, message):

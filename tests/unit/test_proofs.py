@@ -116,6 +116,20 @@ def test_each_proof_is_one_line_and_facts(tiny_tokenizer, template):
     assert found["supervised"].facts == {"share": n_supervised / n_tokens, "samples": 4, "without": 0}
 
 
+def test_white_space_that_a_template_leaves_out_is_said(tiny_tokenizer):
+    def stripped(item, tokenizer, options=None):
+        return CHATML.render(
+            item._replace(messages=tuple(m._replace(content=m.content.strip()) for m in item.messages)), tokenizer
+        )
+
+    template = dataclasses.replace(CHATML, render=stripped, chat_template=None)
+    items = [TURNS, [["user", "x\n"], ["assistant", " y"]]]
+    said = "but template 'chatml' leaves out white space around messages in 1 of them (first: rows.jsonl:2)"
+    assert lines(tiny_tokenizer, CHATML, items=items)["mask"].find("white space") < 0
+    found = lines(tiny_tokenizer, template, items=items)["mask"]
+    assert said in found
+
+
 def test_records_without_samples_prove_nothing_and_say_so(tiny_tokenizer):
     assert lines(tiny_tokenizer, items=[None])["mask"] == "mask: no sample among the first records"
     assert lines(tiny_tokenizer, items=[None])["supervised"] == (

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from fake_plugins import write_plugin
 
+from corefit import PromptTemplate
 from corefit.cli import main
 from corefit.data.encode import make_encoder
 from corefit.data.tokenizer import Tokenizer
@@ -70,9 +71,11 @@ def corefit_quantizers():
 REPORTER = NEW["reporter"][2].replace("$name", "mutant")
 SPOILS = """
     import torch
+    trained = []
     def spoil(head, *_):
-        if not torch.is_grad_enabled():
+        if trained and not torch.is_grad_enabled():
             head.weight.data.mul_(1.5)
+    model.get_decoder().register_forward_hook(lambda *_: trained.append(1) if torch.is_grad_enabled() else None)
     model.get_output_embeddings().register_forward_hook(spoil)
 """
 COUNT = ("from __future__ import annotations\n", "from __future__ import annotations\nimport itertools\n")
@@ -210,6 +213,10 @@ MUTANTS: dict[str, dict[str, list[Edits]]] = {
     "template": {
         "writes content as it is, and in order": [
             (("Segment(message.content,", 'Segment(message.content.replace("\\n\\n", "\\n"),'),),
+            (
+                ("Segment(message.content,", "Segment(message.content.strip(),"),
+                ("m.content + '<|end|>", "(m.content | trim) + '<|end|>"),
+            ),
         ],
         "supervises answers and their stops, nothing else": [
             (('message.role == "assistant" and message.supervised is not False', 'message.role != "system"'),),
@@ -399,19 +406,26 @@ def test_what_mutants_are_made_of_fails_nothing(code, install):
 README = (Path(__file__).resolve().parents[2] / "plugins" / "README.md").read_text("utf-8")
 
 
-def test_the_template_that_plugins_readme_shows_in_strings_keeps_every_promise(install):
-    (call,) = re.findall(r"```python\n(yield PromptTemplate.+?)```", README, re.DOTALL)
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_template_that_plugins_readme_shows_in_strings_keeps_every_promise(number, install):
+    call = re.findall(r"```python\n(yield PromptTemplate.+?)```", README, re.DOTALL)[number]
     install("from corefit import PromptTemplate\n\ndef corefit_prompt_templates():\n" + textwrap.indent(call, "    "))
-    assert failures("") == {} and len(plugin_checks("mutant")) == 13
+    assert failures("") == {} and len(plugin_checks("mutant")) == 13 - number
 
 
-@pytest.mark.parametrize("mistake", ["", "tool"])
-def test_the_template_that_plugins_readme_shows_in_python_keeps_every_promise(mistake, install):
+@pytest.mark.parametrize(
+    ("edits", "title"),
+    [
+        ((), None),
+        # tools are looked at too, where a format has a place for them
+        ((("+ m.content }}", "+ (m.content if m.role != 'tool' else '') }}"),), "writes in Jinja what it renders"),
+        ((('stop=("<|end|>", "<|call|>")', 'stop=("<|end|>",)'),), "ends every answer with a supervised stop"),
+    ],
+)
+def test_the_template_that_plugins_readme_shows_in_python_keeps_every_promise(edits, title, install):
     (module,) = re.findall(r"```python\n(from __future__.+?)```", README, re.DOTALL)
-    if mistake:  # tools are looked at too, where a format has a place for them
-        module = edited(module, (("+ m.content + '<|end|>", "+ (m.content if m.role != 'tool' else '') + '<|end|>"),))
-    install(module)
-    assert list(failures("")) == (["writes in Jinja what it renders"] if mistake else [])
+    install(edited(module, edits))
+    assert title in failures("") if title else failures("") == {}
 
 
 def test_plugins_readme_lists_the_checks():
@@ -481,6 +495,54 @@ def test_an_answer_may_end_with_text_and_the_eos_behind_it(edits, title, install
         return
     with pytest.raises(ModelError, match=r"has the stop '\[/A\]', which is not one token of .*take it out of .*stop"):
         make_encoder(template, Tokenizer.load(EMBEDDED / "model"))
+
+
+@pytest.mark.parametrize(
+    ("edits", "title", "words"),
+    [
+        (
+            (('Segment("<|end|>", learnt, control=True)', 'Segment("<|end|>", control=True)'),),
+            "ends every answer with a supervised stop",
+            "'<|end|>' is not supervised; write Segment('<|end|>', learnt, control=True)",
+        ),
+        (
+            (('Segment("<|end|>", learnt, control=True)', 'Segment("<|end|>", learnt)'),),
+            "ends every answer with a supervised stop",
+            "'<|end|>' is text, not a segment with control=True",
+        ),
+        (
+            (('Segment("<|begin|>", control', 'Segment("<|begln|>", control'), ("{{ '<|begin|>'", "{{ '<|begln|>'")),
+            "writes control segments that are declared tokens",
+            "render writes '<|begln|>' with control=True, which control doesn't name; is '<|begin|>' there a slip?",
+        ),
+        (
+            (('Segment(message.role + "\\n")', 'message.role + "\\n"'),),
+            "writes content as it is, and in order",
+            "render yields 'user\\n'; expected a Segment",
+        ),
+        (
+            (('stop=("<|end|>",)', 'stop="<|end|>"'),),
+            "loads, and nobody else claims its names",
+            "stop is text, and its",
+        ),
+    ],
+)
+def test_a_failed_check_says_what_to_change(edits, title, words, install):
+    install(edited(TEMPLATE, edits))
+    assert words in failures("")[title]
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (dict(control=("<|imstart|>",)), "control has '<|imstart|>', which is in none of its strings"),
+        (dict(control="[U]"), "template t: control is text, and its letters would be tokens: ('[U]',)"),
+        (dict(start="<s>"), "start is text"),
+    ],
+)
+def test_strings_that_cannot_be_meant_are_refused_at_once(how, words):
+    with pytest.raises((ValueError, TypeError), match=re.escape(words)):
+        PromptTemplate.from_strings(name="t", summary="", user="[U]{content}[/U]", eos=True, **how)
 
 
 def test_an_unknown_plugin_names_the_nearest(capsys):
