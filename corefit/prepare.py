@@ -444,7 +444,7 @@ def _fitting(records: Sequence[Record], registry: Registry) -> str:
         with contextlib.suppress(Exception):
             fits += [name] if any(not isinstance(item, Drop) for item in function.map(records[0], None)) else []
     words = f"--plugin {' or '.join(fits)} fits; " if fits else ""
-    return f"{words}[data.fields] says which field is what; "
+    return f"{words}[data.fields] says which field is what (--set data.fields.user=KEY data.fields.assistant=KEY); "
 
 
 def _keys(records: Sequence[Record]) -> str:

@@ -744,6 +744,8 @@ def _assign(recipe: Recipe, key: str, tries: Sequence[object], origin: str) -> R
     """Set ``section.key`` or ``section.options.name`` to the first of ``tries`` that fits; none: to the default."""
     title, name, *inner = key.split(".", 2)
     if inner and not (name in ("options", "fields") and name in _hints(SECTIONS[title])):
+        if name not in _hints(SECTIONS[title]):
+            raise RecipeError(f"{unknown(f'[{title}] key', name, _hints(SECTIONS[title]))}")
         raise RecipeError(f"{title}.{name} has no keys of its own")
 
     def changed(section: Any) -> Any:  # noqa: ANN401, one of the section classes

@@ -226,13 +226,11 @@ def resolve_base(base: str, *, trust_remote_code: bool = False, say: Callable[[s
         if any(path.match(pattern) for pattern in PICKLES):
             raise ModelError(f"{base}: a pickle, which corefit never opens; {to_convert(path)}")
         raise ModelError(f"{base}: a file, not a model folder; give the folder that holds config.json")
+    near = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, near, n=1)
+    hint = f"; did you mean {path.parent / close[0]}?" if close else ""
     if base.startswith((".", "/", "~")) or "\\" in base or base.count("/") > 1:
-        near = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        close = difflib.get_close_matches(path.name, near, n=1)
-        hint = (
-            f"; did you mean {path.parent / close[0]}?" if close else "; give a model folder or a hub name (owner/name)"
-        )
-        raise ModelError(f"{base}: no such folder{hint}")
+        raise ModelError(f"{base}: no such folder{hint or '; give a model folder or a hub name (owner/name)'}")
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
@@ -260,7 +258,7 @@ def resolve_base(base: str, *, trust_remote_code: bool = False, say: Callable[[s
     except Exception as error:  # no network: every version of the client has its own names for it
         host = urlsplit(constants.ENDPOINT).hostname
         reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{host}: {type(error).__name__}"
-        why = f"no such folder here, and not to be had from the hub ({reason})"
+        why = f"no such folder here, and not to be had from the hub ({reason}){hint}"
         raise ModelError(f"{base}: {why}; {ways}") from error
 
 

@@ -260,7 +260,13 @@ class TestWrongFormat:
             ("oasst1", ALPACA, "not_oasst1", "input, instruction, output", "alpaca fits"),
             ("conversation", SHAREGPT, "not_a_list", "conversations", "sharegpt fits"),
             ("alpaca", LAWYER, "missing_field", "answer, question", "law_reference fits"),
-            ("alpaca", [{"x": 1}], "missing_field", "x", "[data.fields] says which field is what"),
+            (
+                "alpaca",
+                [{"x": 1}],
+                "missing_field",
+                "x",
+                "[data.fields] says which field is what (--set data.fields.user=KEY",
+            ),
         ],
     )
     def test_it_fails_on_the_first_record_with_its_keys_and_what_fits(
