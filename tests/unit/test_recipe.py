@@ -368,8 +368,8 @@ def test_wrong_arguments_are_reported_together_as_typed():
     assert "did you mean 'train'?" in lines[4] and lines[5].endswith("expected section.key=value")
     assert lines[7].endswith("train.lr has no keys of its own")
     assert refusals(apply_overrides, Recipe(), {}, ["data.field.user=q"]) == [
-        "--set data.field.user=q: no [data] key 'field'; did you mean 'fields'? known: fields, first, map, max_record_mb, "
-        "on_bad, options, path, ratio, reader, repeat, shuffle"
+        "--set data.field.user=q: no [data] key 'field'; did you mean 'fields'? known: fields, first, map, "
+        "max_record_mb, on_bad, options, path, ratio, reader, repeat, shuffle"
     ]
 
 
