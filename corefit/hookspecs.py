@@ -117,9 +117,10 @@ def corefit_prompt_templates() -> Iterable[PromptTemplate]:
     Called: once at start-up, before the tokenizer is loaded.
     Yield: a ``PromptTemplate`` for every chat format. ``PromptTemplate.from_strings`` makes the renderer and the Jinja
     from the same strings. A template that needs logic writes ``render(item, tokenizer, options)`` itself: it yields
-    ``Segment``s that hold the content verbatim and in order, and only the assistant's content and its stop are
-    supervised. A segment with ``control=True`` is exactly one token of the tokenizer. What can't be placed exactly
-    raises ``Unrenderable(reason)``, a counted drop; a ``DataError`` stops the run instead.
+    ``Segment``s that hold the content verbatim and in order, and only the assistant's content, its thought where the
+    format learns one, and its stop are supervised. A segment with ``control=True`` is exactly one token of the
+    tokenizer. What can't be placed exactly raises ``Unrenderable(reason)``, a counted drop; a ``DataError`` stops the
+    run instead.
 
     A whole plugin::
 

@@ -441,7 +441,8 @@ def inspect_from(
         for row, number in enumerate(block.samples[:, RECORD].tolist()):
             record, slot = records[number], generator.randrange(len(lengths) + 1)
             lengths.append(int(block.samples[row, LENGTH]))
-            if min(slot, len(chosen)) < samples and isinstance(record, Record):  # a reservoir
+            slot = len(chosen) if len(chosen) < samples else slot  # a reservoir
+            if slot < samples and isinstance(record, Record):
                 chosen[slot : slot + 1] = [(record.origin, block.sample(row, record.origin))]
         seen += len(records)
         if len(lengths) >= INSPECTED:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from corefit.data.block import DROPPED, SAMPLES, TRUNCATED, WORDS
-from corefit.errors import ModelError
+from corefit.errors import CorefitError, ModelError
 from corefit.terminal import visible
 from corefit.types import IGNORE_INDEX, BadRecord, Conversation, Item, Message, PromptTemplate, Sample, Unrenderable
 
@@ -144,7 +145,7 @@ def _visible(text: str) -> str:
 def as_json(item: Item, sample: Sample, text: str) -> dict[str, Any]:
     """Give one object for programs: origin, messages, input_ids, labels, text."""
     if isinstance(item, Conversation):
-        messages = [{"role": m.role, "content": m.content} for m in item.messages]
+        messages = [{k: v for k, v in m._asdict().items() if v is not None and v != ()} for m in item.messages]
     else:
         messages = [{"role": "document", "content": item.text}]
     return {
@@ -238,6 +239,11 @@ CONVERSATIONS = {
     "two questions in a row": Conversation((_TURN[0], *_TURN)),
 }
 """On which templates are compared."""
+MORE = {
+    "a tool's message": Conversation((_TURN[0], Message("assistant", "Let me see."), Message("tool", "4"), _TURNS[3])),
+    "a thought": Conversation((_TURNS[2], Message("assistant", "4.", reasoning="Two and two."))),
+}
+"""What not every format has a place for."""
 
 
 class _NoTokenizer:
@@ -319,9 +325,16 @@ def template_sample(template: PromptTemplate, tokenizer: str | None, *, colour: 
         lines += ["<bos> and <eos> stand for the tokenizer's own; --tokenizer PATH shows them, and tokens"]
     for name in ("a system message", "two turns"):
         try:
-            return [*lines, "", _marked(read(CONVERSATIONS[name]), colour=colour)]
+            lines += ["", _marked(read(CONVERSATIONS[name]), colour=colour)]
+            break
         except Unrenderable as refusal:
             lines.append(f"it can't write {name} ({refusal.reason})")
+    for name, item in MORE.items():
+        with suppress(Unrenderable, CorefitError):
+            found = read(item)
+            text = "".join(piece.text for piece in found)
+            if all(word in text for message in item.messages for word in (message.content, message.reasoning or "")):
+                lines += ["", f"with {name}:", _marked(found, colour=colour)]
     return lines
 
 

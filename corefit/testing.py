@@ -619,6 +619,15 @@ def _chats(template: PromptTemplate, tokenizer: Tokenizer) -> list[tuple[Message
     return found
 
 
+def _thoughtful(template: PromptTemplate, tokenizer: Tokenizer) -> tuple[tuple[Message, ...], list[Segment]] | None:
+    """Give a conversation with a thought and its segments, where the format writes thoughts."""
+    messages = (TURNS[0], TURNS[1]._replace(reasoning="thought1"), *TURNS[2:])
+    with suppress(Unrenderable, CorefitError):
+        segments = list(template.render(Conversation(messages), tokenizer, _options(template)))
+        return (messages, segments) if "thought1" in _joined(segments) else None
+    return None
+
+
 @_rule("template", "writes content as it is, and in order")
 def _verbatim(template: PromptTemplate, registry: Registry) -> None:
     tokenizer = _tokenizer(template)
@@ -673,6 +682,12 @@ def _stopped(template: PromptTemplate, registry: Registry) -> None:
                     f"{what}; write Segment({(stops or ['</s>'])[0]!r}, learnt, control=True); in "
                     "from_strings it is the suffix that control names, or eos=True"
                 )
+
+    if thoughtful := _thoughtful(template, tokenizer):
+        text = "".join(s.text if s.supervised and s.control else "." * len(s.text) for s in thoughtful[1])
+        (_, _, begin, _), (_, end, _, _) = _spans(thoughtful[1], thoughtful[0])[:2]
+        inside = next((stop for stop in stops if stop in text[begin:end]), None)
+        _hold(not inside, f"{inside!r} is learnt at the end of a thought and is a stop: the model would never answer")
 
 
 @_rule("template", "stops at tokens that it declares")
@@ -761,8 +776,12 @@ def _control(template: PromptTemplate, registry: Registry) -> None:
 @_rule("template", "writes in Jinja what it renders", lambda template: template.chat_template is not None)
 def _jinja(template: PromptTemplate, registry: Registry) -> None:
     tokenizer = _tokenizer(template)
-    for messages in _chats(template, tokenizer):
-        chat = [{"role": message.role, "content": message.content} for message in messages]
+    thoughtful = _thoughtful(template, tokenizer)
+    for messages in (*_chats(template, tokenizer), *([thoughtful[0]] if thoughtful else [])):
+        chat = [
+            {"role": m.role, "content": m.content} | ({"reasoning_content": m.reasoning} if m.reasoning else {})
+            for m in messages
+        ]
         segments = _rendered(template, tokenizer, Conversation(messages))
         ours, how = _joined(segments), {"chat_template": template.chat_template}
         theirs = tokenizer.render_chat(chat, **how)

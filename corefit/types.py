@@ -438,7 +438,8 @@ class PromptTemplate:
     summary: str
     """One line for ``corefit plugins``."""
     render: Callable[..., Iterator[Segment]]
-    """``render(item, tokenizer, options)``: content verbatim and in order; only answers and their stops supervised.
+    """``render(item, tokenizer, options)``: content verbatim and in order; only answers, with their thoughts, and
+    their stops supervised.
     An item it can't place exactly raises ``Unrenderable(reason)``, a counted drop."""
     stop: tuple[str, ...] = ()
     """Tokens that end an answer, beside the one that training puts there; empty: that one. Each is in ``control``."""

@@ -316,11 +316,12 @@ def _not_one_token(tokens: Sequence[str], template: PromptTemplate, tokenizer: T
             f"{tokenizer.name}; where it is plain text, take it out of the template's stop and let EOS end an answer "
             "(eos=True), else choose a model made for this format, or add it with model.add_tokens"
         )
-    what, add = repr(names[0]) + f" and {len(names) - 1} more" * (len(names) > 1), json.dumps(names, ensure_ascii=False)
+    where = tokenizer.name + f" (and {len(names) - 1} more)" * (len(names) > 1)
+    add = json.dumps(names, ensure_ascii=False)
     return (
-        f"template {template.name!r} needs {what}, which is not one token of the tokenizer {tokenizer.name}; choose "
-        "another with --template ('tokenizer' is the model's own), a model made for this format, or add to it: --set "
-        f"'model.add_tokens={add}'; what is plain text in the format can't be in the template's control"
+        f"template {template.name!r} needs {names[0]!r}, which is not one token of the tokenizer {where}; "
+        "choose another with --template ('tokenizer' is the model's own), a model made for this format, or add to it: "
+        f"--set 'model.add_tokens={add}'; what is plain text in the format can't be in the template's control"
     )
 
 

@@ -174,6 +174,8 @@ def test_inspect_needs_a_tokenizer_only(tmp_path: Path, data: Path, tiny_tokeniz
     assert "<eoa>+]" in done.stdout
     assert "[+" in done.stdout.split("<eoh>")[1]
     assert "2 read = 2 used" in done.stdout
+    for seed in "0123":  # two ways to draw one of two
+        assert corefit(*base, "--samples", "9", "--seed", seed, cwd=tmp_path).stdout.count("\n--- ") == 2
     rows = [json.loads(line) for line in corefit(*base, "--json", cwd=tmp_path).stdout.splitlines()]
     assert [row["origin"] for row in rows] == [f"{data}:1", f"{data}:2"]
     assert rows[0]["messages"] == [

@@ -532,6 +532,45 @@ def test_a_failed_check_says_what_to_change(edits, title, words, install):
     assert words in failures("")[title]
 
 
+THINKING = (
+    (
+        "        if message.tool_calls or message.reasoning:",
+        "        if message.tool_calls or (message.reasoning and message.role != 'assistant'):",
+    ),
+    (
+        "        yield Segment(message.content, learnt)\n",
+        "        if message.reasoning:\n"
+        "            yield Segment(message.reasoning, learnt)\n"
+        '            yield Segment("<|think|>", learnt, control=True)\n'
+        "        yield Segment(message.content, learnt)\n",
+    ),
+    ('control=("<|begin|>", "<|end|>")', 'control=("<|begin|>", "<|end|>", "<|think|>")'),
+    ("+ m.content +", "+ (m.reasoning_content + '<|think|>' if m.reasoning_content else '') + m.content +"),
+)
+
+
+@pytest.mark.parametrize(
+    ("edits", "title", "words"),
+    [
+        ((), None, ""),
+        (
+            (("if m.reasoning_content else", "if m.bogus else"),),
+            "writes in Jinja what it renders",
+            "segments say ...",
+        ),
+        (
+            (('stop=("<|end|>",)', 'stop=("<|end|>", "<|think|>")'),),
+            "ends every answer with a supervised stop",
+            "'<|think|>' is learnt at the end of a thought and is a stop: the model would never answer",
+        ),
+    ],
+)
+def test_a_format_of_thoughts(edits, title, words, install):
+    install(edited(edited(TEMPLATE, THINKING), edits))
+    found = failures("")
+    assert list(found) == ([title] if title else []) and words in "".join(found.values())
+
+
 @pytest.mark.parametrize(
     ("how", "words"),
     [
