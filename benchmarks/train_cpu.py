@@ -125,16 +125,20 @@ def figures(
     }
 
 
+def settings(steps: int, threads: int) -> list[str]:
+    """Give what both sides are told, as ``--set`` takes it."""
+    return [
+        f"train.max_steps={steps}", f"train.packs_per_step={PACKS}", f"pack.max_length={LENGTH}", "train.lr=1e-4",
+        "train.precision=bf16", "train.scheduler=constant", "train.warmup=0", "adapter.r=16", "adapter.alpha=32",
+        "adapter.dropout=0.0", "val.share=0.0", "sample.max_tokens=1", f"run.threads={threads}",
+    ]  # fmt: skip
+
+
 def ours(rows: Path, folder: Path, args: Any) -> dict[str, float]:
     """Run ``corefit train``."""
     out = folder / "run"
-    settings = (
-        f"train.max_steps={args.steps}", f"train.packs_per_step={PACKS}", f"pack.max_length={LENGTH}", "train.lr=1e-4",
-        "train.precision=bf16", "train.scheduler=constant", "train.warmup=0", "adapter.r=16", "adapter.alpha=32",
-        "adapter.dropout=0.0", "val.share=0.0", "sample.max_tokens=1", f"run.threads={args.threads}",
-    )  # fmt: skip
     words = ["train", "--plugin", "openai", "--template", "chatml", "--model", str(args.model), "--data", str(rows)]
-    words += ["--quantizer", "none", "--out", str(out), "--set", *settings]
+    words += ["--quantizer", "none", "--out", str(out), "--set", *settings(args.steps, args.threads)]
     found = run([sys.executable, "-m", "corefit", *words], folder, args.threads, out / "metrics.jsonl")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     steps = [line for line in lines if line.get("supervised_tokens")]
@@ -144,11 +148,11 @@ def ours(rows: Path, folder: Path, args: Any) -> dict[str, float]:
     return figures(*columns, found["peak"], found["first"])
 
 
-def theirs(rows: Path, folder: Path, args: Any, settings: dict[str, Any]) -> dict[str, float]:
+def theirs(rows: Path, folder: Path, args: Any, own: dict[str, Any]) -> dict[str, float]:
     """Run SFTTrainer."""
     out = folder / "trl.jsonl"
-    settings = {**settings, "threads": args.threads, "length": LENGTH, "packs": PACKS}
-    given = json.dumps([settings, str(rows), str(out), args.steps, str(args.model), TARGETS])
+    own = {**own, "threads": args.threads, "length": LENGTH, "packs": PACKS}
+    given = json.dumps([own, str(rows), str(out), args.steps, str(args.model), TARGETS])
     found = run([str(args.peer), "-c", PEER, given], folder, args.threads)
     steps, supervised, slots = list[dict[str, float]](), [0], [0]
     for line in map(json.loads, out.read_text("utf-8").splitlines()):
@@ -183,8 +187,8 @@ def main() -> None:
         for _ in range(rounds):
             seen.setdefault("corefit", []).append(ours(files["corefit"], folder, args))
             print(json.dumps(seen["corefit"][-1]), flush=True)
-            for name, settings in racing.items():
-                seen.setdefault(name, []).append(theirs(files["trl"], folder, args, settings))
+            for name, own in racing.items():
+                seen.setdefault(name, []).append(theirs(files["trl"], folder, args, own))
                 print(name, json.dumps(seen[name][-1]), flush=True)
             best = max(racing, key=lambda name: seen[name][0]["supervised tokens/s"])
             racing = {best: racing[best]}
