@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from corefit.engine import internlm
+from corefit.engine.fused import fuse_lora, fuse_norm
 from corefit.errors import ModelError, RunError, UserError, unknown
 from corefit.terminal import notice
 
@@ -447,7 +448,8 @@ def load_base(
             )
         files = ", ".join(f"{name} (sha256 {digest[:16]})" for name, digest in remote_code(folder).items())
         say(f"model.trust_remote_code: runs Python code from {base}: {files or 'there is none'}")
-    has_bitsandbytes = _import_bitsandbytes()
+    # 2 s and 120 MB that a base as it is stored does without
+    has_bitsandbytes = (quantizer.name != "none" or "quantization_config" in config) and _import_bitsandbytes()
     try:
         quantization = quantizer.config(compute_dtype)
     except ImportError as error:
@@ -719,13 +721,19 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
             )
         return model.float().requires_grad_(True).train()
     quiet()
-    _import_bitsandbytes()  # peft does it too, but without the precautions
+    if is_quantized(model):
+        _import_bitsandbytes()  # peft does it too, but without the precautions
+    with _unseen("bitsandbytes", when=not is_quantized(model)):
+        return _attach_lora(model, spec, seed=seed)
+
+
+def _attach_lora(model: PreTrainedModel, spec: AdapterSpec, *, seed: int) -> Any:  # noqa: ANN401, a PeftModel
     from peft import LoraConfig, TaskType, get_peft_model
 
     model.requires_grad_(False)
     for module in model.modules():
         if "norm" in type(module).__name__.lower():
-            module.float()
+            fuse_norm(module.float())
     targets, saved = internlm.llama_modules(model, spec.targets), internlm.llama_modules(model, spec.modules_to_save)
     targets = targets or sorted({*(everything := decoder_targets(model))} - _taken_for_experts(model, everything))
     if experts := _taken_for_experts(model, targets):
@@ -773,7 +781,25 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    fuse_lora(adapted)
     return adapted.train()
+
+
+@contextlib.contextmanager
+def _unseen(package: str, *, when: bool) -> Iterator[None]:
+    """Keep peft from importing a package that it would not use; nothing is hidden that is imported already."""
+    if not when or package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+        from peft import import_utils
+
+        for name in ("is_bnb_available", "is_bnb_4bit_available"):  # what it found out now isn't so
+            getattr(getattr(import_utils, name, None), "cache_clear", bool)()
 
 
 def _load_adapter(adapted: Any, folder: Path) -> None:  # noqa: ANN401, a PeftModel

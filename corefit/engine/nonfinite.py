@@ -89,7 +89,9 @@ class Watch:
             self._fine.add(path[-1])
 
     def _weight_gradient(self, module: nn.Module, name: str, gradient: Tensor) -> None:
-        self._gradient(self._paths.get(module, [module]), f"{name} of", gradient)
+        around = [path for ran, path in self._paths.items() if module in ran.modules()]  # it needn't run by itself
+        innermost = min(around, key=lambda path: len(list(path[-1].modules())), default=[module])
+        self._gradient(innermost, f"{name} of", gradient)
 
     def _found(self, direction: str, module: nn.Module, what: str, tensor: Tensor) -> None:
         parts = [part for part in module.modules() if part is module or part not in self._paths]  # a head isn't called

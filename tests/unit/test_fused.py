@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from tiny import write_model
+from torch import nn
+
+from corefit.engine.fused import LoraLinear, RMSNorm, fuse_lora
+from corefit.engine.model import AdapterSpec, attach_adapter, load_base
+from corefit.types import Quantizer
+
+torch.set_num_threads(1)
+NONE = Quantizer(name="none", summary="as stored", config=lambda compute_dtype: None)
+BF16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+
+
+def network(folder, *, dtype="float32", dropout=0.0, kind="llama_bias", **more):
+    base = load_base(str(write_model(folder, kind=kind)), quantizer=NONE, compute_dtype=dtype, device="cpu")
+    model = attach_adapter(base, AdapterSpec(r=4, alpha=12, dropout=dropout, **more), seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def unfused(model):
+    """The same model with peft's own forward."""
+    other = copy.deepcopy(model)
+    for module in other.modules():
+        module.__dict__.pop("forward", None)
+    return other
+
+
+def logits_and_gradients(model, autocast=torch.no_grad, seed=0):
+    torch.manual_seed(seed)
+    with autocast() if autocast is not torch.no_grad else torch.enable_grad():
+        logits = model(input_ids=torch.arange(24).view(2, 12), use_cache=False).logits
+    logits.float().square().mean().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return {"logits": logits.detach().float(), **found}
+
+
+def difference(one, other):
+    assert one.keys() == other.keys() and len(one) > 20
+    return max(float((one[name] - other[name]).norm() / other[name].norm()) for name in other)
+
+
+def fused(model):
+    return sum("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_one_operation_gives_what_peft_gives(tmp_path, dropout):
+    model = network(tmp_path, dropout=dropout)
+    assert fused(model) == 19  # 14 layers, 5 norms
+    assert difference(logits_and_gradients(model), logits_and_gradients(unfused(model))) < 1e-5
+    model.eval()
+    assert difference(logits_and_gradients(model), logits_and_gradients(unfused(model))) < 1e-5
+
+
+def test_in_bf16_it_is_within_a_rounding(tmp_path):
+    model = network(tmp_path, dtype="bfloat16")
+    exact = {name: value.float() for name, value in logits_and_gradients(unfused(model).float()).items()}
+    ours, theirs = (logits_and_gradients(m, BF16) for m in (model, unfused(model)))
+    assert all(value.dtype == torch.float32 for value in ours.values())
+    assert difference(ours, exact) < 1.2 * difference(theirs, exact) < 0.1
+
+
+def test_gradients_are_those_of_finite_differences():
+    torch.manual_seed(0)
+    shapes = [(2, 3, 5), (2, 3, 5), (7, 5), (7,), (2, 5), (7, 2)]
+    x, dropped, weight, bias, a, b = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    for one in (x, dropped, a, b):
+        one.requires_grad_()
+
+    def run(*tensors):
+        return LoraLinear.apply(*tensors, 1.5)
+
+    # fp32 gradients of a and b, whatever they are: hence the tolerance
+    assert torch.autograd.gradcheck(run, (x, dropped, weight, bias, a, b), atol=1e-5, rtol=1e-4)
+    assert torch.autograd.gradcheck(run, (x, None, weight, None, a, b), atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_of_the_norm_are_those_of_finite_differences():
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64)
+    wide = RMSNorm.apply(x.float(), weight.float(), 1e-3)
+    wide.square().sum().backward()
+    ours, x.grad = x.grad, None
+    (weight * x * (x.square().mean(-1, keepdim=True) + 1e-3).rsqrt()).square().sum().backward()
+    assert float((ours - x.grad).abs().max()) < 1e-5
+
+
+def test_norms_of_another_form_are_left_alone(tmp_path):
+    from tiny_families import FAMILIES, write_family
+
+    kinds = {"gemma": 0, "mistral": 5, "qwen3": 9, "phi": 0}
+    for kind, norms in kinds.items():
+        found = next(family for family in FAMILIES if family.kind == kind)
+        base = load_base(
+            str(write_family(tmp_path / kind, found)), quantizer=NONE, compute_dtype="float32", device="cpu"
+        )
+        model = attach_adapter(base, AdapterSpec(r=4, alpha=4, dropout=0.0), seed=0)
+        assert sum("forward" in m.__dict__ and "orm" in type(m).__name__ for m in model.modules()) == norms, kind
+        assert difference(logits_and_gradients(model), logits_and_gradients(unfused(model))) < 1e-5
+
+
+@pytest.mark.parametrize("more", [{"dora": True}, {"modules_to_save": ("lm_head",)}, {"rslora": True}])
+def test_what_it_does_not_compute_stays_with_peft(tmp_path, more):
+    model = network(tmp_path, **more)
+    assert fused(model) == (5 if "dora" in more else 19)
+    assert difference(logits_and_gradients(model), logits_and_gradients(unfused(model))) < 1e-5
+
+
+def test_the_adapter_can_be_switched_off_and_merged(tmp_path):
+    model, ids = network(tmp_path).eval(), torch.arange(12)[None]
+    with torch.no_grad():
+        on = model(input_ids=ids).logits
+        with model.disable_adapter():
+            off = model(input_ids=ids).logits
+        model.merge_adapter()
+        merged = model(input_ids=ids).logits
+        model.unmerge_adapter()
+        again = model(input_ids=ids).logits
+    assert float((off - on).abs().max()) > 1e-2 > 1e-4 > float((merged - on).abs().max())
+    assert float((again - on).abs().max()) < 1e-4
+
+
+def test_a_layer_of_another_class_is_left_alone(tmp_path):
+    model = network(tmp_path)
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+
+    class Other(nn.Linear):
+        pass
+
+    for module in model.modules():
+        if hasattr(module, "base_layer"):
+            module.base_layer.__class__ = Other
+    fuse_lora(model)
+    assert fused(model) == 0
+
+
+def test_a_base_as_stored_needs_no_bitsandbytes(tmp_path):
+    code = f"""if True:
+        import sys
+        sys.path.insert(0, {str(write_model.__code__.co_filename.rpartition("/")[0])!r})
+        import os
+        from pathlib import Path
+        sys.path.insert(0, {str(__file__.rpartition("/")[0])!r})
+        from test_fused import network
+        network(Path({str(tmp_path)!r}) / "plain")
+        assert "bitsandbytes" not in sys.modules, "imported"
+        from corefit.engine.model import AdapterSpec, attach_adapter, load_base
+        from corefit.registry import Registry
+        how = dict(quantizer=Registry.load().quantizer("nf4"), compute_dtype="float32", device="cpu")
+        base = load_base({str(tmp_path / "plain")!r}, **how)
+        model = attach_adapter(base, AdapterSpec(r=4, alpha=4, dropout=0.0), seed=0)
+        assert sum(type(module).__name__ == "Linear4bit" for module in model.modules()) == 28
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
