@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import difflib
 import functools
 import hashlib
@@ -37,6 +38,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # which huggingface_hub reads when
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+M_MMAP_THRESHOLD = -3
+"""Of glibc's malloc.h."""
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
 
 
@@ -64,9 +67,13 @@ def quiet() -> None:
 def prepare_process(threads: int | None = None) -> None:
     """Call ``quiet`` and fix the number of CPU threads; None leaves torch's own choice.
 
-    On a CPU equal bits in a resumed run need an equal number of threads.
+    On a CPU equal bits in a resumed run need an equal number of threads. Tensors of 1 MiB and more go back to the
+    system once they are freed: glibc else keeps blocks of up to 32 MiB, and its heap is in pieces (a step of a model of
+    135M parameters took 3,291 MiB at most in the place of 2,712, for the same processor time).
     """
     quiet()
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library, or Windows
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
     if threads is not None:
         torch.set_num_threads(threads)
 
