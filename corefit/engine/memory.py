@@ -225,10 +225,31 @@ def needed(shape: Shape, setting: Setting) -> int:
 
 
 def largest_micro_batch(shape: Shape, setting: Setting, *, room: int, packs: int) -> int:
-    """Give the largest divisor of ``packs``, those of a step on one rank, with which ``room`` bytes are enough; or 0."""
+    """Give the largest divisor of ``packs``, those of a step on a rank, with which ``room`` bytes are enough; or 0."""
     sizes = [n for n in range(1, packs + 1) if packs % n == 0]
     fitting = [n for n in sizes if needed(shape, replace(setting, micro_batch=n)) <= room * (1 - KEPT_FREE)]
     return max(fitting, default=0)
+
+
+def advice(shape: Shape, setting: Setting) -> str:
+    """Give the settings that each take less memory, the least first, and how much."""
+    s, ways = setting, dict[str, Setting]()
+    if s.micro_batch > 1:
+        ways[f"train.micro_batch={s.micro_batch // 2}"] = replace(s, micro_batch=s.micro_batch // 2)
+    if not s.checkpointing:
+        ways["train.gradient_checkpointing=true"] = replace(s, checkpointing=True)
+    if s.slots >= 256:
+        ways[f"pack.max_length={s.slots // 2}"] = replace(s, slots=s.slots // 2)
+    if s.full:
+        ways["adapter.kind=lora model.quantizer=nf4"] = replace(s, full=False, quantizer="nf4")
+    elif s.quantizer not in STORED_BITS:
+        ways["model.quantizer=nf4"] = replace(s, quantizer="nf4")
+    if "8bit" not in s.optimizer:
+        ways["train.optimizer=paged_adamw_8bit"] = replace(s, optimizer="paged_adamw_8bit")
+    now = needed(shape, s)
+    sizes = sorted((needed(shape, other), way) for way, other in ways.items())
+    words = [f"--set {way} ({size / 2**30:,.2f} GiB)" for size, way in sizes if size < now]
+    return ", ".join(words) or "a smaller base"
 
 
 def room_on(device: str) -> int:
@@ -238,14 +259,15 @@ def room_on(device: str) -> int:
     """
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
+    free = 0
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text("ascii").splitlines())
         free = 1024 * int(lines["MemAvailable"].split()[0])
         group = Path("/sys/fs/cgroup")
         limit, used = ((group / name).read_text("ascii").strip() for name in ("memory.max", "memory.current"))
         return min(free, int(limit) - int(used)) if limit.isdigit() else free
-    except (OSError, KeyError, ValueError):
-        return locals().get("free", 0)
+    except (OSError, KeyError, ValueError):  # another system
+        return free
 
 
 def _adapted(shape: Shape, setting: Setting) -> list[tuple[str, int, int]]:
