@@ -98,7 +98,8 @@ def shape_of(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]], fi
         middle = config.get("moe_intermediate_size", middle) * config.get("num_experts_per_tok", 1)
     gated = any(re.search(r"gate|w3|w1\b", name) for name, *_ in linears) or bool(experts)
     plain = any(config.get(key) for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
-    rough = "a mixture of experts" if experts else "" if gated and linears else "not a gated decoder of linear layers"
+    rough = "" if gated and linears else "not a gated decoder of linear layers"
+    rough = "a mixture of experts" if experts else "latent attention" if config.get("kv_lora_rank") else rough
     return Shape(
         layers=max(len(layers), 1), hidden=hidden, heads=heads, queries=queries, middle=middle,
         vocabulary=int(embeddings[0]), linears=tuple(linears), norms=norms, norm_weights=norm_weights, other=other,
@@ -133,13 +134,18 @@ class Setting:
 
 
 def attention_kept(shape: Shape, setting: Setting) -> int:
-    """Give the bytes that attention keeps in one layer, its mask included: the one place that knows how it is computed.
+    """Give the bytes that attention keeps in one layer, with the mask in the format of its scores.
 
     Queries, keys and values, repeated, and the result: that is the next layer's input already where all of it trains.
     """
     whole = 3 if setting.full else 4
     mask = setting.slots * setting.width
     return setting.tokens * (whole * shape.queries * setting.width + 4 * shape.heads + mask)
+
+
+def attention_shared(setting: Setting) -> int:
+    """Give the bytes of the mask that all layers begin from; with ``attention_kept``, all that knows of attention."""
+    return setting.tokens * setting.slots
 
 
 def layer_kept(shape: Shape, setting: Setting) -> float:
@@ -185,7 +191,7 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
         "optimizer state": trained * OPTIMIZER_BYTES[s.optimizer],
     }
     layer = layer_kept(shape, s)
-    inputs = shape.layers * s.tokens * shape.hidden * residual
+    inputs = shape.layers * s.tokens * shape.hidden * residual + attention_shared(s)
     kept = inputs if s.checkpointing else shape.layers * layer
     head = shape.vocabulary * shape.hidden
     if shape.plain_logits:
