@@ -191,7 +191,7 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
         "optimizer state": trained * OPTIMIZER_BYTES[s.optimizer],
     }
     layer = layer_kept(shape, s)
-    inputs = s.tokens * shape.hidden * (shape.layers * residual + 8)  # and the last norm's input, and result, fp32
+    inputs = s.tokens * shape.hidden * (shape.layers * residual + (8 if s.full else 4))  # and those of the last norm
     inputs += attention_shared(s)
     kept = inputs if s.checkpointing else shape.layers * layer
     head = shape.vocabulary * shape.hidden
