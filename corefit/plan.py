@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,50 +33,8 @@ CARDS = {
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 METHODS = {"QLoRA": ("nf4", False), "LoRA": ("none", False), "full": ("none", True)}
 SIZE = re.compile(r"(\d{1,3}(?:\.\d+)?)\s*(?:g|gb|gib)?", re.IGNORECASE)
-SIZES: dict[str, tuple[int, int, int, int, int, int, int, bool]] = {
-    "01-ai/Yi-34B": (7168, 20480, 60, 56, 8, 128, 64000, False),
-    "01-ai/Yi-6B": (4096, 11008, 32, 32, 4, 128, 64000, False),
-    "Qwen/Qwen1.5-0.5B": (1024, 2816, 24, 16, 16, 64, 151936, True),
-    "Qwen/Qwen1.5-1.8B": (2048, 5504, 24, 16, 16, 128, 151936, False),
-    "Qwen/Qwen1.5-110B": (8192, 49152, 80, 64, 8, 128, 152064, False),
-    "Qwen/Qwen1.5-14B": (5120, 13696, 40, 40, 40, 128, 152064, False),
-    "Qwen/Qwen1.5-4B": (2560, 6912, 40, 20, 20, 128, 151936, False),
-    "Qwen/Qwen1.5-72B": (8192, 24576, 80, 64, 64, 128, 152064, False),
-    "Qwen/Qwen1.5-7B": (4096, 11008, 32, 32, 32, 128, 151936, False),
-    "Qwen/Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 64, 151936, True),
-    "Qwen/Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 128, 151936, True),
-    "Qwen/Qwen2.5-14B": (5120, 13824, 48, 40, 8, 128, 152064, False),
-    "Qwen/Qwen2.5-32B": (5120, 27648, 64, 40, 8, 128, 152064, False),
-    "Qwen/Qwen2.5-3B": (2048, 11008, 36, 16, 2, 128, 151936, True),
-    "Qwen/Qwen2.5-72B": (8192, 29568, 80, 64, 8, 128, 152064, False),
-    "Qwen/Qwen2.5-7B": (3584, 18944, 28, 28, 4, 128, 152064, False),
-    "Qwen/Qwen3-0.6B": (1024, 3072, 28, 16, 8, 128, 151936, True),
-    "Qwen/Qwen3-1.7B": (2048, 6144, 28, 16, 8, 128, 151936, True),
-    "Qwen/Qwen3-14B": (5120, 17408, 40, 40, 8, 128, 151936, False),
-    "Qwen/Qwen3-32B": (5120, 25600, 64, 64, 8, 128, 151936, False),
-    "Qwen/Qwen3-4B": (2560, 9728, 36, 32, 8, 128, 151936, True),
-    "Qwen/Qwen3-8B": (4096, 12288, 36, 32, 8, 128, 151936, False),
-    "deepseek-ai/deepseek-coder-6.7b": (4096, 11008, 32, 32, 32, 128, 32256, False),
-    "google/gemma-2b": (2048, 16384, 18, 8, 1, 256, 256000, True),
-    "google/gemma-7b": (3072, 24576, 28, 16, 16, 256, 256000, True),
-    "huggyllama/llama-7b": (4096, 11008, 32, 32, 32, 128, 32000, False),
-    "internlm/internlm-20b": (5120, 13824, 60, 40, 40, 128, 103168, False),
-    "internlm/internlm-7b": (4096, 11008, 32, 32, 32, 128, 103168, False),
-    "internlm/internlm2-1_8b": (2048, 8192, 24, 16, 8, 128, 92544, False),
-    "internlm/internlm2-20b": (6144, 16384, 48, 48, 8, 128, 92544, False),
-    "internlm/internlm2-7b": (4096, 14336, 32, 32, 8, 128, 92544, False),
-    "meta-llama/Llama-2-70b": (8192, 28672, 80, 64, 8, 128, 32000, False),
-    "meta-llama/Llama-2-7b": (4096, 11008, 32, 32, 32, 128, 32000, False),
-    "meta-llama/Llama-3.2-1B": (2048, 8192, 16, 32, 8, 64, 128256, True),
-    "meta-llama/Llama-3.2-3B": (3072, 8192, 28, 24, 8, 128, 128256, True),
-    "meta-llama/Meta-Llama-3-70B": (8192, 28672, 80, 64, 8, 128, 128256, False),
-    "meta-llama/Meta-Llama-3-8B": (4096, 14336, 32, 32, 8, 128, 128256, False),
-    "microsoft/Phi-3-mini": (3072, 8192, 32, 32, 32, 96, 32064, False),
-    "mistralai/Mistral-7B": (4096, 14336, 32, 32, 8, 128, 32000, False),
-}
-"""Base -> hidden size, inner size, layers, heads, key/value heads, numbers a head, vocabulary, one table for both ends.
-
-Of bases in the zoo that are dense LLaMA-like decoders, as their ``config.json`` says."""
+SIZES: Mapping[str, Sequence[int]] = tomllib.loads((Path(__file__).parent / "recipes/sizes.toml").read_text("utf-8"))
+"""Sizes of bases, by the beginning of their names; the file says which."""
 
 
 def known_shape(name: str) -> Shape:
@@ -181,7 +140,10 @@ def plan_lines(recipe: Recipe, *, room: int, device: str, where: str, here: bool
         stored = "float16" if known else model.base_dtype_of(base)
         precision = model.choose_precision(train.precision, device=device, base_dtype=stored)
         width = precision.compute_dtype.itemsize
-    setting = setting_of(recipe, cuda=cuda, width=width)
+    packs, setting = train.packs_per_step, setting_of(recipe, cuda=cuda, width=width)
+    found = memory.largest_micro_batch(shape, setting, room=room, packs=packs)
+    if train.micro_batch == "auto":
+        setting = replace(setting, micro_batch=found or 1)
     method = "all of it trains" if setting.full else f"LoRA r {setting.r} on weights stored as {setting.quantizer}"
     yield (
         f"{base}: {shape.parameters / 1e6:,.1f}M parameters, {shape.layers} layers; {method}; micro-batches of "
@@ -192,8 +154,8 @@ def plan_lines(recipe: Recipe, *, room: int, device: str, where: str, here: bool
     yield from columns([*rows, (f"  the most, {when}", gib(sum(terms.values())))], right=[1])
     if shape.rough:
         yield f"a rough estimate: {shape.rough}"
-    packs, full = train.packs_per_step, f"{where}: {gib(room)}, of which {memory.KEPT_FREE:.0%} stay free"
-    if found := memory.largest_micro_batch(shape, setting, room=room, packs=packs):
+    full = f"{where}: {gib(room)}, of which {memory.KEPT_FREE:.0%} stay free"
+    if found:
         yield f"{full}: fits up to train.micro_batch={found}"
     if memory.needed(shape, setting) > room * (1 - memory.KEPT_FREE):
         yield f"{full}: does not fit as it is"
