@@ -116,7 +116,8 @@ def test_ranks_take_the_micro_batch_that_rank_0_chose(flags: list[str], tmp_path
     assert together(2, auto, tmp_path) == [0, 0], said(tmp_path) + said(tmp_path, 1)
     assert "micro-batch: 2 packs (auto)" in said(tmp_path)  # of 4 a step
     assert "micro_batch = 2" in (tmp_path / "two" / "recipe.toml").read_text("utf-8")
-    same(tmp_path / "one", tmp_path / "two")
+    weights = [load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("one", "two")]
+    assert max(abs(weights[0][name] - weights[1][name]).max() for name in weights[0]) <= 1e-6
 
 
 def test_other_data_on_another_machine_is_refused(flags: list[str], tmp_path: Path) -> None:
