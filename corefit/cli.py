@@ -25,6 +25,7 @@ fine-tune a chat model:
   train [RECIPE]       train; without a recipe, --model and --data it runs the embedded demonstration
   launch -n N ...      train with N processes of this machine, one a GPU; torchrun does the same on several machines
   inspect [RECIPE]     show samples as the model will see them, supervised tokens marked; needs only a tokenizer
+  plan [RECIPE]        say what memory and time a run takes, before anything is loaded; alone: what fits this machine
   pack [RECIPE]        encode the data once, ahead of time, into --out DIR; train --set pack.arena=DIR reads it
   chat RUN             talk to a run, an adapter or a model
   eval RUN             loss of base and tuned model on held-out records, multiple choice, exact answers
@@ -189,6 +190,17 @@ def _parser() -> _Parser:
     launch = verb("launch", _launch, "Train with several processes of this machine, one a GPU: torchrun's short form.")
     launch.add_argument("-n", required=True, metavar="N", help="processes; torchrun starts and watches them")
     launch.set_defaults(rest=[])  # all else: corefit train takes it
+
+    about = (
+        "Say what memory and time a run takes, term by term, before anything is loaded, and which micro-batch fits. "
+        "Without a recipe and a model: what of the zoo fits."
+    )
+    plan = verb("plan", _plan, about)
+    plan.add_argument("recipe", nargs="?", metavar="RECIPE", help="a .toml or .py file, a recipe's name, a run folder")
+    _recipe_flags(plan)
+    plan.add_argument("--quantizer", metavar="NAME", help="how base weights are stored: none, nf4, int8 or a plugin's")
+    plan.add_argument("--gpu", metavar="24GB|NAME", help="a GPU that isn't here: its memory, or a name such as rtx4090")
+    plan.add_argument("--probe", action="store_true", help="load all of it here and time three real steps; needs data")
 
     pack = verb("pack", _pack, "Encode the data once, ahead of time, for runs with pack.arena. No model is loaded.")
     pack.add_argument("recipe", nargs="?", metavar="RECIPE", help="a .toml or .py file, a recipe's name, a run folder")
@@ -382,6 +394,20 @@ def _inspect(args: argparse.Namespace) -> int:
     inspect_from(
         args.recipe, _flags(args), args.sets, tokenizer=args.tokenizer, samples=args.samples, as_json=args.json
     )
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from corefit.plan import plan_from
+
+    flags = _flags(args, "quantizer")
+    if args.probe and args.gpu:
+        raise UserError("--probe runs on what is here, and --gpu names a GPU that isn't: leave one of them out")
+    plan_from(args.recipe, flags, args.sets, gpu=args.gpu)
+    if args.probe:
+        from corefit.run import train_from
+
+        train_from(args.recipe, flags, args.sets, dry_run=True, probe=True)
     return 0
 
 

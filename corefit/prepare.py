@@ -101,7 +101,13 @@ class Prepared:
 
 
 def resolve(
-    recipe: str | None, flags: Mapping[str, str], sets: Sequence[str], registry: Registry, *, need_model: bool = True
+    recipe: str | None,
+    flags: Mapping[str, str],
+    sets: Sequence[str],
+    registry: Registry,
+    *,
+    need_model: bool = True,
+    need_data: bool = True,
 ) -> tuple[Recipe, str, list[str]]:
     """Give the recipe with flags applied, the name of its runs, and lines: what trains on what, then notes.
 
@@ -158,11 +164,11 @@ def resolve(
         what = "its own records" if pathless else f"{Path(str(resolved.data[0].path)).name}"
         line = f"no --model and no --data: the embedded demonstration, a tiny InternLM-like model on {what}"
         return resolved, f"embedded-{name}" if flags.get("plugin") else "embedded", [line]
-    if not has_path and not pathless:
+    if not has_path and not pathless and need_data:
         raise RecipeError("--model without --data: name a file, a folder or a glob, or - for standard input")
     if resolved.model.base is None and need_model:
         raise RecipeError("--data without --model: name a local model folder or a hub name")
-    if resolved.model.base is not None and not Path(resolved.model.base).is_dir():
+    if resolved.model.base is not None and not Path(resolved.model.base).is_dir() and need_data:
         _check_paths(resolved)
     paths = [
         ", ".join([d.path] if isinstance(d.path, str) else d.path or ["records of the reader"]) for d in resolved.data

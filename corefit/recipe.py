@@ -158,8 +158,8 @@ class Train:
     """Optimizer steps; None: no limit."""
     packs_per_step: Annotated[Count, Unit("packs")] = 16
     """Packs in an optimizer step, over all micro-batches and ranks."""
-    micro_batch: Annotated[Count, Unit("packs")] = 1
-    """Packs in one forward and backward."""
+    micro_batch: Annotated[Count, Unit("packs")] | Literal["auto"] = 1
+    """Packs in one forward and backward; ``auto``: the most that there is memory for, planned and then tried."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """Of matrix products; trainable weights and optimizer state are fp32."""
     lr: Annotated[Positive, Unit("")] = 2e-4
@@ -185,6 +185,11 @@ class Train:
     """Keep what the backward needs in the computer's memory instead of the GPU's: slow, and the last resort."""
     seed: Annotated[int, Is(">= 0 and < 2^63", lambda n: 0 <= n < 2**63), Unit("")] = 42
     """Of the order of records, the adapter's first weights and dropout."""
+
+    @property
+    def micro_packs(self) -> int:
+        """``micro_batch``; 1 as long as ``auto`` is not decided."""
+        return 1 if self.micro_batch == "auto" else self.micro_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -587,7 +592,7 @@ def _conflicts(recipe: Recipe) -> list[str]:
         where = recipe.where(key)
         lines.append(words if where == "default" else f"{where}: {words}")
 
-    if train.packs_per_step % train.micro_batch:
+    if train.packs_per_step % train.micro_packs:
         conflict(
             "train.micro_batch" if "train.micro_batch" in recipe.origins else "train.packs_per_step",
             f"train.packs_per_step={train.packs_per_step} is no multiple of train.micro_batch={train.micro_batch}",

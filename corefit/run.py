@@ -7,6 +7,7 @@ model joins them in ``session``, which is imported, and torch with it, only when
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -36,8 +37,10 @@ from corefit.types import BadRecord, Record, Sample
 if TYPE_CHECKING:
     from corefit.engine.ranks import Ranks
 
-LIMITS = re.compile(r"(train\.(epochs|max_steps)|val\.(every_steps|patience)|checkpoint\..*|sample\..*|run\..*)$")
-"""Recipe keys that may change where a run goes on."""
+LIMITS = re.compile(
+    r"(train\.(epochs|max_steps|micro_batch|gradient_checkpointing)|val\.(every_steps|patience)|checkpoint\..*|sample\..*|run\..*)$"
+)
+"""Recipe keys that may change where a run goes on: limits, and what changes memory but not what is computed."""
 PLACES = re.compile(r"(model\.base|data\.\d+\.path|val\.data|pack\.arena)$")
 """Those that say where something lies; what lies there is compared by its fingerprint."""
 ENDS = ("train.epochs", "train.max_steps", "val.patience")
@@ -207,17 +210,18 @@ def train_from(
     resume: bool | str = False,
     allow_changes: bool = False,
     dry_run: bool = False,
+    probe: bool = False,
     own_process: bool = False,
     say: Say = terminal.say,
 ) -> Run:
     """Train as recipe and flags say; see ``train``.
 
-    ``dry_run``: do all that comes before step 1, and leave nothing. ``own_process``: a second ctrl-C may end the
-    process at once.
+    ``dry_run``: do all that comes before step 1, and leave nothing; with ``probe``, three steps more, to time them.
+    ``own_process``: a second ctrl-C may end the process at once.
     """
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="corefit-") as aside:
-            return _train(recipe_name, flags, sets, resume, allow_changes, own_process, Path(aside), say)
+            return _train(recipe_name, flags, sets, resume, allow_changes, own_process, Path(aside), say, probe=probe)
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return _train(recipe_name, flags, sets, resume, allow_changes, own_process, None, say)
@@ -239,6 +243,8 @@ def _train(
     aside: Path | None,
     say: Say,
     ranks: Ranks | None = None,
+    *,
+    probe: bool = False,
 ) -> Run:
     """Train; with ``aside``, where standard input may be spooled to, stop before step 1."""
     registry, say = Registry.load(), _unfailing(say)
@@ -275,6 +281,7 @@ def _train(
         if not aside:
             shutil.rmtree(folder, ignore_errors=True)  # what was unpacked for a new run
         folder = source
+    plan, tries = _decided(plan, base, source, say)
     facts = identity(plan, model_fingerprint(str(base)))
     changes: list[tuple[str, str, str]] = []
     if source is not None:
@@ -305,15 +312,39 @@ def _train(
     from corefit.session import Interrupts, Session
 
     if aside:
-        dry = Session(plan, folder, base, quantizer, scheduler, reporters, Interrupts(say), say)
-        dry.check(None if source is None or fork else changes)
+        stop = Interrupts(say)
+        dry = Session(plan, folder, base, quantizer, scheduler, reporters, stop, say, try_micro_batch=tries)
+        dry.check(None if source is None or fork else changes, probe=probe)
         return Run(folder)
     if ranks:
-        told = dict(recipe=to_toml(plan.recipe), folder=str(folder.absolute()), resuming=source is not None)
+        told = dict(
+            recipe=to_toml(plan.recipe), folder=str(folder.absolute()), resuming=source is not None, tries=tries
+        )
         ranks.tell(json.dumps({**told, "facts": facts, "changes": changes}))
     with Interrupts(say, own_process=own_process) as interrupts:
-        session = Session(plan, folder, base, quantizer, scheduler, reporters, interrupts, say, ranks)
+        parts = (quantizer, scheduler, reporters, interrupts, say, ranks)
+        session = Session(plan, folder, base, *parts, try_micro_batch=tries)
+        facts["train.micro_batch"] = str(session.recipe.train.micro_batch)
         return Run(folder, session.play(identity=facts, resuming=source is not None, changes=changes))
+
+
+def _decided(plan: Prepared, base: Path, source: Path | None, say: Say) -> tuple[Prepared, bool]:
+    """Give the plan with a number where ``train.micro_batch`` is ``auto``, and whether it has yet to be tried.
+
+    A run that goes on keeps its own. Any number gives the same sums, so that the choice changes no result.
+    """
+    train = plan.recipe.train
+    if train.micro_batch != "auto":
+        return plan, False
+    kept = load_recipe(source / "recipe.toml").train.micro_batch if source else "auto"
+    world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if tries := kept == "auto" or bool(train.packs_per_step % (kept * world)):
+        from corefit.plan import choose_micro_batch
+
+        kept, line = choose_micro_batch(plan.recipe, str(base), world=world, local_world=local)
+        say(line)
+    recipe = dataclasses.replace(plan.recipe, train=dataclasses.replace(train, micro_batch=kept))
+    return dataclasses.replace(plan, recipe=recipe), tries
 
 
 def _follow(ranks: Ranks, own_process: bool) -> Run:
@@ -337,7 +368,8 @@ def _follow(ranks: Ranks, own_process: bool) -> Run:
     quantizer, scheduler = registry.quantizer(recipe.model.quantizer), registry.scheduler(recipe.train.scheduler)
     with Interrupts(lambda line: None, own_process=own_process) as interrupts:
         nobody = Reporters((), {}, registry)  # rank 0 tells the world
-        session = Session(plan, folder, base, quantizer, scheduler, nobody, interrupts, lambda line: None, ranks)
+        parts = (quantizer, scheduler, nobody, interrupts, lambda line: None, ranks)
+        session = Session(plan, folder, base, *parts, try_micro_batch=told["tries"])
         session.follow(resuming=told["resuming"], changes=told["changes"])
     return Run(folder)
 

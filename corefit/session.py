@@ -28,8 +28,8 @@ from corefit.data.ledger import Ledger
 from corefit.data.source import encode_items, items_of, map_record
 from corefit.data.stream import Estimate, Source, Stream, encode_validation, packs_at_once, split_validation
 from corefit.durable import claim, make_folder, read_json, sync, write_whole
-from corefit.engine import attention, checkpoint, evaluate, export, model
-from corefit.engine.loop import Every, LoopState, autocast, progress_at, train
+from corefit.engine import attention, checkpoint, evaluate, export, memory, model
+from corefit.engine.loop import Every, LoopState, autocast, progress_at, train, try_out
 from corefit.engine.loss import CausalLoss, offloaded
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_notice
 from corefit.engine.ranks import ALONE, Ranks
@@ -40,14 +40,16 @@ from corefit.errors import (
     ModelError,
     RecipeError,
     RunError,
+    UserError,
     in_words,
     system_words,
 )
 from corefit.own import own_file
+from corefit.plan import gib, read_shape, setting_of
 from corefit.prepare import FIELDS, Prepared, encoding_threads, file_facts, make_stream, without_out
 from corefit.proofs import Proof, data_proofs, first_records
 from corefit.recipe import Train, flat, to_toml
-from corefit.report import JsonLines, answers_table, finite, note, perplexity, read_lines, summary
+from corefit.report import JsonLines, answers_table, duration, finite, note, perplexity, read_lines, summary
 from corefit.reporters import Reporters
 from corefit.terminal import without_secrets
 from corefit.types import (
@@ -76,6 +78,8 @@ ENDS = ("epochs", "max_steps", "patience")
 """Reasons with which a run is over; with any other one it was stopped."""
 CURVE, BARS = 24, "▁▂▃▄▅▆▇█"
 """Points of a learning rate's curve, and how high they can be."""
+PROBED = 3
+"""Steps that ``corefit plan --probe`` makes; the first one, which is slower, counts once."""
 FEW_STEPS = 50
 """A run with fewer steps is pointed to a smaller ``packs_per_step``."""
 
@@ -184,8 +188,13 @@ class Session:
         interrupts: Interrupts,
         say: Say,
         ranks: Ranks | None = None,
+        *,
+        try_micro_batch: bool = False,
     ) -> None:
-        """Load data and model; nothing is written yet, so that a refusal leaves no folder behind."""
+        """Load data and model; nothing is written yet, so that a refusal leaves no folder behind.
+
+        ``try_micro_batch``: the recipe's was planned; find out whether there is memory for it, and halve it if not.
+        """
         self.reporters = reporters
         self.plan, self.folder, self.base, self.say, self.interrupts = plan, folder, base, say, interrupts
         self.ranks = ranks or ALONE
@@ -201,6 +210,10 @@ class Session:
         self.first_packs: list[dict[str, Any]] = []
         self.ended = False
         self._model(quantizer)
+        if try_micro_batch:
+            packs = int(self.ranks.tell(str(self._tried() if not self.ranks.rank else "")))
+            self.recipe = replace(self.recipe, train=replace(self.recipe.train, micro_batch=packs))
+            self.plan = replace(plan, recipe=self.recipe)
 
     # ------------------------------------------------------------------------------------------------------ the start
 
@@ -230,7 +243,7 @@ class Session:
             held_out,
             plan.encoder,
             max_length=recipe.pack.max_length,
-            micro_batch=recipe.train.micro_batch,
+            micro_batch=recipe.train.micro_packs,
             overlong=recipe.pack.overlong,
             pad_id=plan.tokenizer.pad_id,
         )
@@ -256,7 +269,7 @@ class Session:
 
     def _stream(self, val_hashes: frozenset[int]) -> Stream:
         threads, train = encoding_threads(self.recipe), self.recipe.train
-        packs_at_once(train.packs_per_step, train.micro_batch, self.ranks.world)
+        packs_at_once(train.packs_per_step, train.micro_packs, self.ranks.world)
         more: dict[str, Any] = dict(threads=threads, world=self.ranks.world, rank=self.ranks.rank)
         return make_stream(self.plan, epochs=train.epochs, val_hashes=val_hashes, **more)
 
@@ -335,6 +348,8 @@ class Session:
             device=self.device.partition(":")[0],
         )
         self.context: dict[str, Any] = {"device": self.device, "compute_dtype": self.precision.compute_dtype}
+        width = self.precision.compute_dtype.itemsize
+        self.setting = setting_of(recipe, cuda=self.device != "cpu", width=width)
         how: dict[str, Any] = dict(
             vocab_size=sizes["embeddings"],
             device=self.device,
@@ -368,13 +383,48 @@ class Session:
         random.seed(settings.seed)
         np.random.seed(settings.seed % 2**32)
 
+    def _tried(self) -> int:
+        """Give the largest micro-batch, from the planned one down, that goes forward and backward here."""
+        state = sum(8 * parameter.numel() for parameter in self.parameters.values())
+        packs, share = self.recipe.train.micro_packs, self.recipe.train.packs_per_step // self.ranks.world
+        for n in [n for n in range(packs, 0, -1) if share % n == 0]:
+            if try_out(self.loss_fn, n, self.setting.slots, self.parameters, **self.context, state_bytes=state):
+                return n
+            self.say(f"micro-batch: no memory for {n} packs, tried")
+        raise RunError(f"out of memory with a single pack: {self._memory(1, self.setting.slots)}")
+
+    def _memory(self, rows: int, slots: int) -> str:
+        """Say what takes the most memory in a micro-batch of this size, and what would help."""
+        try:
+            shape = read_shape(str(self.base))
+        except UserError:
+            return ""
+        setting = replace(self.setting, micro_batch=rows, slots=slots)
+        _, terms = memory.peak(shape, setting)
+        name, size = max(terms.items(), key=lambda term: term[1])
+        return f"{name} take the most, about {gib(size)}; what needs less: {memory.advice(shape, setting)}"
+
     # -------------------------------------------------------------------------------------------------------- the run
 
-    def check(self, changes: Sequence[tuple[str, str, str]] | None) -> None:
-        """Stop before step 1; ``changes``: as for ``play``, of the run whose checkpoint is read first; None: no run."""
+    def check(self, changes: Sequence[tuple[str, str, str]] | None, *, probe: bool = False) -> None:
+        """Stop before step 1; ``changes``: as for ``play``, of the run whose checkpoint is read first; None: no run.
+
+        ``probe``: make three steps, in memory only, and say how long the run would take.
+        """
         if changes is not None:
             self._saved(changes)
-        self.say("dry run: everything holds, nothing was trained")
+        if not probe:
+            self.say("dry run: everything holds, nothing was trained")
+            return
+        estimate, settings = self.stream.estimate(), self.recipe.train
+        steps = estimate.steps(settings.packs_per_step)
+        steps = min(filter(None, (steps, settings.max_steps)), default=None)
+        self.recipe = replace(self.recipe, train=replace(settings, max_steps=self.state.step + PROBED))
+        reports: list[StepReport] = []
+        self._train(on_step=reports.append)
+        left = None if steps is None else max(steps - (self.state.step - len(reports)), 0)
+        for line in probed(reports, left, now=time.time()):
+            self.say(line)
 
     def play(
         self, *, identity: Mapping[str, str], resuming: bool = False, changes: Sequence[tuple[str, str, str]] = ()
@@ -430,7 +480,7 @@ class Session:
 
     def _steps(self) -> Iterator[tuple[Batch, ...]]:
         """Yield the batches of each step; rank 0 keeps what the first packs of a new run look like."""
-        for batches in self.stream.steps(self.recipe.train.packs_per_step, self.recipe.train.micro_batch):
+        for batches in self.stream.steps(self.recipe.train.packs_per_step, self.recipe.train.micro_packs):
             if not self.state.step and not self.ranks.rank:
                 self.first_packs = show.first_packs(batches, self.plan.tokenizer, self.plan.tokenizer.pad_id)
             yield batches
@@ -461,6 +511,7 @@ class Session:
             epochs=settings.epochs,
             max_steps=settings.max_steps,
             should_stop=lambda: self.interrupts.reason or self.patience.reason,
+            memory=self._memory,
             ranks=self.ranks,
             **hooks,
             **self.context,
@@ -738,10 +789,25 @@ def forecast(estimate: Estimate, settings: Train) -> list[str]:
     if steps is None or estimate.total_packs is None or (settings.max_steps and settings.max_steps <= steps):
         return [f"{line} an epoch -> {settings.max_steps:,} steps (train.max_steps)"]
     line += f" -> {steps:,} steps in {settings.epochs} epochs"
-    fewer = max(estimate.total_packs // (2 * FEW_STEPS), 1) * settings.micro_batch
+    fewer = max(estimate.total_packs // (2 * FEW_STEPS), 1) * settings.micro_packs
     if steps < FEW_STEPS and fewer < settings.packs_per_step:
         line += f": few; --set train.packs_per_step={fewer} gives {estimate.steps(fewer):,}"
     return [line + ("" if estimate.exact else " (estimated from the first records and the size of the files)")]
+
+
+def probed(reports: Sequence[StepReport], steps: int | None, *, now: float) -> list[str]:
+    """Say how long a run of so many steps takes, and when one that starts now ends; None: it has no end."""
+    if not reports:
+        raise DataError("no step was made: no record became a sample")
+    first, rest = reports[0].seconds, [report.seconds for report in reports[1:]] or [reports[0].seconds]
+    each, size = sum(rest) / len(rest), max(report.memory_bytes or 0 for report in reports)
+    took = ", ".join(f"{report.seconds:.3g}" for report in reports)
+    lines = [f"probe: {len(reports)} real steps took {took} s; the most memory was {gib(size)}; nothing is kept"]
+    if steps is None:
+        return [*lines, f"time: {each:.3g} s a step; the run has no end that is known"]
+    whole = first + each * max(steps - 1, 0)
+    end = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + whole))
+    return [*lines, f"time: {duration(whole)} for {steps:,} steps; started now, it ends at {end}, without validation"]
 
 
 def limits_before(changes: Sequence[tuple[str, str, str]], now: Train) -> Train:

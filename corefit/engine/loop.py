@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from corefit.engine.attention import Layout, to_device
+from corefit.engine.model import first_line
 from corefit.engine.nonfinite import explain, random_state, set_random_state
 from corefit.engine.ranks import ALONE, Ranks
 from corefit.errors import CorefitError, RunError
@@ -98,6 +101,7 @@ def train(
     sample: Every | None = None,
     checkpoint: Every | None = None,
     should_stop: Callable[[], str] = lambda: "",
+    memory: Callable[[int, int], str] = lambda rows, slots: "",
     ranks: Ranks = ALONE,
 ) -> str:
     """Train until the data or the steps end, or ``should_stop()`` gives a reason; say which.
@@ -105,17 +109,19 @@ def train(
     ``loss_fn(input_ids, position_ids, labels, layout)`` gives the sum of nats over supervised tokens, fp32.
     ``lr_at(progress)`` gives the rate. ``clip``: the largest gradient norm; 0, None: off. ``state`` is changed in place
     before the hooks. The end is saved by ``checkpoint`` whatever the reason: ``"epochs"``, ``"max_steps"``, or what
-    ``should_stop`` said.
+    ``should_stop`` said. ``memory(rows, slots)`` says what takes the most of it in a micro-batch of this size, and what
+    would help.
 
     Raises:
         NonFiniteError: the loss of a step was not finite, and what is saved is as if that step had not begun; or the
             gradients of 20 steps in a row were not. The weights are those before these steps.
-        RunError: memory ran out.
+        RunError: memory ran out, or another rank is gone; what is saved is as if that step had not begun.
         CorefitError: what ``steps`` raised; the steps before it are saved.
     """
     loss_fn.train()
     supply = iter(steps)
-    first, next_scale, failed, broken = state.step, scaler.get_scale(), False, None
+    first, next_scale, failed = state.step, scaler.get_scale(), False
+    broken: CorefitError | None = None
     scales: deque[tuple[int, float, str | None]] = deque(maxlen=SCALES)
     while not (reason := ranks.agree(should_stop())):
         if max_steps and state.step >= max_steps:
@@ -137,8 +143,13 @@ def train(
             group["lr"] = lr * group.get("lr_mult", 1.0)
         try:
             loss, norm = take_step(loss_fn, batches, parameters, optimizer, scaler, device, compute_dtype, clip, ranks)
-        except torch.OutOfMemoryError as error:
-            raise RunError(out_of_memory(state.step + 1, batches, error)) from error
+        except (RuntimeError, RunError) as error:
+            if not isinstance(error, RunError) and not ran_out(error):
+                raise
+            broken = error if isinstance(error, RunError) else out_of_memory(state.step + 1, batches, error, memory)
+            optimizer.zero_grad(set_to_none=True)
+            set_random_state(random, device)
+            break
         next_scale, seconds = scaler.get_scale(), time.perf_counter() - begun
         scale = loss_scale, next_scale
         report = report_of(state.step + 1, totals, progress, loss, norm, lr, scale, seconds, device)
@@ -155,7 +166,8 @@ def train(
         for hook in (validate, sample, checkpoint):  # the checkpoint last: it records what the others wrote
             if hook is not None and hook.due(state.step):
                 hook.run(state.step)
-    if checkpoint is not None and state.step not in (first, checkpoint.last_step):
+    halfway = isinstance(broken, HalfwayError)
+    if checkpoint is not None and state.step not in (first, checkpoint.last_step) and not halfway:
         checkpoint.run(state.step)
     if broken is not None:
         raise broken
@@ -231,7 +243,15 @@ def take_step(
         torch.nn.utils.clip_grads_with_norm_(parameters.values(), clip, norm)
     values: list[float] = torch.stack([loss, norm.to(loss)]).tolist()  # the step's one wait for the device
     if all(map(math.isfinite, values)):
-        scaler.step(optimizer)
+        try:
+            scaler.step(optimizer)
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            raise HalfwayError(
+                f"out of memory in the optimizer's own step ({first_line(error)}): a smaller adapter.r or --set "
+                "train.optimizer=paged_adamw_8bit needs less; --resume goes on from the newest checkpoint"
+            ) from error
     scaler.update(None if math.isfinite(values[0]) else scaler.get_scale())
     optimizer.zero_grad(set_to_none=True)
     return values[0], values[1]
@@ -308,13 +328,74 @@ def count_skip(state: LoopState, report: StepReport) -> None:
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if report.skipped else 0
 
 
-def out_of_memory(step: int, batches: Sequence[Batch], error: BaseException) -> str:
-    """Say how large the step was and what makes it smaller."""
+class HalfwayError(RunError):
+    """Memory ran out while the optimizer was changing weights and its state: neither is as before or after the step."""
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU, whose error has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def out_of_memory(
+    step: int, batches: Sequence[Batch], error: BaseException, memory: Callable[[int, int], str]
+) -> RunError:
+    """Say how large the step was, what takes the most and what makes it smaller; let go of what the step made."""
+    traceback.clear_frames(error.__traceback__)
     rows, slots = max((batch.input_ids.shape for batch in batches), key=math.prod)
-    return (
-        f"step {step}: out of memory with {rows} packs of {slots} slots: --set train.micro_batch={max(rows // 2, 1)}, "
-        f"train.gradient_checkpointing=true or a smaller pack.max_length needs less ({str(error).splitlines()[0]})"
+    said = RunError(
+        f"step {step}: out of memory with {rows} packs of {slots:,} slots: {memory(rows, slots) or 'make them fewer'} "
+        f"({first_line(error)}); all before this step is saved, --resume goes on at it"
     )
+    said.__cause__ = error
+    return said
+
+
+def try_out(
+    loss_fn: nn.Module,
+    rows: int,
+    slots: int,
+    parameters: Mapping[str, nn.Parameter],
+    device: str,
+    compute_dtype: torch.dtype,
+    state_bytes: int = 0,
+) -> bool:
+    """Whether there is memory for a micro-batch [rows, slots], all of it supervised, beside the optimizer's state.
+
+    A forward and a backward; weights, gradients (none) and random state are as before.
+    """
+    random = random_state(device)
+    row = np.arange(slots) % 8
+    shape = (rows, slots)
+    batch = Batch(
+        input_ids=np.broadcast_to(row, shape).copy(),
+        labels=np.broadcast_to(row, shape).copy(),
+        position_ids=np.broadcast_to(np.arange(slots), shape).copy(),
+        cu_seqlens=np.arange(0, rows * slots + 1, slots, dtype=np.int32),
+        n_supervised=rows * slots,
+        n_tokens=rows * slots,
+        n_samples=rows,
+        epoch=0.0,
+        origins=tuple,
+        state=dict,
+    )
+    try:
+        held = torch.empty(state_bytes, dtype=torch.uint8, device=device)
+        loss_fn.train()
+        nats(loss_fn, batch, device, compute_dtype).backward()  # type: ignore[no-untyped-call]
+        del held
+        return True
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        return False
+    finally:
+        for parameter in parameters.values():
+            parameter.grad = None
+        set_random_state(random, device)
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
 
 
 def peak_memory(device: str) -> int | None:

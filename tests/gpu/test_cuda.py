@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,15 @@ def test_activations_in_the_computers_memory_change_no_loss(tmp_path: Path, tiny
         tmp_path, tiny_model, "away", *same, "train.gradient_checkpointing=0.5", "train.offload_activations=true"
     )
     assert away == pytest.approx(here, rel=1e-2)
+
+
+def test_what_is_planned_is_what_the_gpu_allocates(tmp_path: Path, shared: Path) -> None:
+    out = tmp_path / "plan.json"
+    command = [sys.executable, Path(__file__).parents[2] / "benchmarks" / "plan.py", "--quick", "--device", "cuda"]
+    done = subprocess.run([*map(str, command), "--out", str(out)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for row in json.loads(out.read_text("utf-8"))["rows"]:
+        assert row["planned MiB"] == pytest.approx(row["measured MiB"], rel=0.1), row
 
 
 def test_isolation_holds_on_the_gpu(tmp_path: Path, tiny_model: Path) -> None:

@@ -43,6 +43,7 @@ def test_help_shows_the_verbs_in_the_order_of_their_use(tmp_path: Path) -> None:
         for verb in (
             "train",
             "inspect",
+            "plan",
             "pack",
             "chat",
             "merge",

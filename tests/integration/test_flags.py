@@ -67,6 +67,11 @@ def test_train_and_pack_pass_on_what_it_is_told(monkeypatch: pytest.MonkeyPatch)
     args, given = called("corefit.run.pack_from", ["pack", "a.py", *flags, *where], monkeypatch)
     assert args == ("a.py", known | {"model": "m"}, ["train.lr=1"])
     assert given == dict(out="o", tokenizer="t")
+    args, given = called(
+        "corefit.plan.plan_from", ["plan", "a.py", *flags, "--template", "t", "--gpu", "t4"], monkeypatch
+    )
+    assert args == ("a.py", known | {"template": "t"}, [])
+    assert given == dict(gpu="t4")
 
 
 def test_doctor_and_runs_are_verbs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -110,6 +110,16 @@ def test_two_then_one_then_two_ranks_are_the_straight_run(flags: list[str], tmp_
     assert "is complete: nothing to do" in said(tmp_path)
 
 
+def test_ranks_take_the_micro_batch_that_rank_0_chose(flags: list[str], tmp_path: Path) -> None:
+    assert together(1, ["--out", "one", *flags, "train.max_steps=3"], tmp_path) == [0]
+    auto = ["--out", "two", *flags, "train.max_steps=3", "train.micro_batch=auto"]
+    assert together(2, auto, tmp_path) == [0, 0], said(tmp_path) + said(tmp_path, 1)
+    assert "micro-batch: 2 packs (auto)" in said(tmp_path)  # of 4 a step
+    assert "micro_batch = 2" in (tmp_path / "two" / "recipe.toml").read_text("utf-8")
+    weights = [load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("one", "two")]
+    assert max(abs(weights[0][name] - weights[1][name]).max() for name in weights[0]) <= 1e-6
+
+
 def test_other_data_on_another_machine_is_refused(flags: list[str], tmp_path: Path) -> None:
     import corefit.run
     from corefit.engine.ranks import Ranks

@@ -22,6 +22,7 @@ SMALL = "train.max_steps=2 train.packs_per_step=1 pack.max_length=128 adapter.r=
 
 RUNS = {
     "corefit inspect --data my.jsonl --model path/to/model": "",
+    "corefit plan --data my.jsonl --model path/to/model": "",
     "corefit train --data my.jsonl --model path/to/model": f"--set {SMALL}",
     "corefit chat runs/run-1": "--prompt hi --max-tokens 2",
     "corefit eval runs/run-1": "--records 4",

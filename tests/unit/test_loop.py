@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -380,10 +381,45 @@ def test_a_full_memory_says_what_makes_the_step_smaller():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
     run.model.forward = full
-    with pytest.raises(
-        RunError, match=r"step 1: out of memory with 2 packs of 16 slots: --set train.micro_batch=1,.*\(CUDA"
-    ):
-        run.train(make_steps(1), epochs=1)
+    said = r"^step 1: out of memory with 2 packs of 16 slots: 2 x 16 is too much \(CUDA.*2.00 GiB.\); .*--resume"
+    with pytest.raises(RunError, match=said) as failed:
+        run.train(make_steps(1), epochs=1, memory=lambda rows, slots: f"{rows} x {slots} is too much")
+    assert "\n" not in str(failed.value)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "optimizer"])
+def test_a_step_without_memory_is_as_if_it_had_not_begun_and_what_was_before_it_is_saved(where):
+    straight, run, saved = make_run(), make_run(), []
+    straight.train(make_steps(4), epochs=1, should_stop=lambda: "here" if straight.state.step == 2 else "")
+    after = torch.get_rng_state()
+    calls = [0]
+
+    def full(*args, real=None, limit, **more):
+        calls[0] += 1
+        if calls[0] > limit:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        return real(*args, **more)
+
+    if where == "forward":  # of the second micro-batch of step 3
+        run.model.forward = partial(full, real=run.model.forward, limit=5)
+    elif where == "backward":
+        run.model.lora_A.register_hook(partial(full, real=lambda grad: grad, limit=5))
+    else:
+        run.optimizer.step = partial(full, real=run.optimizer.step, limit=2)
+    hook = Every(lambda step: saved.append((step, run.weights(), torch.get_rng_state(), run.state.as_dict())))
+    torch.manual_seed(0)
+    with pytest.raises(RunError, match="out of memory") as failed:
+        run.train(make_steps(4), epochs=1, checkpoint=hook)
+    assert all(p.grad is None for p in run.parameters.values())
+    if where == "optimizer":  # weights and moments may be half-way
+        assert saved == []
+        assert "newest checkpoint" in str(failed.value)
+        return
+    ((step, weights, random, state),) = saved
+    assert step == 2
+    assert state["stream"] == straight.state.as_dict()["stream"]
+    assert torch.equal(random, after)
+    assert all(torch.equal(weights[name], w) for name, w in straight.weights().items())
 
 
 def test_fp16_autocast_with_scaling_learns_as_fp32_does():

@@ -1,0 +1,284 @@
+"""How much memory a run takes, by arithmetic: from the tensors of a base and the settings, before anything is loaded.
+
+What the autograd graph keeps was read off real runs with ``saved_tensors_hooks``, tensor by tensor, and is written
+down here as bytes a token; a test compares the whole with the storages that are alive in real steps. It holds for
+decoders of attention and a gated feed-forward part; of experts and other kinds of layers it is a rough estimate.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from corefit.engine.loss import CHUNK
+
+MIB = 2**20
+PROCESS = 575 * MIB
+"""Resident in a process on a CPU that trains, without tensors: Python, torch, transformers, peft, bitsandbytes, their
+workspaces and small blocks. Measured: 560 to 595 MiB (torch 2.13, x86)."""
+LOADING = 430 * MIB
+"""The same while the base is loaded. Measured: 410 to 443 MiB."""
+KEPT_FREE = 0.1
+"""Share of a device's memory that a plan leaves: for the CUDA context, fragments, and what it does not know."""
+OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2 + 8 / 256}
+"""Bytes of state for a number that trains; of 8 bits, 256 numbers share two fp32 scales."""
+STORED_BITS = {"nf4": 4 + 8 / 64 + 32 / 64 / 256, "int8": 8.0}
+"""Bits of a quantised weight, scales included."""
+
+
+class Shape(NamedTuple):
+    """What the memory of a decoder depends on."""
+
+    layers: int
+    hidden: int
+    heads: int
+    queries: int
+    """Numbers of all queries of a token in a layer; keys and values are repeated to as many."""
+    middle: int
+    """Inner width of the feed-forward part, times the experts that a token sees."""
+    vocabulary: int
+    linears: tuple[tuple[str, int, int], ...]
+    """Name, inputs and outputs of every linear layer of the decoder."""
+    norms: int
+    """Numbers a token that all normalisations of the decoder take in."""
+    norm_weights: int
+    other: int
+    """Weights that are in no linear layer and no norm: embeddings, head, experts that are one tensor."""
+    plain_logits: bool
+    """The logits of all tokens are made at once, because the head is more than a matrix."""
+    file_width: int = 2
+    """Bytes of a number in the base's files."""
+    rough: str = ""
+    """Why the estimate is a rough one; empty: it isn't."""
+
+    @property
+    def parameters(self) -> int:
+        """All weights, tied ones once."""
+        return sum(i * o for _, i, o in self.linears) + self.norm_weights + self.other
+
+
+def shape_of(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]], file_width: int = 2) -> Shape:
+    """Give the shape of a base from its ``config.json``, the sizes of its tensors and the bytes of a number in them.
+
+    Raises:
+        KeyError: they are not those of a decoder.
+    """
+    config = {**config, **(config.get("text_config") or {})}
+    tensors = {name: size for name, size in tensors.items() if not re.search(r"vision|visual|multi_modal", name)}
+    heads = config.get("num_attention_heads") or config["n_head"]
+    embeddings = next(size for name, size in tensors.items() if re.search(r"embed|wte|word_embed", name))
+    hidden = int(embeddings[1])
+    width = config.get("head_dim") or hidden // heads
+    queries, keys = heads * width, (config.get("num_key_value_heads") or heads) * width
+    experts = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts")
+    linears: list[tuple[str, int, int]] = []
+    layers, norms, norm_weights, other = set[int](), 0, 0, 0
+    for name, size in tensors.items():
+        at, n = re.search(r"\.(\d+)\.", name), torch.Size(size).numel()
+        inside = at is not None and "expert" not in name
+        if at:
+            layers.add(int(at[1]))
+        if inside and len(size) == 2 and "wqkv" in name:  # InternLM2's, which is loaded as three
+            linears += [(name, size[1], part) for part in (queries, keys, keys)]
+        elif inside and len(size) == 2 and "embed" not in name:
+            linears.append((name.removesuffix(".weight"), size[1], size[0]))
+        elif len(size) == 1 and name.endswith("norm.weight"):
+            per_head = queries if "q_norm" in name else keys if "k_norm" in name else n
+            norms += per_head if size[0] == width and width != hidden else n
+            norm_weights += n
+        elif not (config.get("tie_word_embeddings") and "lm_head" in name):
+            other += n
+    middle = config.get("intermediate_size") or config.get("n_inner") or 4 * hidden
+    if experts:
+        middle = config.get("moe_intermediate_size", middle) * config.get("num_experts_per_tok", 1)
+    gated = any(re.search(r"gate|w3|w1\b", name) for name, *_ in linears) or bool(experts)
+    plain = any(config.get(key) for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
+    rough = "" if gated and linears else "not a gated decoder of linear layers"
+    rough = "a mixture of experts" if experts else "latent attention" if config.get("kv_lora_rank") else rough
+    return Shape(
+        layers=max(len(layers), 1), hidden=hidden, heads=heads, queries=queries, middle=middle,
+        vocabulary=int(embeddings[0]), linears=tuple(linears), norms=norms, norm_weights=norm_weights, other=other,
+        plain_logits=plain or "lm_head.bias" in tensors, file_width=file_width, rough=rough,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What else it depends on."""
+
+    slots: int
+    """Of a pack."""
+    micro_batch: int = 1
+    quantizer: str = "nf4"
+    full: bool = False
+    r: int = 64
+    dropout: float = 0.1
+    targets: tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
+    """Ends of names of modules that train whole."""
+    optimizer: str = "adamw"
+    width: int = 2
+    """Bytes of a number in matrix products."""
+    checkpointing: bool = False
+    cuda: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """In a micro-batch."""
+        return self.slots * self.micro_batch
+
+
+def attention_kept(shape: Shape, setting: Setting) -> int:
+    """Give the bytes that attention keeps in one layer, with the mask in the format of its scores.
+
+    Queries, keys and values, repeated, and the result: that is the next layer's input already where all of it trains.
+    """
+    whole = 3 if setting.full else 4
+    mask = setting.slots * setting.width
+    return setting.tokens * (whole * shape.queries * setting.width + 4 * shape.heads + mask)
+
+
+def attention_shared(setting: Setting) -> int:
+    """Give the bytes of the mask that all layers begin from; with ``attention_kept``, all that knows of attention."""
+    return setting.tokens * setting.slots
+
+
+def layer_kept(shape: Shape, setting: Setting) -> float:
+    """Give the bytes of activations that one decoder layer keeps for its backward, on average over the layers.
+
+    A linear layer keeps its input in the format of the product; with LoRA each has a copy of its own, and what dropout
+    multiplied with: fp32 on a CPU, a byte on a GPU. Norms are fp32, and those that train keep their result too. Gated
+    parts keep gate, its activation and what it multiplies: fp32 after a layer of 4 bits, whose result has its
+    input's format.
+    """
+    c = setting.width
+    adapted = _adapted(shape, setting)
+    linear: float = sum(i for _, i, _ in adapted) * c
+    if not setting.full:
+        noise = 0 if not setting.dropout else 1 if setting.cuda else 4
+        linear += sum(i for _, i, _ in adapted) * noise + len(adapted) * setting.r * c
+    norms = shape.norms * (8 if setting.full else 4)
+    gate = 3 * shape.middle * (4 if setting.quantizer == "nf4" else c)
+    return setting.tokens * ((linear + norms) / shape.layers + gate) + attention_kept(shape, setting)
+
+
+def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
+    """Give the terms of a run's memory in bytes, at each moment at which they can be the most.
+
+    On a CPU what the process has resident; on a GPU what torch has allocated there.
+    """
+    s, c = setting, setting.width
+    quantised = not s.full and s.quantizer in STORED_BITS
+    linear = sum(i * o for _, i, o in shape.linears)
+    bits = STORED_BITS[s.quantizer] if quantised else 32 if s.full else 8 * c
+    other = shape.other * (4 if s.full else c)
+    base = linear * bits / 8 + other + 4 * shape.norm_weights
+    trained = shape.parameters if s.full else sum(s.r * (i + o) for _, i, o in _adapted(shape, s))
+    trained += sum(i * o for n, i, o in shape.linears if not s.full and n.endswith(s.saved)) if s.saved else 0
+    if not s.full and any(name in ("lm_head", "embed_tokens", "output", "tok_embeddings") for name in s.saved):
+        trained += len(s.saved) * shape.vocabulary * shape.hidden
+    casts = 0 if c == 4 else (linear if s.full else trained) * c
+    residual = 4 if s.full or s.quantizer == "nf4" else c
+    always = {
+        "process and libraries": 0 if s.cuda else PROCESS,
+        "base weights": base,
+        "adapter weights": 0 if s.full else 4 * trained,
+        "optimizer state": trained * OPTIMIZER_BYTES[s.optimizer],
+    }
+    layer = layer_kept(shape, s)
+    inputs = s.tokens * shape.hidden * (shape.layers * residual + (8 if s.full else 4))  # and those of the last norm
+    inputs += attention_shared(s)
+    kept = inputs if s.checkpointing else shape.layers * layer
+    head = shape.vocabulary * shape.hidden
+    if shape.plain_logits:
+        logits = s.tokens * shape.vocabulary * (c + 12)
+    else:  # products of one chunk, their fp32 copy, the softmax in the products' format; the last two of two chunks
+        logits = min(CHUNK, s.tokens) * shape.vocabulary * (8 if c == 4 else 8 + 2 * c)
+        logits += 4 * s.tokens * shape.hidden
+        logits += head * (4 + 2 * c) if s.full else 0
+    biggest = max((i * o for _, i, o in shape.linears), default=0) * c * (2 if quantised or s.full else 0)
+    passing = s.tokens * 4 * max(shape.middle, shape.hidden) * 2
+    begin = {**always, "weights in the products' format": casts, "activations": kept, "loss": logits}
+    end = {
+        **always,
+        "weights in the products' format": casts / shape.layers + biggest,
+        "activations": layer + passing + (inputs if s.checkpointing else 0),
+        "gradients": 4 * trained,
+    }
+    update = {**always, "gradients": 4 * trained, "optimizer's own": 4 * trained if s.cuda else 0}
+    load = {"process and libraries": LOADING, "base weights": base, "files": shape.parameters * shape.file_width}
+    found = {
+        "at the loss": begin,
+        "in the backward": end,
+        "in the optimizer": update,
+        **({} if s.cuda else {"while loading": load}),
+    }
+    return {when: {name: round(size) for name, size in terms.items() if size} for when, terms in found.items()}
+
+
+def peak(shape: Shape, setting: Setting) -> tuple[str, dict[str, int]]:
+    """Give when a run takes the most memory, and its terms then, in bytes."""
+    return max(moments(shape, setting).items(), key=lambda moment: sum(moment[1].values()))
+
+
+def needed(shape: Shape, setting: Setting) -> int:
+    """Give the most bytes that a run takes."""
+    return sum(peak(shape, setting)[1].values())
+
+
+def largest_micro_batch(shape: Shape, setting: Setting, *, room: int, packs: int) -> int:
+    """Give the largest divisor of ``packs``, those of a step on a rank, with which ``room`` bytes are enough; or 0."""
+    sizes = [n for n in range(1, packs + 1) if packs % n == 0]
+    fitting = [n for n in sizes if needed(shape, replace(setting, micro_batch=n)) <= room * (1 - KEPT_FREE)]
+    return max(fitting, default=0)
+
+
+def advice(shape: Shape, setting: Setting) -> str:
+    """Give the settings that each take less memory, the least first, and how much."""
+    s, ways = setting, dict[str, Setting]()
+    if s.micro_batch > 1:
+        ways[f"train.micro_batch={s.micro_batch // 2}"] = replace(s, micro_batch=s.micro_batch // 2)
+    if not s.checkpointing:
+        ways["train.gradient_checkpointing=true"] = replace(s, checkpointing=True)
+    if s.slots >= 256:
+        ways[f"pack.max_length={s.slots // 2}"] = replace(s, slots=s.slots // 2)
+    if s.full:
+        ways["adapter.kind=lora model.quantizer=nf4"] = replace(s, full=False, quantizer="nf4")
+    elif s.quantizer not in STORED_BITS:
+        ways["model.quantizer=nf4"] = replace(s, quantizer="nf4")
+    if "8bit" not in s.optimizer:
+        ways["train.optimizer=paged_adamw_8bit"] = replace(s, optimizer="paged_adamw_8bit")
+    now = needed(shape, s)
+    sizes = sorted((needed(shape, other), way) for way, other in ways.items())
+    words = [f"--set {way} ({size / 2**30:,.2f} GiB)" for size, way in sizes if size < now]
+    return ", ".join(words) or "a smaller base"
+
+
+def room_on(device: str) -> int:
+    """Give the bytes that a run can have: of a GPU all that is free, of the machine what is available to this process.
+
+    0: unknown.
+    """
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = 0
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text("ascii").splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text("ascii").strip() for name in ("memory.max", "memory.current"))
+        return min(free, int(limit) - int(used)) if limit.isdigit() else free
+    except (OSError, KeyError, ValueError):  # another system
+        return free
+
+
+def _adapted(shape: Shape, setting: Setting) -> list[tuple[str, int, int]]:
+    ends = tuple(setting.targets)
+    if setting.full or not ends:
+        return list(shape.linears)
+    return [linear for linear in shape.linears if f".{linear[0]}".endswith(tuple(f".{end}" for end in ends))]
