@@ -226,6 +226,12 @@ def peak(shape: Shape, setting: Setting) -> tuple[str, dict[str, int]]:
     return max(moments(shape, setting).items(), key=lambda moment: sum(moment[1].values()))
 
 
+def growing(shape: Shape, setting: Setting) -> dict[str, int]:
+    """Give the terms of ``peak`` that are there only within a step."""
+    lasting = ("process and libraries", "base weights", "adapter weights", "optimizer state")
+    return {name: size for name, size in peak(shape, setting)[1].items() if name not in lasting}
+
+
 def needed(shape: Shape, setting: Setting) -> int:
     """Give the most bytes that a run takes."""
     return sum(peak(shape, setting)[1].values())
