@@ -394,7 +394,8 @@ class Session:
             return ""
         setting = replace(self.setting, micro_batch=rows, slots=slots)
         name, size = max(memory.growing(shape, setting).items(), key=lambda term: term[1])
-        return f"what grew most is {name}, to about {gib(size)}; what needs less: {memory.advice(shape, setting)}"
+        ways = memory.advice(shape, setting, going_on=True)
+        return f"what grew most is {name}, to about {gib(size)}; what needs less: {ways}"
 
     # -------------------------------------------------------------------------------------------------------- the run
 
