@@ -171,7 +171,7 @@ def time_line(shape: Shape, setting: Setting, *, packs: int, here: bool) -> str:
     work = packs * setting.slots * (sum(i * o for _, i, o in shape.linears) * passes + head)
     if not here:
         return (
-            f"time: a step of {packs} packs is {work / 1e12:,.1f} Tflop of matrix products; --probe times three there"
+            f"time: a step of {packs} packs is {work / 1e12:,.1f} Tflop of products; --probe times three on the machine"
         )
     n, dtype = 1024, {2: torch.bfloat16, 4: torch.float32}[setting.width]
     a, took = torch.ones(n, n, dtype=dtype), list[float]()

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from corefit.engine.ranks import Ranks
 
 LIMITS = re.compile(
-    r"(train\.(epochs|max_steps|micro_batch|gradient_checkpointing)|val\.(every_steps|patience)|checkpoint\..*|sample\..*|run\..*)$"
+    r"(train\.(epochs|max_steps|micro_batch|gradient_checkpointing)|val\.(every_steps|patience)|"
+    r"checkpoint\..*|sample\..*|run\..*)$"
 )
 """Recipe keys that may change where a run goes on: limits, and what changes memory but not what is computed."""
 PLACES = re.compile(r"(model\.base|data\.\d+\.path|val\.data|pack\.arena)$")
@@ -331,7 +332,7 @@ def _train(
 def _decided(plan: Prepared, base: Path, source: Path | None, say: Say) -> tuple[Prepared, bool]:
     """Give the plan with a number where ``train.micro_batch`` is ``auto``, and whether it has yet to be tried.
 
-    A run that goes on keeps its own. Any number gives the same sums, so that the choice changes no result.
+    A run that goes on keeps its own. Any number gives the same sums; only dropout draws other numbers for it.
     """
     train = plan.recipe.train
     if train.micro_batch != "auto":

@@ -394,15 +394,15 @@ class Session:
         raise RunError(f"out of memory with a single pack: {self._memory(1, self.setting.slots)}")
 
     def _memory(self, rows: int, slots: int) -> str:
-        """Say what takes the most memory in a micro-batch of this size, and what would help."""
+        """Say what of a step grows most with a micro-batch of this size, and what would help."""
         try:
             shape = read_shape(str(self.base))
         except UserError:
             return ""
         setting = replace(self.setting, micro_batch=rows, slots=slots)
-        _, terms = memory.peak(shape, setting)
-        name, size = max(terms.items(), key=lambda term: term[1])
-        return f"{name} take the most, about {gib(size)}; what needs less: {memory.advice(shape, setting)}"
+        name, size = max(memory.growing(shape, setting).items(), key=lambda term: term[1])
+        ways = memory.advice(shape, setting, going_on=True)
+        return f"what grew most is {name}, to about {gib(size)}; what needs less: {ways}"
 
     # -------------------------------------------------------------------------------------------------------- the run
 

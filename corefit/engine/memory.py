@@ -1,7 +1,7 @@
 """How much memory a run takes, by arithmetic: from the tensors of a base and the settings, before anything is loaded.
 
 What the autograd graph keeps was read off real runs with ``saved_tensors_hooks``, tensor by tensor, and is written
-down here as bytes a token; a test compares the whole with the storages that are alive in real steps. It holds for
+down here as bytes a token; a test compares the whole with what real models keep. It holds for
 decoders of attention and a gated feed-forward part; of experts and other kinds of layers it is a rough estimate.
 """
 
@@ -20,7 +20,7 @@ from corefit.engine.loss import CHUNK
 MIB = 2**20
 PROCESS = 575 * MIB
 """Resident in a process on a CPU that trains, without tensors: Python, torch, transformers, peft, bitsandbytes, their
-workspaces and small blocks. Measured: 560 to 595 MiB (torch 2.13, x86)."""
+workspaces and small blocks. Fitted to runs of a model of 135M parameters (benchmarks/plan.py; torch 2.13, x86)."""
 LOADING = 430 * MIB
 """The same while the base is loaded. Measured: 410 to 443 MiB."""
 KEPT_FREE = 0.1
@@ -226,6 +226,12 @@ def peak(shape: Shape, setting: Setting) -> tuple[str, dict[str, int]]:
     return max(moments(shape, setting).items(), key=lambda moment: sum(moment[1].values()))
 
 
+def growing(shape: Shape, setting: Setting) -> dict[str, int]:
+    """Give the terms of ``peak`` that are there only within a step."""
+    lasting = ("process and libraries", "base weights", "adapter weights", "optimizer state")
+    return {name: size for name, size in peak(shape, setting)[1].items() if name not in lasting}
+
+
 def needed(shape: Shape, setting: Setting) -> int:
     """Give the most bytes that a run takes."""
     return sum(peak(shape, setting)[1].values())
@@ -238,13 +244,19 @@ def largest_micro_batch(shape: Shape, setting: Setting, *, room: int, packs: int
     return max(fitting, default=0)
 
 
-def advice(shape: Shape, setting: Setting) -> str:
-    """Give the settings that each take less memory, the least first, and how much."""
+def advice(shape: Shape, setting: Setting, *, going_on: bool = False) -> str:
+    """Give the settings that each take less memory, the least first, and how much.
+
+    ``going_on``: those alone with which a run that has begun can go on, where one of them helps.
+    """
     s, ways = setting, dict[str, Setting]()
     if s.micro_batch > 1:
-        ways[f"train.micro_batch={s.micro_batch // 2}"] = replace(s, micro_batch=s.micro_batch // 2)
+        fewer = max(n for n in range(1, s.micro_batch) if s.micro_batch % n == 0)
+        ways[f"train.micro_batch={fewer}"] = replace(s, micro_batch=fewer)
     if not s.checkpointing:
         ways["train.gradient_checkpointing=true"] = replace(s, checkpointing=True)
+    if going_on and ways:
+        return _less(shape, s, ways)
     if s.slots >= 256:
         ways[f"pack.max_length={s.slots // 2}"] = replace(s, slots=s.slots // 2)
     if s.full:
@@ -253,9 +265,12 @@ def advice(shape: Shape, setting: Setting) -> str:
         ways["model.quantizer=nf4"] = replace(s, quantizer="nf4")
     if "8bit" not in s.optimizer:
         ways["train.optimizer=paged_adamw_8bit"] = replace(s, optimizer="paged_adamw_8bit")
-    now = needed(shape, s)
+    return f"{_less(shape, s, ways)}{', in a new run' if going_on else ''}"
+
+
+def _less(shape: Shape, setting: Setting, ways: Mapping[str, Setting]) -> str:
     sizes = sorted((needed(shape, other), way) for way, other in ways.items())
-    words = [f"--set {way} ({size / 2**30:,.2f} GiB)" for size, way in sizes if size < now]
+    words = [f"--set {way} ({size / 2**30:,.2f} GiB)" for size, way in sizes if size < needed(shape, setting)]
     return ", ".join(words) or "a smaller base"
 
 

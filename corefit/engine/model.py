@@ -70,7 +70,7 @@ def prepare_process(threads: int | None = None) -> None:
 
     On a CPU equal bits in a resumed run need an equal number of threads. Tensors of 1 MiB and more go back to the
     system once they are freed: glibc else keeps blocks of up to 32 MiB, and its heap is in pieces (a step of a model of
-    135M parameters took 3,291 MiB at most in the place of 2,712, for the same processor time).
+    135M parameters took 3,291 MiB at most in the place of 2,741, for as much processor time).
     """
     quiet()
     with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library, or Windows

@@ -145,6 +145,14 @@ def test_advice_names_what_needs_less_and_how_much() -> None:
         assert f"--set {way} ({size / 2**30:,.2f} GiB)" in words
 
 
+def test_advice_for_a_run_that_goes_on_changes_only_what_may_change() -> None:
+    shape, setting = plan.known_shape("Qwen/Qwen3-0.6B"), Setting(1024, quantizer="none", micro_batch=9)
+    words = memory.advice(shape, setting, going_on=True)
+    assert re.findall(r"--set (\S+)", words) == ["train.gradient_checkpointing=true", "train.micro_batch=3"]
+    words = memory.advice(shape, replace(setting, micro_batch=1, checkpointing=True), going_on=True)
+    assert "--set model.quantizer=nf4 (" in words and words.endswith(", in a new run")
+
+
 def test_a_micro_batch_is_tried_and_nothing_is_left_of_it(tmp_path: Path) -> None:
     folder = write_family(tmp_path / "base", FAMILIES[0])
     quantizer = Registry.load().quantizer("none")
