@@ -27,6 +27,8 @@ KEPT_FREE = 0.1
 """Share of a device's memory that a plan leaves: for the CUDA context, fragments, and what it does not know."""
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2 + 8 / 256}
 """Bytes of state for a number that trains; of 8 bits, 256 numbers share two fp32 scales."""
+SHARING = re.compile(r"(k_proj|v_proj|up_proj|w3)$")
+"""Linear layers that read what another one reads too."""
 STORED_BITS = {"nf4": 4 + 8 / 64 + 32 / 64 / 256, "int8": 8.0}
 """Bits of a quantised weight, scales included."""
 
@@ -38,7 +40,9 @@ class Shape(NamedTuple):
     hidden: int
     heads: int
     queries: int
-    """Numbers of all queries of a token in a layer; keys and values are repeated to as many."""
+    """Numbers of all queries of a token in a layer."""
+    keys: int
+    """The same of its keys, and of its values."""
     middle: int
     """Inner width of the feed-forward part, times the experts that a token sees."""
     vocabulary: int
@@ -101,7 +105,7 @@ def shape_of(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]], fi
     rough = "" if gated and linears else "not a gated decoder of linear layers"
     rough = "a mixture of experts" if experts else "latent attention" if config.get("kv_lora_rank") else rough
     return Shape(
-        layers=max(len(layers), 1), hidden=hidden, heads=heads, queries=queries, middle=middle,
+        layers=max(len(layers), 1), hidden=hidden, heads=heads, queries=queries, keys=keys, middle=middle,
         vocabulary=int(embeddings[0]), linears=tuple(linears), norms=norms, norm_weights=norm_weights, other=other,
         plain_logits=plain or "lm_head.bias" in tensors, file_width=file_width, rough=rough,
     )  # fmt: skip
@@ -134,36 +138,32 @@ class Setting:
 
 
 def attention_kept(shape: Shape, setting: Setting) -> int:
-    """Give the bytes that attention keeps in one layer, with the mask in the format of its scores.
+    """Give the bytes that attention by document keeps in one layer: queries, keys, values, result, sums of scores.
 
-    Queries, keys and values, repeated, and the result: that is the next layer's input already where all of it trains.
+    They are fp32 on a CPU; on a GPU in the format of products, keys and values repeated for each group of queries.
     """
-    whole = 3 if setting.full else 4
-    mask = setting.slots * setting.width
-    return setting.tokens * (whole * shape.queries * setting.width + 4 * shape.heads + mask)
-
-
-def attention_shared(setting: Setting) -> int:
-    """Give the bytes of the mask that all layers begin from; with ``attention_kept``, all that knows of attention."""
-    return setting.tokens * setting.slots
+    keys = shape.queries if setting.cuda else shape.keys
+    return setting.tokens * (2 * (shape.queries + keys) * (setting.width if setting.cuda else 4) + 4 * shape.heads)
 
 
 def layer_kept(shape: Shape, setting: Setting) -> float:
     """Give the bytes of activations that one decoder layer keeps for its backward, on average over the layers.
 
-    A linear layer keeps its input in the format of the product; with LoRA each has a copy of its own, and what dropout
-    multiplied with: fp32 on a CPU, a byte on a GPU. Norms are fp32, and those that train keep their result too. Gated
-    parts keep gate, its activation and what it multiplies: fp32 after a layer of 4 bits, whose result has its
-    input's format.
+    A linear layer that trains keeps its input in the format of products. With LoRA it is what dropout left of it, a
+    copy for each layer, and what dropout multiplied with: a byte on a GPU; on a CPU fp32 before a quantised layer, else
+    the format of products. Without dropout, layers of plain weights that read the same keep it once. Norms keep their
+    input, those of a model that trains whole in fp32, and their result too. Gated parts keep gate, its activation and
+    what it multiplies.
     """
     c = setting.width
-    adapted = _adapted(shape, setting)
-    linear: float = sum(i for _, i, _ in adapted) * c
+    adapted, plain = _adapted(shape, setting), setting.quantizer not in STORED_BITS
+    shares = not setting.full and not setting.dropout and plain
+    linear: float = sum(i for name, i, _ in adapted if not (shares and SHARING.search(name))) * c
     if not setting.full:
-        noise = 0 if not setting.dropout else 1 if setting.cuda else 4
+        noise = 0 if not setting.dropout else 1 if setting.cuda else c if plain else 4
         linear += sum(i for _, i, _ in adapted) * noise + len(adapted) * setting.r * c
-    norms = shape.norms * (8 if setting.full else 4)
-    gate = 3 * shape.middle * (4 if setting.quantizer == "nf4" else c)
+    norms = shape.norms * (8 if setting.full else c)
+    gate = 3 * shape.middle * c
     return setting.tokens * ((linear + norms) / shape.layers + gate) + attention_kept(shape, setting)
 
 
@@ -183,7 +183,7 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
     if not s.full and any(name in ("lm_head", "embed_tokens", "output", "tok_embeddings") for name in s.saved):
         trained += len(s.saved) * shape.vocabulary * shape.hidden
     casts = 0 if c == 4 else (linear if s.full else trained) * c
-    residual = 4 if s.full or s.quantizer == "nf4" else c
+    residual = 4 if s.full else c
     always = {
         "process and libraries": 0 if s.cuda else PROCESS,
         "base weights": base,
@@ -191,8 +191,7 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
         "optimizer state": trained * OPTIMIZER_BYTES[s.optimizer],
     }
     layer = layer_kept(shape, s)
-    inputs = s.tokens * shape.hidden * (shape.layers * residual + (8 if s.full else 4))  # and those of the last norm
-    inputs += attention_shared(s)
+    inputs = s.tokens * shape.hidden * (shape.layers * residual + (8 if s.full else c))  # and those of the last norm
     kept = inputs if s.checkpointing else shape.layers * layer
     head = shape.vocabulary * shape.hidden
     if shape.plain_logits:

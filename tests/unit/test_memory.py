@@ -11,7 +11,7 @@ import torch
 from tiny_families import FAMILIES, write_family
 
 from corefit import plan
-from corefit.engine import loop, memory, model
+from corefit.engine import attention, loop, memory, model
 from corefit.engine.loss import CausalLoss
 from corefit.engine.memory import Setting
 from corefit.plan import read_shape
@@ -44,6 +44,7 @@ def kept(folder: Path, setting: Setting) -> int:
         model.enable_gradient_checkpointing(network)
     own = {tensor.untyped_storage()._cdata for tensor in (*network.parameters(), *network.buffers())}
     own |= {p.quant_state.absmax.untyped_storage()._cdata for p in network.parameters() if hasattr(p, "quant_state")}
+    attention.choose_route(network, vocab_size=256, device="cpu", autocast=lambda: loop.autocast("cpu", dtype))
     loss_fn, storages = CausalLoss(network), {}
     with loop.autocast("cpu", dtype):
         loss_fn.probe()
@@ -57,7 +58,7 @@ def kept(folder: Path, setting: Setting) -> int:
 
     ids = torch.arange(SLOTS).repeat(setting.micro_batch, 1)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), loop.autocast("cpu", dtype):
-        loss_fn(ids, ids % 52, ids)  # two documents, or there would be no mask
+        loss_fn(ids, ids % 52, ids, attention.Layout.at(ids % 52))  # two documents
     return sum(storage.nbytes() for storage in storages.values())
 
 
@@ -65,12 +66,9 @@ def said(folder: Path, setting: Setting) -> int:
     """The same by arithmetic; of the loss only what lasts: the gradients of hidden states and, fully trained, head."""
     shape = read_shape(str(folder))
     terms = memory.moments(shape, setting)["at the loss"]
-    shared = (
-        memory.attention_shared(setting) if setting.checkpointing else 0
-    )  # an argument of layers, not kept by a hook
     casts = 0 if setting.checkpointing else terms.get("weights in the products' format", 0)
     lasting = 4 * setting.tokens * shape.hidden + 4 * shape.vocabulary * shape.hidden * setting.full
-    return casts + terms["activations"] - shared + lasting
+    return casts + terms["activations"] + lasting
 
 
 @pytest.mark.parametrize(
