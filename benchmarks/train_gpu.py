@@ -201,7 +201,8 @@ Trainer(
     args=SFTConfig(
         output_dir=out + ".d", max_steps=steps + 2, use_cpu=device == "cpu", bf16=True, packing=True,
         packing_strategy="bfd", max_length=length, per_device_train_batch_size=1, gradient_accumulation_steps=packs,
-        report_to="none", gradient_checkpointing=checkpointing == "on", learning_rate=1e-4, warmup_steps=0, lr_scheduler_type="constant",
+        report_to="none", gradient_checkpointing=checkpointing == "on", learning_rate=1e-4, warmup_steps=0,
+        lr_scheduler_type="constant",
         save_strategy="no", logging_strategy="no", disable_tqdm=True, completion_only_loss=True,
         model_init_kwargs=kwargs,
     ),

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from corefit.engine import internlm
-from corefit.engine.fused import fuse_lora, fuse_norm
+from corefit.engine.fused import fuse_lora, fuse_mlp, fuse_norm
 from corefit.errors import ModelError, RunError, UserError, unknown
 from corefit.terminal import notice
 
@@ -746,6 +746,8 @@ def _attach_lora(model: PreTrainedModel, spec: AdapterSpec, *, seed: int) -> Any
     for module in model.modules():
         if "norm" in type(module).__name__.lower():
             fuse_norm(module.float())
+        elif hasattr(module, "act_fn"):
+            fuse_mlp(module)
     targets, saved = internlm.llama_modules(model, spec.targets), internlm.llama_modules(model, spec.modules_to_save)
     targets = targets or sorted({*(everything := decoder_targets(model))} - _taken_for_experts(model, everything))
     if experts := _taken_for_experts(model, targets):

@@ -304,7 +304,7 @@ def spoil(part, when=lambda: True):
         ("full, checkpointing", "model.layers.0.self_attn"),
         ("full, checkpointing", "model.layers.1.mlp.down_proj"),
         ("nf4, checkpointing", "model.layers.0.self_attn.v_proj"),
-        ("nf4, checkpointing", "model.layers.1.mlp.act_fn"),
+        ("nf4, checkpointing", "model.layers.1.mlp"),
     ],
 )
 def test_the_layer_whose_gradient_is_not_finite_is_named(base, name, how, monkeypatch):
