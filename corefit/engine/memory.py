@@ -57,6 +57,8 @@ class Shape(NamedTuple):
     """The logits of all tokens are made at once, because the head is more than a matrix."""
     file_width: int = 2
     """Bytes of a number in the base's files."""
+    gate: int = 3
+    """Tensors as wide as ``middle`` that a gated part keeps beside its last layer's input."""
     rough: str = ""
     """Why the estimate is a rough one; empty: it isn't."""
 
@@ -100,6 +102,7 @@ def shape_of(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]], fi
     middle = config.get("intermediate_size") or config.get("n_inner") or 4 * hidden
     if experts:
         middle = config.get("moe_intermediate_size", middle) * config.get("num_experts_per_tok", 1)
+    fused = config.get("hidden_act", "silu") in ("silu", "swish") and not any("gate_up" in name for name, *_ in linears)
     gated = any(re.search(r"gate|w3|w1\b", name) for name, *_ in linears) or bool(experts)
     plain = any(config.get(key) for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
     rough = "" if gated and linears else "not a gated decoder of linear layers"
@@ -107,7 +110,8 @@ def shape_of(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]], fi
     return Shape(
         layers=max(len(layers), 1), hidden=hidden, heads=heads, queries=queries, keys=keys, middle=middle,
         vocabulary=int(embeddings[0]), linears=tuple(linears), norms=norms, norm_weights=norm_weights, other=other,
-        plain_logits=plain or "lm_head.bias" in tensors, file_width=file_width, rough=rough,
+        plain_logits=plain or "lm_head.bias" in tensors, file_width=file_width, gate=2 if fused else 3,
+        rough=rough,
     )  # fmt: skip
 
 
@@ -153,7 +157,7 @@ def layer_kept(shape: Shape, setting: Setting) -> float:
     copy for each layer, and what dropout multiplied with: a byte on a GPU; on a CPU fp32 before a quantised layer, else
     the format of products. Without dropout, layers of plain weights that read the same keep it once. Norms keep their
     input, those of a model that trains whole in fp32, and their result too. Gated parts keep gate, its activation and
-    what it multiplies.
+    what it multiplies, but for what can be made again.
     """
     c = setting.width
     adapted, plain = _adapted(shape, setting), setting.quantizer not in STORED_BITS
@@ -163,7 +167,7 @@ def layer_kept(shape: Shape, setting: Setting) -> float:
         noise = 0 if not setting.dropout else 1 if setting.cuda else c if plain else 4
         linear += sum(i for _, i, _ in adapted) * noise + len(adapted) * setting.r * c
     norms = shape.norms * (8 if setting.full else c)
-    gate = 3 * shape.middle * c
+    gate = (3 if setting.full else shape.gate) * shape.middle * c
     return setting.tokens * ((linear + norms) / shape.layers + gate) + attention_kept(shape, setting)
 
 
