@@ -153,9 +153,10 @@ def fuse_lora(model: nn.Module) -> None:
     """Give every LoRA layer on a plain linear one ``LoraLinear`` for its forward, where that computes the same."""
     from peft.tuners.lora import Linear
 
-    for module in model.modules():
-        if type(module) is Linear and type(module.get_base_layer()) is nn.Linear and not module.lora_variant:
-            module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
+    layers: list[Any] = [module for module in model.modules() if type(module) is Linear]
+    for layer in layers:
+        if type(layer.get_base_layer()) is nn.Linear and not layer.lora_variant:
+            layer.forward = functools.partial(_forward, layer)
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
