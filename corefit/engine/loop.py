@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from corefit.engine.nonfinite import explain, random_state, set_random_state
-from corefit.engine.ranks import ALONE, Ranks
+from corefit.engine.ranks import ALONE, Ranks, whole
 from corefit.errors import CorefitError, RunError
 from corefit.types import Batch, StepReport
 
@@ -124,6 +124,7 @@ def train(
             batches = next(supply, None)
         except CorefitError as error:  # what was trained so far is good
             broken = error
+        if reason := ranks.agree(str(broken or "")):
             break
         if batches is None:
             reason = "epochs"
@@ -151,7 +152,7 @@ def train(
         if failed := state.skipped_in_a_row >= SKIP_LIMIT:
             break
         for hook in (validate, sample, checkpoint):  # the checkpoint last: it records what the others wrote
-            if hook is not None and hook.due(state.step):
+            if hook is not None and ranks.first(hook.due(state.step)):  # a clock is not the same everywhere
                 hook.run(state.step)
     if checkpoint is not None and state.step not in (first, checkpoint.last_step):
         checkpoint.run(state.step)
@@ -161,7 +162,7 @@ def train(
         run = partial(nats, loss_fn, device=device, compute_dtype=compute_dtype)
         raise explain(
             loss_fn, run, batches or (), report, compute_dtype=compute_dtype, parameters=parameters, device=device,
-            random=random, scales=scales, in_a_row=state.skipped_in_a_row,
+            random=random, scales=scales, in_a_row=state.skipped_in_a_row, ranks=ranks,
         )  # fmt: skip
     return reason
 
@@ -212,9 +213,7 @@ def take_step(
     if not total:
         return math.nan, math.nan
     loss = scaler.scale(torch.zeros((), device=device))  # a rank may have nothing else to scale
-    for batch in batches:
-        if not batch.n_supervised:
-            continue
+    for batch in ranks.in_step(batches):
         part = nats(loss_fn, batch, device, compute_dtype) / total
         # Divided here, not after backward: a sum over thousands of tokens would overflow fp16 gradients.
         scaler.scale(part).backward()  # type: ignore[no-untyped-call]
@@ -227,6 +226,7 @@ def take_step(
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
     if clip:
         torch.nn.utils.clip_grads_with_norm_(parameters.values(), clip, norm)
+    norm = whole(norm)
     values: list[float] = torch.stack([loss, norm.to(loss)]).tolist()  # the step's one wait for the device
     if all(map(math.isfinite, values)):
         scaler.step(optimizer)

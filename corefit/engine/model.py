@@ -836,6 +836,12 @@ def add_rows(model: PreTrainedModel, rows: int, new: Sequence[int] = ()) -> None
         weight[[*new, *range(before, rows)]] = mean.to(weight.dtype)
 
 
+def decoder_layers(model: Any) -> Sequence[nn.Module]:  # noqa: ANN401, PeftModel or PreTrainedModel
+    """Give the layers of the decoder, which run one after another; empty: they are not in one list."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return next((list(part) for part in base.get_decoder().modules() if isinstance(part, nn.ModuleList)), [])
+
+
 def adapted_layers(model: Any) -> dict[str, int]:  # noqa: ANN401, PeftModel
     """Give how many layers each target of the adapter adapts: all that have its name.
 
