@@ -32,7 +32,7 @@ from corefit.engine import attention, checkpoint, evaluate, export, model
 from corefit.engine.loop import Every, LoopState, autocast, progress_at, train
 from corefit.engine.loss import CausalLoss
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_notice
-from corefit.engine.ranks import ALONE, Ranks, is_sharded, shard
+from corefit.engine.ranks import ALONE, Ranks, is_sharded, own, shard
 from corefit.errors import (
     CheckpointError,
     DataError,
@@ -277,9 +277,6 @@ class Session:
         self.say(f"device: {self.device}; precision: {self.precision.name} ({self.precision.reason})")
         if recipe.run.sharding == "full" and self.ranks.world == 1:
             self.say("sharding: off, one process holds the whole model")
-        if self.ranks.sharded:
-            also = ", gradients and optimizer state" if full else "; the adapter is whole on each"
-            self.say(f"sharding: full: each rank has 1/{self.ranks.world} of the base's weights{also}")
         # what a quantizer stores is made on the device, which must hold it once; the rest waits for it in memory
         unsharded = "cpu" if self.ranks.sharded and quantizer.name == "none" else self.device
         network: Any = model.load_base(
@@ -328,6 +325,10 @@ class Session:
             dtype = self.precision.compute_dtype if full else None
             shard(self.loss_fn, model.decoder_layers(network), device=self.device, keep=keep, dtype=dtype)
             self.parameters = model.check_trainable(network)
+            shared = [p for p in network.parameters() if full or not p.requires_grad]
+            mine, all_ = (sum(t.nbytes for t in tensors) / 2**20 for tensors in (map(own, shared), shared))
+            also = ", and that share of gradients and optimizer state" if full else "; the adapter is whole on each"
+            self.say(f"sharding: full: a rank holds {mine:,.2f} of the base's {all_:,.2f} MiB{also}")
         self.ranks.copy(list(self.parameters.values()))
         facts = {"tensors": len(self.parameters), "parameters": counts.trainable, "dtype": "float32"}
         line = f"trainable: {counts.trainable / 1e6:,.2f}M numbers in {len(self.parameters):,} tensors, all fp32"

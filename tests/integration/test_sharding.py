@@ -3,24 +3,56 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from cli import environment
 from safetensors.numpy import load_file
-from test_ranks import flags, records, said, same, steps, together  # noqa: F401, a fixture
-
-FULL = ["--quantizer", "none", "adapter.kind=none"]
+from test_ranks import flags, killed, said, same, steps, together  # noqa: F401, a fixture among them
 
 
-def weights(run: Path) -> dict[str, object]:
-    return load_file(next(run.glob("*/*model.safetensors")))
+def of(kind: str, flags: list[str]) -> list[str]:  # noqa: F811
+    """Flags for an adapter on a base stored as ``kind``, or for full fine-tuning."""
+    more = ["sample.every_steps=5", "sample.max_tokens=5", "checkpoint.every_steps=6", "run.sharding=full"]
+    quantizer = "none" if kind == "full" else kind
+    return ["--quantizer", quantizer, *flags, *more, *["adapter.kind=none"] * (kind == "full")]
+
+
+def answers(run: Path) -> list[str]:
+    return [json.loads(line)["answer"] for line in (run / "samples.jsonl").read_text("utf-8").splitlines()]
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4", "full"])
 def test_shares_of_a_model_are_the_model(kind: str, flags: list[str], tmp_path: Path) -> None:  # noqa: F811
-    how = [*flags, "sample.every_steps=5", "sample.max_tokens=5", "checkpoint.every_steps=6"]
-    how = ["--quantizer", "none", *how, "adapter.kind=none"] if kind == "full" else ["--quantizer", kind, *how]
+    how = of(kind, flags)
     assert together(1, ["--out", "one", *how], tmp_path) == [0], said(tmp_path)
-    how += ["run.sharding=full", "train.gradient_checkpointing=true"]
+    assert "sharding: off, one process holds the whole model" in said(tmp_path)
+    how += ["train.gradient_checkpointing=true"]
     assert together(2, ["--out", "two", *how], tmp_path) == [0, 0], said(tmp_path) + said(tmp_path, 1)
-    same(tmp_path / "one", tmp_path / "two")
+    one, two = tmp_path / "one", tmp_path / "two"
+    mine, all_ = map(float, re.findall(r"sharding: full: a rank holds (\S+) of the base's (\S+) MiB", said(tmp_path))[0])
+    assert mine / all_ == pytest.approx(0.5, abs=0.03)
+    same(one, two)
+    assert answers(one) == answers(two)
+    kept = [sorted((run / "checkpoints").glob("*/*r*.safetensors")) for run in (one, two)]
+    assert [path.relative_to(one) for path in kept[0]] == [path.relative_to(two) for path in kept[1]]
+    for a, b in zip(*kept, strict=True):
+        if a.name != "rng.safetensors":
+            before, after = load_file(a), load_file(b)
+            assert before.keys() == after.keys()
+            assert max(abs(before[name] - after[name]).max() for name in before) <= 1e-6, a
+
+
+def test_two_then_one_then_two_shares_are_the_straight_run(flags: list[str], tmp_path: Path) -> None:  # noqa: F811
+    how = of("full", flags)
+    assert together(1, ["--out", "straight", *how], tmp_path) == [0]
+    stop = ["--out", "run", *how, "checkpoint.every_steps=3"]
+    assert together(2, [*stop, "train.max_steps=3"], tmp_path) == [0, 0], said(tmp_path)
+    assert together(1, ["--resume", *stop, "train.max_steps=5"], tmp_path) == [0], said(tmp_path)
+    assert together(2, ["--resume", *stop], tmp_path) == [0, 0], said(tmp_path) + said(tmp_path, 1)
+    a, b = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("straight", "run"))
+    assert max(abs(a[name] - b[name]).max() for name in a) <= 1e-6
