@@ -32,7 +32,7 @@ from corefit.engine import attention, checkpoint, evaluate, export, model
 from corefit.engine.loop import Every, LoopState, autocast, progress_at, train
 from corefit.engine.loss import CausalLoss
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_notice
-from corefit.engine.ranks import ALONE, Ranks, is_sharded, own, shard
+from corefit.engine.ranks import ALONE, Ranks, is_sharded, own, shard, together
 from corefit.errors import (
     CheckpointError,
     DataError,
@@ -473,22 +473,23 @@ class Session:
 
     def _train(self, **hooks: Any) -> str:  # noqa: ANN401, those of train
         settings = self.recipe.train
-        return train(
-            loss_fn=self.loss_fn,
-            steps=self._steps(),
-            parameters=self.parameters,
-            optimizer=self.optimizer,
-            scaler=self.scaler,
-            lr_at=self._lr_at,
-            state=self.state,
-            clip=settings.clip,
-            epochs=settings.epochs,
-            max_steps=settings.max_steps,
-            should_stop=lambda: self.interrupts.reason or self.patience.reason,
-            ranks=self.ranks,
-            **hooks,
-            **self.context,
-        )
+        with together():
+            return train(
+                loss_fn=self.loss_fn,
+                steps=self._steps(),
+                parameters=self.parameters,
+                optimizer=self.optimizer,
+                scaler=self.scaler,
+                lr_at=self._lr_at,
+                state=self.state,
+                clip=settings.clip,
+                epochs=settings.epochs,
+                max_steps=settings.max_steps,
+                should_stop=lambda: self.interrupts.reason or self.patience.reason,
+                ranks=self.ranks,
+                **hooks,
+                **self.context,
+            )
 
     def _lr_at(self, progress: float) -> float:
         return self.recipe.train.lr * self.scheduler.factor(progress, self.recipe.train.warmup)

@@ -61,7 +61,7 @@ class Ranks:
         if self.world == 1:
             return list(values)
         numbers = torch.tensor(values, dtype=torch.float64)
-        with _together():
+        with together():
             dist.all_reduce(numbers)
         return numbers.tolist()
 
@@ -92,7 +92,7 @@ class Ranks:
             return
         for part in _buckets([tensor for tensor in tensors if not isinstance(tensor, DTensor)]):
             flat = torch.cat([tensor.flatten() for tensor in part])
-            with _together():
+            with together():
                 collective(flat)
             first = 0
             for tensor in part:
@@ -105,7 +105,7 @@ class Ranks:
             return text
         data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
         size = torch.tensor([len(data)])
-        with _together():
+        with together():
             dist.broadcast(size, 0)
             data = data if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
             dist.broadcast(data, 0)
@@ -137,7 +137,7 @@ ALONE = Ranks()
 @contextlib.contextmanager
 def joined() -> Iterator[Ranks]:
     """Join the other processes that torchrun started for this run, until the end of the block."""
-    with _together():
+    with together():
         store, rank, world = next(rendezvous("env://"))
         # torchrun keeps the store when it starts the processes again, and with it the addresses of those that are gone
         store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -204,11 +204,13 @@ def shared_as(like: Tensor, tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _together() -> Iterator[None]:
-    """Let a rank that is gone be one line."""
+def together() -> Iterator[None]:
+    """Let a rank that is gone be one line, whatever was waiting for it."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error) or "rendezvous" in str(error)):
+            raise
         words = str(error).partition(". ")[0].rpartition("] ")[2]  # gloo begins with a path and ends with advice
         raise RunError(f"another rank ended or can't be reached ({words})") from error
 

@@ -44,12 +44,13 @@ def flags(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[st
     return ["--model", str(tiny_model), "--data", str(data), *names, "--set", *sets.split(), *more.split()]
 
 
-def together(world: int, words: list[str], where: Path) -> list[int | None]:
+def together(world: int, words: list[str], where: Path, *, full_disk: bool = False) -> list[int | None]:
     """Train with so many ranks; give their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = [FORKS.Process(target=one_rank, args=(rank, world, port, words, str(where))) for rank in range(world)]
+    ways = [(rank, world, port, words, str(where), full_disk) for rank in range(world)]
+    started = [FORKS.Process(target=one_rank, args=way) for way in ways]
     for process in started:
         process.start()
     for process in started:
@@ -156,8 +157,12 @@ def killed(process: subprocess.Popen[str], run: Path, number: int) -> None:
     os.kill(max(map(int, children)), number)
 
 
-def test_a_killed_rank_ends_all_within_30_seconds_and_the_run_goes_on(flags: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_a_killed_rank_ends_all_within_30_seconds_and_the_run_goes_on(
+    sharding: str, flags: list[str], tmp_path: Path
+) -> None:
     words = ["launch", "-n", "2", "--out", "run", *flags, "train.epochs=60", "checkpoint.every_steps=4"]
+    words += [f"run.sharding={sharding}"]
     begin = [sys.executable, "-m", "corefit"]
     process = subprocess.Popen(
         [*begin, *words], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -166,7 +171,9 @@ def test_a_killed_rank_ends_all_within_30_seconds_and_the_run_goes_on(flags: lis
     began = time.monotonic()
     assert process.wait(30) == 1
     assert time.monotonic() - began < 30
-    assert "was ended by SIGKILL; --resume goes on from the newest checkpoint" in process.communicate()[1]
+    errors = process.communicate()[1]
+    assert "was ended by SIGKILL; --resume goes on from the newest checkpoint" in errors
+    assert "rank 0: error: another rank ended or can't be reached (Connection" in errors
     done = len([line for line in steps(tmp_path / "run") if "loss" in line])
     more = ["--resume", *words[3:], f"train.max_steps={done + 3}"]
     assert together(2, more, tmp_path) == [0, 0], said(tmp_path) + said(tmp_path, 1)

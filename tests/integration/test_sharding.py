@@ -56,3 +56,24 @@ def test_two_then_one_then_two_shares_are_the_straight_run(flags: list[str], tmp
     assert together(2, ["--resume", *stop], tmp_path) == [0, 0], said(tmp_path) + said(tmp_path, 1)
     a, b = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("straight", "run"))
     assert max(abs(a[name] - b[name]).max() for name in a) <= 1e-6
+
+
+def test_a_refused_save_and_a_loss_that_is_not_finite_hang_nobody(flags: list[str], tmp_path: Path) -> None:  # noqa: F811
+    how = [*of("full", flags), "checkpoint.every_steps=2", "train.max_steps=6"]
+    assert together(2, ["--out", "run", *how], tmp_path, full_disk=True) == [0, 0], said(tmp_path)
+    assert "step-00000002: not saved: [Errno 28] No space left on device" in said(tmp_path)
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000004", "step-00000006"]
+    assert together(2, ["--out", "bad", *how, "train.lr=1e30"], tmp_path) == [1, 1], said(tmp_path)
+    for rank in (0, 1):
+        assert f"rank {rank}: error: step 2: the loss is not finite (loss scale 1): first in" in said(tmp_path, rank)
+    assert json.loads((tmp_path / "bad" / "nonfinite.json").read_text("utf-8"))["records_together"]
+
+
+def test_what_can_not_be_divided_is_refused(flags: list[str], tmp_path: Path) -> None:  # noqa: F811
+    words = ["--out", "run", *flags, "run.sharding=full"]
+    assert together(2, ["--quantizer", "int8", *words], tmp_path)[0] == 2
+    assert "run.sharding='full' can't divide int8 weights; set model.quantizer='nf4' or 'none'" in said(tmp_path)
+    words = ["--quantizer", "none", *words, "adapter.kind=none", "train.optimizer=adamw_8bit"]
+    assert together(2, words, tmp_path)[0] == 2
+    assert "run.sharding='full' with adapter.kind='none' needs train.optimizer='adamw'" in said(tmp_path)
