@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -55,6 +57,8 @@ class Ranks:
     """Among the processes of this machine: the number of its GPU."""
     sharded: bool = False
     """True: each holds a share of the weights."""
+    again: bool = False
+    """True: torchrun has started this run before. Rank 0 knows it."""
 
     def sum(self, *values: float) -> list[float]:
         """Give the sum over ranks of each number. It never waits for a GPU."""
@@ -139,12 +143,36 @@ def joined() -> Iterator[Ranks]:
     """Join the other processes that torchrun started for this run, until the end of the block."""
     with together():
         store, rank, world = next(rendezvous("env://"))
-        # torchrun keeps the store when it starts the processes again, and with it the addresses of those that are gone
-        store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        while isinstance(store, PrefixStore):
+            store = store.underlying_store
+        store = PrefixStore("corefit", store)
+        again = rank == 0 and store.add("starts", 1) > 1
+        store = _of_this_start(store, rank, world)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+    with together():
+        yield Ranks(rank, world, int(os.environ.get("LOCAL_RANK", "0")), again=again)
     dist.destroy_process_group()  # not after a failure: the others may be waiting, and torchrun ends them
+
+
+def _of_this_start(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """Give a part of a store that all ranks know, and no earlier start.
+
+    torchrun keeps its store when it starts the processes again, and with it the addresses of those that are gone. Its
+    count of restarts is no help: a host whose processes were well has another one.
+    """
+    me = uuid4().hex
+    if rank == 0:
+        store.set("start", me)
+        for other in range(1, world):
+            store.set(f"{me}/{other}/{store.get(f'{me}/{other}').decode()}", "")
+        return PrefixStore(me, store)
+    start = ""
+    while not start or not store.check([f"{start}/{rank}/{me}"]):  # rank 0 has seen this very process
+        start = store.get("start").decode()
+        store.set(f"{start}/{rank}", me)
+        time.sleep(0.02)
+    return PrefixStore(start, store)
 
 
 # ------------------------------------------------------------------------------------------------- shares of weights
