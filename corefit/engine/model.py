@@ -496,7 +496,8 @@ def load_base(
             say(f"{base}: this model class has no sdpa attention, so eager attention is used: slower, more memory")
             model, info = load("eager")
     except torch.cuda.OutOfMemoryError as error:
-        raise ModelError(f"{base}: doesn't fit into the memory of {device}; --quantizer nf4 takes a quarter") from error
+        ways = "--quantizer nf4 takes a quarter, several processes divide it with --set run.sharding=full"
+        raise ModelError(f"{base}: doesn't fit into the memory of {device}; {ways}") from error
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(f"{base}: can't be loaded: {_first_line(error)}") from error
     except Exception as error:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -155,7 +155,7 @@ def joined() -> Iterator[Ranks]:
     dist.destroy_process_group()  # not after a failure: the others may be waiting, and torchrun ends them
 
 
-def _of_this_start(store: dist.Store, rank: int, world: int) -> dist.Store:
+def _of_this_start(store: Store, rank: int, world: int) -> Store:
     """Give a part of a store that all ranks know, and no earlier start.
 
     torchrun keeps its store when it starts the processes again, and with it the addresses of those that are gone. Its

@@ -217,7 +217,13 @@ def test_a_kill_at_every_single_step_of_saving_leaves_the_old_or_the_new_one_who
 
         return call
 
-    for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"), (checkpoint, "write_tensors")):
+    for module, name in (
+        (os, "fsync"),
+        (os, "rename"),
+        (os, "replace"),
+        (shutil, "rmtree"),
+        (checkpoint, "write_tensors"),
+    ):
         real[name] = getattr(module, name)
         monkeypatch.setattr(module, name, counted(name))
     real["write_text"] = Path.write_text
