@@ -639,11 +639,12 @@ class Session:
                 asked = (Message("system", self.system), Message("user", prompt))[not self.system :]
                 ids = self.plan.encoder.prompt(asked).tolist()
             except Unrenderable as refusal:
-                note(f"sample: the template can't write this question ({refusal.reason}): {prompt[:80]!r}")
+                if not self.ranks.rank:
+                    note(f"sample: the template can't write this question ({refusal.reason}): {prompt[:80]!r}")
                 continue
             how = dict(stop_ids=self.plan.encoder.stop_ids, max_tokens=self.recipe.sample.max_tokens, **self.context)
-            together = self.ranks if self.ranks.sharded else ALONE
-            answer = self.loss_fn.within(partial(evaluate.generate, self.network, ids, ranks=together, **how))
+            ranks = self.ranks if self.ranks.sharded else ALONE  # else rank 0 runs it alone
+            answer = self.loss_fn.within(partial(evaluate.generate, self.network, ids, ranks=ranks, **how))
             text = self.plan.tokenizer.decode(answer.ids)
             yield SampleReport(step=step, prompt=prompt, answer=text, stopped=answer.stopped)
 

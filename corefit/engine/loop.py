@@ -124,7 +124,7 @@ def train(
             batches = next(supply, None)
         except CorefitError as error:  # what was trained so far is good
             broken = error
-        if reason := ranks.agree(str(broken or "")):
+        if reason := ranks.agree("data" if broken else ""):
             break
         if batches is None:
             reason = "epochs"
