@@ -136,7 +136,7 @@ def _at_step(run: Path, which: str, target: str | Path, model: str | None, trust
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     files = Tokenizer.load(base, facts.get("add_tokens", ())).files()
     provenance = Provenance.from_dict(facts, base_folder=base, tokenizer_files=files)
-    folder = export(made / "at", saved.state["extra"]["layout"], saved.trainable, provenance)
+    folder = export(made / "at", saved.state["extra"]["layout"], saved.trainable.__getitem__, provenance)
     return find(folder, model=str(base), trust_remote_code=trust, say=say)
 
 

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"corefit {__version__} ({kernel.NAME} kernel)")
         return 0
     debug = "--debug" in arguments
-    code = 0
+    code, rank = 0, f" rank {os.environ.get('RANK')}:" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     for stream in (sys.stdout, sys.stderr):  # a terminal that can't show a character must not end a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -76,7 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CorefitError as error:
         if debug:
             notice(traceback.format_exc())
-        rank = f" rank {os.environ['RANK']}:" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         notice(f"corefit:{rank} error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
@@ -89,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             notice(traceback.format_exc())
         where = _innermost(error)
-        notice(f"corefit: error: {type(error).__name__}: {error} ({where}); --debug shows the traceback")
+        notice(f"corefit:{rank} error: {type(error).__name__}: {error} ({where}); --debug shows the traceback")
         return 1
 
 

@@ -244,6 +244,9 @@ class RunSettings:
     """CPU threads of torch, and threads that encode records; None: torch's choice, and one for each CPU up to 8."""
     device: Text = "auto"
     """``auto``, ``cpu``, ``cuda``, ``cuda:1``."""
+    sharding: Literal["auto", "none", "full"] = "auto"
+    """With several processes, ``none``: each holds the whole model; ``full``: an equal share of the base, and in full
+    fine-tuning of gradients and optimizer too (FSDP2); ``auto``: full fine-tuning on GPUs is sharded."""
     reporters: tuple[Text, ...] = ("progress", "report.html")
     """Who is told what happens; ``metrics.jsonl``, ``samples.jsonl`` and the ledger are written whoever is."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -611,6 +614,13 @@ def _conflicts(recipe: Recipe) -> list[str]:
             f"adapter.kind='none' trains the base weights, but quantizer {recipe.model.quantizer!r} freezes them; "
             "set model.quantizer='none'",
         )
+    if recipe.run.sharding == "full":
+        if recipe.model.quantizer == "int8" and recipe.adapter.kind != "none":
+            conflict(
+                "run.sharding", "run.sharding='full' can't divide int8 weights; set model.quantizer='nf4' or 'none'"
+            )
+        if recipe.adapter.kind == "none" and recipe.train.optimizer != "adamw":
+            conflict("run.sharding", "run.sharding='full' with adapter.kind='none' needs train.optimizer='adamw'")
     return lines
 
 

@@ -231,6 +231,7 @@ def train_from(
     with joined() as ranks:
         if ranks.rank:
             return _follow(ranks, own_process)
+        resume = resume or ranks.again
         return _train(recipe_name, flags, sets, resume, allow_changes, own_process, None, say, ranks)
 
 

@@ -324,13 +324,17 @@ class Lab:
 
         def save(step: int) -> None:
             if step == STEPS // 2:
-                checkpoint.save(folder, step, **what, loop=state.as_dict(), lengths={})
+                checkpoint.save(folder, step, **what, loop=state.as_dict(), lengths=dict)
 
         steps = list(zip(batches[done::2], batches[done + 1 :: 2], strict=True))
         self.train(loss_fn, steps, **what, state=state, max_steps=STEPS, checkpoint=loop.Every(save, steps=1))
         tensors, scalars = optimizer_state(optimizer, parameters)
         plain = {f"{n}/{key}": torch.tensor(v) for n, of in scalars["values"].items() for key, v in of.items()}
-        return {n: parameter.detach().cpu() for n, parameter in parameters.items()} | tensors | plain
+        return (
+            {n: parameter.detach().cpu() for n, parameter in parameters.items()}
+            | {n: t.cpu() for n, t in tensors.items()}
+            | plain
+        )
 
     def export(self, network: Any, name: str) -> Any:  # noqa: ANN401, a model; a Found
         """Write what was trained, as a run does, and find it again."""

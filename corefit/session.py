@@ -32,7 +32,7 @@ from corefit.engine import attention, checkpoint, evaluate, export, memory, mode
 from corefit.engine.loop import Every, LoopState, autocast, progress_at, train, try_out
 from corefit.engine.loss import CausalLoss, offloaded
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_notice
-from corefit.engine.ranks import ALONE, Ranks
+from corefit.engine.ranks import ALONE, Ranks, is_sharded, own, shard, together
 from corefit.errors import (
     CheckpointError,
     DataError,
@@ -210,7 +210,7 @@ class Session:
         self.first_packs: list[dict[str, Any]] = []
         self.ended = False
         self._model(quantizer)
-        if try_micro_batch:
+        if try_micro_batch and not self.ranks.sharded:  # one rank can't try alone what all run together
             packs = int(self.ranks.tell(str(self._tried() if not self.ranks.rank else "")))
             self.recipe = replace(self.recipe, train=replace(self.recipe.train, micro_batch=packs))
             self.plan = replace(plan, recipe=self.recipe)
@@ -278,18 +278,25 @@ class Session:
         recipe, settings = self.recipe, self.recipe.train
         model.prepare_process(recipe.run.threads)
         self.device = model.choose_device(recipe.run.device)
+        full = recipe.adapter.kind == "none"
         if self.ranks.world > 1:
             self.say(f"ranks: {self.ranks.world}, each with its share of the packs of every step")
+            on_gpus = full and self.device == "cuda" and settings.optimizer == "adamw"
+            sharding = recipe.run.sharding
+            self.ranks = replace(self.ranks, sharded=sharding == "full" or (sharding == "auto" and on_gpus))
             self.device = model.choose_device(f"{self.device}:{self.ranks.local}") if self.device == "cuda" else "cpu"
         stored = model.base_dtype_of(str(self.base))
         self.precision = model.choose_precision(settings.precision, device=self.device, base_dtype=stored)
         self.say(f"device: {self.device}; precision: {self.precision.name} ({self.precision.reason})")
-        full = recipe.adapter.kind == "none"
+        if recipe.run.sharding == "full" and self.ranks.world == 1:
+            self.say("sharding: off, one process holds the whole model")
+        # what a quantizer stores is made on the device, which must hold it once; the rest waits for it in memory
+        unsharded = "cpu" if self.ranks.sharded and quantizer.name == "none" else self.device
         network: Any = model.load_base(
             str(self.base),
             quantizer=quantizer,
             compute_dtype=str(self.precision.compute_dtype).removeprefix("torch."),
-            device=self.device,
+            device=unsharded,
             trust_remote_code=recipe.model.trust_remote_code,
             weights_dtype="float32" if full else None,
             say=self.say,
@@ -326,6 +333,19 @@ class Session:
         line = f"LoRA r {spec.r} on {sum(layers.values())} layers: {', '.join(f'{n} {t}' for t, n in layers.items())}"
         self._proved(Proof("adapter", {"layers": layers}, f"adapter: {'none, all of it trains' if full else line}"))
         self.parameters = model.check_trainable(network)
+        self.loss_fn = CausalLoss(network)
+        self.layout = export.layout_of(network, export.public_name(str(recipe.model.base)))
+        if self.ranks.sharded and settings.offload_activations:
+            raise RecipeError("train.offload_activations: not with run.sharding=full, whose layers it would move too")
+        if self.ranks.sharded:
+            keep = () if full else self.parameters.values()
+            dtype = self.precision.compute_dtype if full else None
+            shard(self.loss_fn, model.decoder_layers(network), device=self.device, keep=keep, dtype=dtype)
+            self.parameters = model.check_trainable(network)
+            shared = [p for p in network.parameters() if full or not p.requires_grad]
+            mine, all_ = (sum(t.nbytes for t in tensors) / 2**20 for tensors in (map(own, shared), shared))
+            also = ", and that share of gradients and optimizer state" if full else "; the adapter is whole on each"
+            self.say(f"sharding: full: a rank holds {mine:,.2f} of the base's {all_:,.2f} MiB{also}")
         self.ranks.copy(list(self.parameters.values()))
         facts = {"tensors": len(self.parameters), "parameters": counts.trainable, "dtype": "float32"}
         line = f"trainable: {counts.trainable / 1e6:,.2f}M numbers in {len(self.parameters):,} tensors, all fp32"
@@ -355,17 +375,16 @@ class Session:
             device=self.device,
             autocast=lambda: autocast(self.device, self.precision.compute_dtype),
         )
-        self.say(attention.choose_route(network, **how))
-        delta = attention.isolation_canary(network, **how)
+        self.say(self.loss_fn.within(partial(attention.choose_route, network, **how)))
+        delta = self.loss_fn.within(partial(attention.isolation_canary, network, **how))
         line = f"isolation: documents of one pack don't see each other (max |delta| {delta:g})"
         self._proved(Proof("isolation", {"max_delta": delta}, line))
-        self.loss_fn = CausalLoss(network)
         if settings.offload_activations and self.device == "cpu":
             self.say("train.offload_activations: nothing to do on a CPU")
         elif settings.offload_activations:
             self.loss_fn.kept = partial(offloaded, list(network.parameters()))
         with autocast(self.device, self.precision.compute_dtype):
-            why = self.loss_fn.probe()
+            why = self.loss_fn.within(self.loss_fn.probe)
         if why:
             self.say(f"loss: from full logits ({why})")
         self.optimizer = make_optimizer(
@@ -436,6 +455,7 @@ class Session:
         every = self.recipe.checkpoint
         lock = self._claim()
         saved = self._saved(changes) if resuming else None
+        self._same_step()
         self._open(identity, saved, changes)
         self.checkpoint = Every(self._save, steps=every.every_steps, minutes=every.every_minutes or 0.0)
         try:
@@ -486,36 +506,52 @@ class Session:
             yield batches
 
     def follow(self, *, resuming: bool, changes: Sequence[tuple[str, str, str]]) -> None:
-        """Compute this rank's share of a run that rank 0 plays; write nothing."""
+        """Compute this rank's share of a run that rank 0 plays, at the same steps; write nothing."""
         saved = self._saved(changes) if resuming else None
+        self._same_step()
+
+        def answer(step: int) -> None:
+            for _ in self._answers(step) if self.ranks.sharded else ():
+                pass
+
         if saved is None:
             self._score(0)
+            answer(0)
         else:
             checkpoint.restore(saved, parameters=self.parameters, optimizer=self.optimizer, scaler=self.scaler)
             torch.manual_seed(self.recipe.train.seed + self.ranks.rank + self.state.step * self.ranks.world)
-        validate = Every(self._score, steps=self.recipe.val.every_steps or 0)
-        if self._train(on_step=lambda _: self.stream.notices.clear(), validate=validate) in ENDS and self.state.step:
-            self._score(self.state.step)
+        reason = self._train(
+            on_step=lambda _: self.stream.notices.clear(),
+            validate=Every(self._score),
+            sample=Every(answer),
+            checkpoint=Every(self._lend),
+        )
+        if self.state.step:
+            self.ranks.lend(self.parameters)
+            if reason in ENDS:
+                self._score(self.state.step)
+                answer(self.state.step)
 
     def _train(self, **hooks: Any) -> str:  # noqa: ANN401, those of train
         settings = self.recipe.train
-        return train(
-            loss_fn=self.loss_fn,
-            steps=self._steps(),
-            parameters=self.parameters,
-            optimizer=self.optimizer,
-            scaler=self.scaler,
-            lr_at=self._lr_at,
-            state=self.state,
-            clip=settings.clip,
-            epochs=settings.epochs,
-            max_steps=settings.max_steps,
-            should_stop=lambda: self.interrupts.reason or self.patience.reason,
-            memory=self._memory,
-            ranks=self.ranks,
-            **hooks,
-            **self.context,
-        )
+        with together():
+            return train(
+                loss_fn=self.loss_fn,
+                steps=self._steps(),
+                parameters=self.parameters,
+                optimizer=self.optimizer,
+                scaler=self.scaler,
+                lr_at=self._lr_at,
+                state=self.state,
+                clip=settings.clip,
+                epochs=settings.epochs,
+                max_steps=settings.max_steps,
+                should_stop=lambda: self.interrupts.reason or self.patience.reason,
+                memory=self._memory,
+                ranks=self.ranks,
+                **hooks,
+                **self.context,
+            )
 
     def _lr_at(self, progress: float) -> float:
         return self.recipe.train.lr * self.scheduler.factor(progress, self.recipe.train.warmup)
@@ -557,6 +593,18 @@ class Session:
             for line in new_curve(self._lr_at, self.state, old, self.recipe.train):
                 self.say(line)
         return saved
+
+    def _same_step(self) -> None:
+        """See that all ranks begin where rank 0 does.
+
+        Raises:
+            RunError: this one has read another checkpoint, or none.
+        """
+        if (step := int(self.ranks.first(self.state.step))) != self.state.step:
+            raise RunError(
+                f"rank 0 goes on from step {step}, here it is {self.state.step}: {self.folder / 'checkpoints'} must "
+                "be the same folder, or a copy of it, on every machine"
+            )
 
     def _open(
         self,
@@ -638,7 +686,13 @@ class Session:
         return nats, tokens, self.patience.see(nats)
 
     def _sample(self, step: int) -> None:
-        """Answer the questions of the recipe, greedily, once a step, into ``samples.jsonl``."""
+        """Write and show the answers to the questions of the recipe."""
+        for sample in self._answers(step):
+            self._write(self.samples, sample)
+            self.reporters.tell(sample)
+
+    def _answers(self, step: int) -> Iterator[SampleReport]:
+        """Answer the questions of the recipe, greedily, once a step."""
         if step in self.sampled:
             return
         self.sampled.add(step)
@@ -647,19 +701,19 @@ class Session:
                 asked = (Message("system", self.system), Message("user", prompt))[not self.system :]
                 ids = self.plan.encoder.prompt(asked).tolist()
             except Unrenderable as refusal:
-                note(f"sample: the template can't write this question ({refusal.reason}): {prompt[:80]!r}")
+                if not self.ranks.rank:
+                    note(f"sample: the template can't write this question ({refusal.reason}): {prompt[:80]!r}")
                 continue
-            answer = evaluate.generate(
-                self.network,
-                ids,
-                stop_ids=self.plan.encoder.stop_ids,
-                max_tokens=self.recipe.sample.max_tokens,
-                **self.context,
-            )
+            how = dict(stop_ids=self.plan.encoder.stop_ids, max_tokens=self.recipe.sample.max_tokens, **self.context)
+            ranks = self.ranks if self.ranks.sharded else ALONE  # else rank 0 runs it alone
+            answer = self.loss_fn.within(partial(evaluate.generate, self.network, ids, ranks=ranks, **how))
             text = self.plan.tokenizer.decode(answer.ids)
-            sample = SampleReport(step=step, prompt=prompt, answer=text, stopped=answer.stopped)
-            self._write(self.samples, sample)
-            self.reporters.tell(sample)
+            yield SampleReport(step=step, prompt=prompt, answer=text, stopped=answer.stopped)
+
+    def _lend(self, step: int) -> None:
+        """Give rank 0, which saves, this rank's share of what is sharded."""
+        if is_sharded(self.parameters.values()):
+            checkpoint.lend(step, parameters=self.parameters, optimizer=self.optimizer, ranks=self.ranks)
 
     def _save(self, step: int) -> None:
         """Write a checkpoint; where the disk refuses, say so and go on."""
@@ -672,14 +726,15 @@ class Session:
                 optimizer=self.optimizer,
                 scaler=self.scaler,
                 loop=self.state.as_dict(),
-                lengths={"metrics.jsonl": self.metrics.sync(), "samples.jsonl": self.samples.sync()},
+                lengths=lambda: {"metrics.jsonl": self.metrics.sync(), "samples.jsonl": self.samples.sync()},
                 extra={
                     "patience": [self.patience.best, self.patience.bad],
-                    "layout": export.layout_of(self.network, self.provenance.name),
+                    "layout": self.layout,
                     "provenance": self.provenance.as_dict(),
                 },
                 keep=self.recipe.checkpoint.keep,
                 best=step == self.best,
+                ranks=self.ranks,
             )
             seconds, size = time.perf_counter() - began, checkpoint.size_of(path)
             self._write(self.metrics, {"step": step, "save_seconds": seconds, "save_bytes": size})
@@ -729,7 +784,11 @@ class Session:
         name = "model" if self.recipe.adapter.kind == "none" else "adapter"
         write = export.export_model if name == "model" else export.export_adapter
         try:
-            write(self.network, self.folder / name, self.provenance)
+            if is_sharded(self.parameters.values()):
+                with self.ranks.gathering(self.parameters) as tensor_of:
+                    export.export(self.folder / name, self.layout, tensor_of, self.provenance)
+            else:
+                write(self.network, self.folder / name, self.provenance)
         except ModelError as error:
             raise RunError(f"{error}; --resume goes on from the newest checkpoint and writes it again") from error
 

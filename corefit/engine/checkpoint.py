@@ -14,7 +14,7 @@ import os
 import platform
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from corefit.durable import make_folder, sync, write_whole
+from corefit.engine.export import entries_of, write_tensors
 from corefit.engine.nonfinite import require_finite
 from corefit.engine.optimizer import load_optimizer_state, optimizer_state
+from corefit.engine.ranks import ALONE, Ranks, shared_as
 from corefit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -59,30 +61,31 @@ def save(
     optimizer: torch.optim.Optimizer,
     scaler: GradScaler,
     loop: Mapping[str, Any],
-    lengths: Mapping[str, int],
+    lengths: Callable[[], Mapping[str, int]],
     extra: Mapping[str, Any] | None = None,
     keep: int = 2,
     best: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Write ``folder/step-NNNNNNNN`` and delete all but the newest ``keep`` (at least 1) whole ones and the best.
 
-    ``best``: it is the best so far. ``loop`` is ``asdict(LoopState)``, ``lengths`` the durable byte lengths of the
-    files that a resume cuts.
+    ``best``: it is the best so far. ``loop`` is ``asdict(LoopState)``, ``lengths()`` makes the files that a resume cuts
+    durable, and gives their lengths in bytes. One tensor is held at a time; where weights are sharded, the other
+    ``ranks`` ``lend``.
 
     Raises:
         CheckpointError: it can't be written (disk full, no permission); older ones are as they were, the run can go on.
         NonFiniteError: weights are not finite, so the older ones are the last good ones; the run can't go on.
     """
-    require_finite(step, parameters)
+    require_finite(step, parameters, ranks)
     target = folder / name_of(step)
     aside, old = folder / f".tmp-{target.name}", folder / f".tmp-old-{target.name}"
     moments, scalars = optimizer_state(optimizer, parameters)
     bits, plain_rng = rng_state()
-    state = {
+    state: dict[str, Any] = {
         "format": FORMAT,
         "step": step,
         "loop": loop,
-        "lengths": lengths,
         "scaler": scaler.state_dict(),
         "optimizer": scalars,
         "rng": plain_rng,
@@ -90,13 +93,15 @@ def save(
         "extra": extra or {},
     }
     try:
-        for litter in folder.glob(".tmp-*"):
-            shutil.rmtree(litter) if litter.is_dir() else litter.unlink()
-        make_folder(folder)
-        aside.mkdir()
-        save_file({k: p.detach().cpu().contiguous() for k, p in parameters.items()}, aside / "trainable.safetensors")
-        save_file(moments, aside / "optimizer.safetensors")
-        save_file(bits, aside / "rng.safetensors")
+        with ranks.gathering({**parameters, **moments}) as tensor_of:
+            for litter in folder.glob(".tmp-*"):
+                shutil.rmtree(litter) if litter.is_dir() else litter.unlink()
+            make_folder(folder)
+            aside.mkdir()
+            state["lengths"] = lengths()
+            write_tensors(aside / "trainable.safetensors", entries_of(parameters), tensor_of)
+            write_tensors(aside / "optimizer.safetensors", entries_of(moments), tensor_of)
+        write_tensors(aside / "rng.safetensors", entries_of(bits), bits.__getitem__)
         (aside / "state.json").write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
         files = {name: {"size": (aside / name).stat().st_size, "sha256": sha256(aside / name)} for name in FILES}
         for name in FILES:
@@ -121,6 +126,16 @@ def save(
         if step_of(path) <= step and path not in kept:
             shutil.rmtree(path, ignore_errors=True)
     return target
+
+
+def lend(step: int, *, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    """Take part in the ``save`` of another rank.
+
+    Raises:
+        NonFiniteError: as there.
+    """
+    require_finite(step, parameters, ranks)
+    ranks.lend({**parameters, **optimizer_state(optimizer, parameters)[0]})
 
 
 def mark(folder: Path, word: str, step: int) -> None:
@@ -206,7 +221,7 @@ def restore(
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(checkpoint.trainable[name])
+            parameter.copy_(shared_as(parameter, checkpoint.trainable[name]))
     load_optimizer_state(optimizer, parameters, checkpoint.optimizer, checkpoint.state["optimizer"])
     if checkpoint.state["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(checkpoint.state["scaler"])

@@ -92,7 +92,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 
 def validation_loss(
     loss_fn: nn.Module,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     *,
     device: str = "cpu",
     compute_dtype: torch.dtype = torch.float32,
@@ -105,11 +105,10 @@ def validation_loss(
     """
     total, supervised = torch.zeros((), dtype=torch.float64, device=device), 0
     with undisturbed(loss_fn):
-        for batch in batches:
-            if batch.n_supervised:
-                with autocast(device, compute_dtype):
-                    total += loss_fn(*on_device(batch, device)).double()
-                supervised += batch.n_supervised
+        for batch in ranks.in_step(batches):
+            with autocast(device, compute_dtype):
+                total += loss_fn(*on_device(batch, device)).double()
+            supervised += batch.n_supervised
     nats, tokens = ranks.sum(total.item(), supervised)
     if not tokens:
         raise RunError("validation: no record has a supervised token; other val.data, or --set val.records=0, goes on")
@@ -126,6 +125,7 @@ def generate(
     compute_dtype: torch.dtype = torch.float32,
     decoding: Decoding = GREEDY,
     on_token: Callable[[int], object] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Generated:
     """Answer a prompt; see ``stream``. Fit to be called in the middle of a training run. ``on_token`` sees each id."""
     ids: list[int] = []
@@ -138,6 +138,7 @@ def generate(
             compute_dtype=compute_dtype,
             max_tokens=max_tokens,
             decoding=decoding,
+            ranks=ranks,
         )
         for token in tokens:
             if token in stops:
@@ -158,12 +159,13 @@ def stream(
     compute_dtype: torch.dtype = torch.float32,
     decoding: Decoding = GREEDY,
     memory: Memory | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[int]:
     """Yield up to ``max_tokens`` ids as they are made, stop tokens and all: the caller decides what ends an answer.
 
     Samples with a generator of its own. The model must be in eval mode. Its generation settings are not looked at: a
     sampling default of the base would make samples incomparable. ``memory`` is what the model has read before, and has
-    read afterwards.
+    read afterwards. ``ranks`` that run it together all go on with the token of the first.
     """
     generator, memory = torch.Generator().manual_seed(decoding.seed), memory or Memory()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -178,7 +180,7 @@ def stream(
             out = model(input_ids=new, past_key_values=cache, use_cache=True, **last_only)
         if out.past_key_values is not None:  # else a model without a cache, which reads all again
             memory.ids, memory.cache = list(ids), out.past_key_values
-        ids.append(pick(out.logits[0, -1].float(), decoding, generator, ids))
+        ids.append(int(ranks.first(pick(out.logits[0, -1].float(), decoding, generator, ids))))
         yield ids[-1]
 
 

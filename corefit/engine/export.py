@@ -273,7 +273,7 @@ def write_tensors(
     path: Path,
     entries: Mapping[str, Mapping[str, Any]],
     tensor_of: Callable[[str], torch.Tensor],
-    metadata: Mapping[str, str],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a safetensors file tensor by tensor; ``entries`` say dtype and shape, ``tensor_of`` gives the values."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -289,6 +289,12 @@ def write_tensors(
             tensor = tensor_of(name).detach().to("cpu", _DTYPES[entry["dtype"]]).contiguous()
             assert list(tensor.shape) == list(entry["shape"]), f"{name}: {list(tensor.shape)} for {entry['shape']}"
             file.write(tensor.flatten().view(torch.uint8).numpy().data)
+
+
+def entries_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+    """Give dtype and shape of tensors, the widest numbers first, so that each lies at a multiple of its width."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    return {name: {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape)} for name, tensor in ordered}
 
 
 def rewrite_weights(
@@ -355,17 +361,40 @@ def layout_of(model: Any, base: str) -> dict[str, Any]:  # noqa: ANN401, a PeftM
     return {"adapter": config, "names": names}
 
 
-def export(out: Path, layout: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], facts: Provenance) -> Path:
-    """Write an adapter or a model folder from a ``layout_of`` and tensors by the names of the parameters."""
+def export(out: Path, layout: Mapping[str, Any], tensor_of: Callable[[str], torch.Tensor], facts: Provenance) -> Path:
+    """Write an adapter or a model folder from a ``layout_of``; ``tensor_of`` gives a tensor by its parameter's name.
+
+    Of a model one tensor is held at a time.
+    """
+    names: dict[str, str] = layout["names"]
     if layout["adapter"] is None:
-        state = {name: tensors[own] for name, own in layout["names"].items()}
-        return _write_model(out, facts, state, set(layout["names"].values()))
-    return _write_adapter(out, facts, layout["adapter"], {key: tensors[own] for key, own in layout["names"].items()})
+        return _write_model(out, facts, _Named(names, tensor_of), set(names.values()), same=names.__getitem__)
+    return _write_adapter(out, facts, layout["adapter"], {key: tensor_of(own) for key, own in names.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class _Named(Mapping[str, torch.Tensor]):
+    """Tensors by other names, each made when it is asked for."""
+
+    names: Mapping[str, str]
+    tensor_of: Callable[[str], torch.Tensor]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensor_of(self.names[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def export_adapter(model: Any, out: Path, facts: Provenance) -> Path:  # noqa: ANN401, a PeftModel
     """Write a LoRA adapter as a plain PEFT folder; an older one at ``out`` is replaced once the new one is whole."""
-    return export(out, layout_of(model, facts.name), dict(model.named_parameters()), facts)
+    return export(out, layout_of(model, facts.name), dict(model.named_parameters()).__getitem__, facts)
 
 
 def _adapter_config(model: Any, base: str) -> dict[str, Any]:  # noqa: ANN401, a PeftModel
@@ -407,8 +436,8 @@ def export_model(model: Any, out: Path, facts: Provenance, *, shard_bytes: int =
     Where the model's names are not those of the base's files, weights are written under the model's own names, in files
     of at most ``shard_bytes`` bytes (or one tensor).
     """
-    parameters = {name for name, _ in model.named_parameters()}  # each tied tensor once
-    return _write_model(out, facts, model.state_dict(), parameters, shard_bytes)
+    parameters, state = {name for name, _ in model.named_parameters()}, model.state_dict()  # each tied tensor once
+    return _write_model(out, facts, state, parameters, shard_bytes, lambda name: state[name].data_ptr())
 
 
 def _write_model(
@@ -417,7 +446,9 @@ def _write_model(
     state: Mapping[str, torch.Tensor],
     parameters: set[str],
     shard_bytes: int = SHARD_BYTES,
+    same: Callable[[str], object] = str,
 ) -> Path:
+    """Write a model folder; ``same`` gives for tied tensors the same, and nothing else does."""
     known = {name: entry for path in weight_files(facts.base_folder) for name, entry in read_header(path)[0].items()}
     if layout := internlm.layout_of_folder(facts.base_folder):
         state, parameters = layout.to_published(state), set(map(internlm.published_name, parameters))
@@ -433,15 +464,15 @@ def _write_model(
         else:
             dtypes = [entry["dtype"] for entry in known.values()]
             usual = max(dtypes, key=dtypes.count)
-            seen: set[int] = set()
+            seen: set[object] = set()
             entries = {}
             for name, tensor in state.items():
-                if tensor.data_ptr() not in seen:
+                if same(name) not in seen:
                     dtype = known.get(name, {}).get(
                         "dtype", usual if tensor.is_floating_point() else _NAMES[tensor.dtype]
                     )
                     entries[name] = {"dtype": dtype, "shape": list(tensor.shape)}
-                    seen.add(tensor.data_ptr())
+                    seen.add(same(name))
             _write_shards(folder, entries, state.__getitem__, shard_bytes)
     return out
 

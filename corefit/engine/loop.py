@@ -19,7 +19,7 @@ from torch import nn
 from corefit.engine.attention import Layout, to_device
 from corefit.engine.model import first_line
 from corefit.engine.nonfinite import explain, random_state, set_random_state
-from corefit.engine.ranks import ALONE, Ranks
+from corefit.engine.ranks import ALONE, Ranks, whole
 from corefit.errors import CorefitError, RunError
 from corefit.types import Batch, StepReport
 
@@ -132,6 +132,7 @@ def train(
             batches = next(supply, None)
         except CorefitError as error:  # what was trained so far is good
             broken = error
+        if reason := ranks.agree("data" if broken else ""):
             break
         if batches is None:
             reason = "epochs"
@@ -164,9 +165,10 @@ def train(
         if failed := state.skipped_in_a_row >= SKIP_LIMIT:
             break
         for hook in (validate, sample, checkpoint):  # the checkpoint last: it records what the others wrote
-            if hook is not None and hook.due(state.step):
+            if hook is not None and ranks.first(hook.due(state.step)):  # a clock is not the same everywhere
                 hook.run(state.step)
-    halfway = isinstance(broken, HalfwayError)
+    # what is sharded is saved by all ranks together, and the others of a step that broke off may not be there
+    halfway = isinstance(broken, HalfwayError) or (broken is not None and not reason and ranks.sharded)
     if checkpoint is not None and state.step not in (first, checkpoint.last_step) and not halfway:
         checkpoint.run(state.step)
     if broken is not None:
@@ -175,7 +177,7 @@ def train(
         run = partial(nats, loss_fn, device=device, compute_dtype=compute_dtype)
         raise explain(
             loss_fn, run, batches or (), report, compute_dtype=compute_dtype, parameters=parameters, device=device,
-            random=random, scales=scales, in_a_row=state.skipped_in_a_row,
+            random=random, scales=scales, in_a_row=state.skipped_in_a_row, ranks=ranks,
         )  # fmt: skip
     return reason
 
@@ -226,9 +228,7 @@ def take_step(
     if not total:
         return math.nan, math.nan
     loss = scaler.scale(torch.zeros((), device=device))  # a rank may have nothing else to scale
-    for batch in batches:
-        if not batch.n_supervised:
-            continue
+    for batch in ranks.in_step(batches):
         part = nats(loss_fn, batch, device, compute_dtype) / total
         # Divided here, not after backward: a sum over thousands of tokens would overflow fp16 gradients.
         scaler.scale(part).backward()  # type: ignore[no-untyped-call]
@@ -241,6 +241,7 @@ def take_step(
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
     if clip:
         torch.nn.utils.clip_grads_with_norm_(parameters.values(), clip, norm)
+    norm = whole(norm)
     values: list[float] = torch.stack([loss, norm.to(loss)]).tolist()  # the step's one wait for the device
     if all(map(math.isfinite, values)):
         try:

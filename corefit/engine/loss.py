@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from corefit.engine.attention import Layout, causal_lm, decoder, run_packed
 from corefit.engine.model import evaluating
 from corefit.types import IGNORE_INDEX
 
+T = TypeVar("T")
 CHUNK = 256
 """Rows whose logits exist at the same time."""
 SMALL = 2**16
@@ -150,6 +151,10 @@ class CausalLoss(nn.Module):
             head.at,
         )
         return loss
+
+    def within(self, call: Callable[[], T]) -> T:
+        """Call what runs the model in another way than ``forward``: sharded weights are whole meanwhile."""
+        return call()
 
     def probe(self) -> str | None:
         """Find out, once, whether chunks give this model's logits; run in the autocast that training uses."""

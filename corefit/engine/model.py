@@ -508,7 +508,8 @@ def load_base(
             say(f"{base}: this model class has no sdpa attention, so eager attention is used: slower, more memory")
             model, info = load("eager")
     except torch.cuda.OutOfMemoryError as error:
-        raise ModelError(f"{base}: doesn't fit into the memory of {device}; --quantizer nf4 takes a quarter") from error
+        ways = "--quantizer nf4 takes a quarter, several processes divide it with --set run.sharding=full"
+        raise ModelError(f"{base}: doesn't fit into the memory of {device}; {ways}") from error
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(f"{base}: can't be loaded: {first_line(error)}") from error
     except Exception as error:
@@ -872,6 +873,12 @@ def add_rows(model: PreTrainedModel, rows: int, new: Sequence[int] = ()) -> None
         weight: torch.Tensor = table.requires_grad_(False).get_parameter("weight")
         mean = weight[: min([before, *new])].mean(0, dtype=torch.float32)
         weight[[*new, *range(before, rows)]] = mean.to(weight.dtype)
+
+
+def decoder_layers(model: Any) -> Sequence[nn.Module]:  # noqa: ANN401, PeftModel or PreTrainedModel
+    """Give the layers of the decoder, which run one after another; empty: they are not in one list."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return next((list(part) for part in base.get_decoder().modules() if isinstance(part, nn.ModuleList)), [])
 
 
 def adapted_layers(model: Any) -> dict[str, int]:  # noqa: ANN401, PeftModel

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from corefit.engine.ranks import ALONE, Ranks, is_sharded, own, whole
 from corefit.errors import NonFiniteError
 from corefit.types import IGNORE_INDEX, Batch, StepReport
 
@@ -118,9 +119,11 @@ def explain(
     random: Sequence[Tensor],
     scales: Iterable[tuple[int, float, str | None]],
     in_a_row: int,
+    ranks: Ranks = ALONE,
 ) -> NonFiniteError:
     """Run a step's micro-batches again, then each document of those that aren't finite alone; say what was found.
 
+    With sharded weights documents are not run alone: the ranks would not run equally many.
     Weights, gradients, optimizer, loss scaler and random state are afterwards as they were.
 
     Args:
@@ -134,8 +137,9 @@ def explain(
         random: ``random_state`` before the step.
         scales: (step, loss scale, cause of a skip) of the last steps.
         in_a_row: steps skipped one after another, this one included.
+        ranks: that run the step together; each looks at its own micro-batches.
     """
-    total, now = sum(batch.n_supervised for batch in batches), random_state(device)
+    total, now = ranks.sum(sum(batch.n_supervised for batch in batches))[0], random_state(device)
     bad: dict[int, dict[str, Any]] = {}
     records: list[str] = []
     together: list[str] = []
@@ -144,22 +148,23 @@ def explain(
     def replay(batch: Batch) -> dict[str, Any] | None:
         with Watch(loss_fn) as watch:
             loss = nats(batch)
-            if is_finite := finite(loss):
+            if (is_finite := finite(loss)) or ranks.sharded:
                 (loss / total * report.loss_scale).backward()  # type: ignore[no-untyped-call]
         # what isn't finite on the way and leaves no trace in loss or gradients is meant so (a mask)
         return next(iter(watch.first.values())) if "backward" in watch.first or not is_finite else None
 
     try:
         set_random_state(random, device)
-        for i, batch in enumerate(batches):
-            if batch.n_supervised and (first := replay(batch)):
+        for i, batch in enumerate(ranks.in_step(batches)):
+            if (first := replay(batch)) and i < len(batches):  # beyond them is what a rank only takes part in
                 bad[i] = first
-        if bad:
-            outcome = "the replay found it"
-        elif not finite(nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])):
+        if any(ranks.sum(len(bad))):
+            outcome = "the replay found it" if bad else "another rank's replay found it"
+        elif not finite(whole(nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None]))):
             outcome = "every gradient of the replay is finite, only their norm is not"
         for i in bad:
-            alone = [origin for document, origin in documents(batches[i]) if replay(document)]
+            parts = () if ranks.sharded else documents(batches[i])
+            alone = [origin for document, origin in parts if replay(document)]
             records += [origin for origin in alone if origin != PADDING] or alone
             together += () if alone else batches[i].origins()
     except Exception as error:  # whatever it is, the step failed for a reason of its own, which must come through
@@ -276,19 +281,20 @@ def not_finite(module: nn.Module) -> list[str]:
     for name, weight in module.named_parameters(recurse=False):
         kept = getattr(module, "state", None) if weight.dtype == torch.int8 else getattr(weight, "quant_state", None)
         scales = [getattr(kept, key, None) for key in ("absmax", "offset", "SCB")]  # as bitsandbytes calls them
-        if not all(finite(values) for values in (weight, *scales) if values is not None):
+        if not all(finite(own(values)) for values in (weight, *scales) if values is not None):
             found.append(name)
     return found
 
 
-def require_finite(step: int, parameters: Mapping[str, nn.Parameter]) -> None:
-    """See that weights are fit to be saved.
+def require_finite(step: int, parameters: Mapping[str, nn.Parameter], ranks: Ranks = ALONE) -> None:
+    """See that weights are fit to be saved; where they are sharded, all ranks look at their shares together.
 
     Raises:
         NonFiniteError: some are not finite.
     """
-    checks = torch.stack([p.detach().isfinite().all() for p in parameters.values()]).tolist()
-    if bad := [name for name, good in zip(parameters, checks, strict=True) if not good]:
+    wrong = torch.stack([~own(p.detach()).isfinite().all() for p in parameters.values()]).tolist()
+    wrong = ranks.sum(*wrong) if is_sharded(parameters.values()) else wrong
+    if bad := [name for name, is_wrong in zip(parameters, wrong, strict=True) if is_wrong]:
         facts = {"step": step, "cause": "non_finite_weights", "weights": bad}
         raise NonFiniteError(
             f"step {step}: weights are not finite after its update: {some(bad)}; nothing is saved over earlier "

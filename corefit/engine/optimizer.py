@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from corefit.engine.ranks import shared_as
 from corefit.errors import CheckpointError, RecipeError, unknown
 
 if TYPE_CHECKING:
@@ -90,13 +91,13 @@ def optimizer_notice(name: str, device: str) -> str | None:
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Give the state as tensors ``parameter/key`` on the CPU, and as JSON-able ``{"values": ..., "groups": ...}``."""
+    """Give the state as tensors ``parameter/key``, not copied, and as JSON-able ``{"values": ..., "groups": ...}``."""
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor) and key not in CONSTANT:
-                tensors[f"{name}/{key}"] = value.detach().cpu().contiguous()
+                tensors[f"{name}/{key}"] = value.detach()
             elif key not in CONSTANT:
                 values.setdefault(name, {})[key] = value
     plain = (bool, int, float, str, tuple, list)
@@ -134,7 +135,7 @@ def load_optimizer_state(
             if key in ("state1", "state2"):  # bitsandbytes: only its own buffers are paged
                 values[key] = optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)  # type: ignore[attr-defined]
             else:
-                values[key] = value.to(parameter.device)
+                values[key] = shared_as(parameter, value)
         if "absmax1" in values:  # 8-bit
             for key, table in CONSTANT.items():
                 tables = optimizer.name2qmap  # type: ignore[attr-defined]

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 
-def one_rank(rank: int, world: int, port: int, words: list[str], where: str) -> None:
-    """What torchrun does, from a process that has imported torch already."""
+def one_rank(rank: int, world: int, port: int, words: list[str], where: str, full_disk: bool = False) -> None:
+    """What torchrun does, from a process that has imported torch already.
+
+    ``full_disk``: the first checkpoint can't be written.
+    """
     from corefit.cli import main
+    from corefit.engine import checkpoint
+
+    refusals = [OSError(28, "No space left on device")] if full_disk else []
+    really = checkpoint.sync
+
+    def sync(path: Path) -> None:
+        if refusals:
+            raise refusals.pop()
+        really(path)
+
+    checkpoint.sync = sync
 
     os.chdir(where)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}

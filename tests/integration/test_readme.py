@@ -44,7 +44,8 @@ NOT_RUN = {
     "python3 -m venv .venv": "installs; its training is what test_train.py runs, and what it prints is looked at there",
     "corefit selftest": "half a minute; tests/unit/test_selftest.py runs it",
     "corefit launch -n 8 RECIPE": "eight processes; tests/integration/test_ranks.py runs it with two and four",
-    "torchrun --nnodes 2": "two machines; tests/integration/test_ranks.py runs torchrun on one",
+    "torchrun --nnodes 2": "two machines; tests/full/test_two_hosts.py makes them",
+    "srun --nodes 2": "SLURM; tests/full/test_two_hosts.py runs it without, with the variables of srun",
     "hf download": "needs a network",
 }
 """How a line begins -> why no test runs it from here."""

@@ -80,7 +80,7 @@ def test_sections_and_keys_are_those_of_the_recipe_page():
         "val": "data share records every_steps patience",
         "sample": "prompts every_steps max_tokens",
         "checkpoint": "every_steps every_minutes keep keep_best",
-        "run": "out threads device reporters options",
+        "run": "out threads device sharding reporters options",
     }
     assert [item.name for item in dataclasses.fields(Recipe)] == [*SECTIONS, "origins"]
 
@@ -234,6 +234,15 @@ def test_what_is_no_recipe(text, words):
         ),
         ("[train]\nepochs = 0", "my.toml:2: train.epochs=0 has no end; set train.max_steps"),
         ("[adapter]\nkind = 'none'", "my.toml:2: adapter.kind='none' trains the base weights, but quantizer 'nf4'"),
+        (
+            "[model]\nquantizer = 'int8'\n[run]\nsharding = 'full'",
+            "my.toml:4: run.sharding='full' can't divide int8 weights; set model.quantizer='nf4' or 'none'",
+        ),
+        (
+            "[model]\nquantizer = 'none'\n[adapter]\nkind = 'none'\n[train]\noptimizer = 'adamw_8bit'\n"
+            "[run]\nsharding = 'full'",
+            "my.toml:8: run.sharding='full' with adapter.kind='none' needs train.optimizer='adamw'",
+        ),
     ],
 )
 def test_contradictions(text, words):
