@@ -41,7 +41,7 @@ def small_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     data = tmp_path_factory.mktemp("data") / "data.jsonl"
     data.write_text(records(66), "utf-8")
     sets = "adapter.dropout=0 pack.max_length=128 train.packs_per_step=4 train.epochs=1 train.precision=fp32"
-    more = "run.threads=1 val.every_steps=4 val.records=7 train.lr=1e-3 train.warmup=0 sample.max_tokens=8"
+    more = "run.threads=1 val.every_steps=4 val.records=7 train.lr=2e-4 train.warmup=0 sample.max_tokens=8"
     names = ["--plugin", "alpaca", "--template", "internlm_chat", "--scheduler", "constant"]
     return ["--model", str(tiny_model), "--data", str(data), *names, "--set", *sets.split(), *more.split()]
 
