@@ -79,7 +79,7 @@ def prepare_process(threads: int | None = None) -> None:
         torch.set_num_threads(threads)
 
 
-def _import_bitsandbytes() -> bool:
+def import_bitsandbytes() -> bool:
     """Import bitsandbytes without network; False where it isn't installed.
 
     With the package ``kernels`` at hand its import downloads and runs code from the hub: hidden from it here.
@@ -461,7 +461,7 @@ def load_base(
         files = ", ".join(f"{name} (sha256 {digest[:16]})" for name, digest in remote_code(folder).items())
         say(f"model.trust_remote_code: runs Python code from {base}: {files or 'there is none'}")
     # 2 s and 120 MB that a base as it is stored does without
-    has_bitsandbytes = (quantizer.name != "none" or "quantization_config" in config) and _import_bitsandbytes()
+    has_bitsandbytes = (quantizer.name != "none" or "quantization_config" in config) and import_bitsandbytes()
     try:
         quantization = quantizer.config(compute_dtype)
     except ImportError as error:
@@ -581,7 +581,7 @@ def as_stored(
     """
     quiet()
     quantization = quantizer.config(compute_dtype)
-    if not _import_bitsandbytes() or type(quantization).__name__ != "BitsAndBytesConfig":
+    if not import_bitsandbytes() or type(quantization).__name__ != "BitsAndBytesConfig":
         raise ModelError(f"quantizer {quantizer.name!r}: bitsandbytes dequantises what it stored itself, nothing else")
     from peft.utils.integrations import dequantize_bnb_weight
 
@@ -734,9 +734,7 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
             )
         return model.float().requires_grad_(True).train()
     quiet()
-    if is_quantized(model):
-        _import_bitsandbytes()  # peft does it too, but without the precautions
-    with _unseen("bitsandbytes", when=not is_quantized(model)):
+    with without_bitsandbytes(model):
         return _attach_lora(model, spec, seed=seed)
 
 
@@ -801,16 +799,20 @@ def _attach_lora(model: PreTrainedModel, spec: AdapterSpec, *, seed: int) -> Any
 
 
 @contextlib.contextmanager
-def _unseen(package: str, *, when: bool) -> Iterator[None]:
-    """Keep peft from importing a package that it would not use; nothing is hidden that is imported already."""
-    if not when or package in sys.modules:
+def without_bitsandbytes(model: PreTrainedModel) -> Iterator[None]:
+    """Keep peft from importing bitsandbytes for a model that has none of it; for one that has, import it first.
+
+    peft's own import of it lacks the precautions. What is imported already stays.
+    """
+    if is_quantized(model) or "bitsandbytes" in sys.modules:
+        import_bitsandbytes()
         yield
         return
-    sys.modules[package] = None  # type: ignore[assignment]
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        del sys.modules[package]
+        del sys.modules["bitsandbytes"]
         from peft import import_utils
 
         for name in ("is_bnb_available", "is_bnb_4bit_available"):  # what it found out now isn't so
@@ -840,9 +842,9 @@ def _load_adapter(adapted: Any, folder: Path) -> None:  # noqa: ANN401, a PeftMo
 
 def with_adapter(model: PreTrainedModel, folder: Path) -> Any:  # noqa: ANN401, a PeftModel
     """Give a loaded base with the adapter in ``folder`` on it."""
-    from peft import PeftModel
+    with without_bitsandbytes(model), warnings.catch_warnings(), internlm.llama_adapter(model, folder) as adapter:
+        from peft import PeftModel
 
-    with warnings.catch_warnings(), internlm.llama_adapter(model, folder) as adapter:
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
         tokens = json.loads((adapter / "adapter_config.json").read_bytes()).get("trainable_token_indices") or {}
         whole = {

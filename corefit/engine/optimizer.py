@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from corefit.engine.model import import_bitsandbytes
 from corefit.engine.ranks import shared_as
 from corefit.errors import CheckpointError, RecipeError, unknown
 
@@ -56,6 +57,7 @@ def make_optimizer(
     ordered: list[Any] = [{"params": group, "lr_mult": mult} for mult, group in sorted(by_mult.items())]
     if not OPTIMIZERS[name]:
         return torch.optim.AdamW(ordered, lr=lr, betas=betas, weight_decay=weight_decay)
+    import_bitsandbytes()  # with precautions
     import bitsandbytes
 
     make = getattr(bitsandbytes.optim, OPTIMIZERS[name])

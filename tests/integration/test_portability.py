@@ -22,10 +22,10 @@ assert sys.flags.warn_default_encoding
 """Whatever of corefit opens text without naming its encoding ends the run."""
 WINDOWS = """
 import fcntl, os, resource, shutil, signal, sys
-from corefit.engine.model import _import_bitsandbytes, quiet
+from corefit.engine.model import import_bitsandbytes, quiet
 
 quiet()
-_import_bitsandbytes()
+import_bitsandbytes()
 import peft
 flags, real_open, real_fsync = (fcntl.fcntl, fcntl.F_GETFL), os.open, os.fsync
 set_blocking, set_wakeup_fd = os.set_blocking, signal.set_wakeup_fd

@@ -273,7 +273,7 @@ def test_what_was_not_measured_is_not_claimed(tmp_path, monkeypatch):
     merge(run, tmp_path / "big", measured=0, say=said.append)
     assert said[0].endswith("; corefit selftest measures the difference on a small model")
     assert "(made on cpu, in training on cuda: a few may be rounded otherwise)" in said[0]
-    monkeypatch.setattr("corefit.engine.model._import_bitsandbytes", lambda: False)
+    monkeypatch.setattr("corefit.engine.model.import_bitsandbytes", lambda: False)
     merge(run, tmp_path / "without", say=said.append)
     assert "the difference was not measured: quantizer 'nf4': bitsandbytes is not installed" in said[1]
 

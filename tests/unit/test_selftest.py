@@ -178,7 +178,7 @@ def test_a_dequantised_base_that_is_the_stored_one_fails_the_merged_line_of_nf4(
 
 
 def test_lines_of_nf4_are_skipped_with_the_reason_where_bitsandbytes_is_not_usable(small, monkeypatch):
-    monkeypatch.setattr(model, "_import_bitsandbytes", lambda: False)
+    monkeypatch.setattr(model, "import_bitsandbytes", lambda: False)
     monkeypatch.setattr(tested, "CHECKS", {SAVED: tested.CHECKS[SAVED], CHUNKED: tested.CHECKS[CHUNKED]})
     code, words, lines = run(small)
     why = "skipped: quantizer 'nf4': bitsandbytes is not installed; pip install bitsandbytes"
