@@ -301,14 +301,14 @@ def test_newest_and_best_checkpoints_are_kept_and_their_cost_is_in_the_metrics(h
 
 
 def test_a_checkpoint_that_cant_be_written_is_said_and_the_run_goes_on(here: Here, monkeypatch, capsys):
-    real = checkpoint.save_file
+    real = checkpoint.write_tensors
 
-    def full(tensors: Any, path: Path, **more: Any) -> None:
+    def full(path: Path, *more: Any) -> None:
         if "step-00000006" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path, **more)
+        real(path, *more)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     run = here.train("checkpoint.every_steps=3", out="run").path
     assert run.joinpath("run.json").read_text("utf-8").count('"complete"') == 1
     assert 6 not in steps(run)
