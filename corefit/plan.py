@@ -30,6 +30,7 @@ CARDS = {
     "rtx3060": 12, "rtx3090": 24, "rtx4080": 16, "rtx4090": 24, "rtx5090": 32, "t4": 15, "v100": 32, "v100-16gb": 16,
 }  # fmt: skip
 """GiB of a card, by the name that it is sold under."""
+CHECKPOINTING = {0.0: "off", 1.0: "on"}
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 METHODS = {"QLoRA": ("nf4", False), "LoRA": ("none", False), "full": ("none", True)}
 SIZE = re.compile(r"(\d{1,3}(?:\.\d+)?)\s*(?:g|gb|gib)?", re.IGNORECASE)
@@ -86,7 +87,7 @@ def setting_of(recipe: Recipe, *, cuda: bool, width: int) -> Setting:
         saved=recipe.adapter.modules_to_save,
         optimizer=recipe.train.optimizer,
         width=width,
-        checkpointing=cuda if wanted == "auto" else wanted,
+        checkpointing=float(cuda if wanted == "auto" else wanted),
         cuda=cuda,
     )
 
@@ -144,14 +145,17 @@ def plan_lines(recipe: Recipe, *, room: int, device: str, where: str, here: bool
     found = memory.largest_micro_batch(shape, setting, room=room, packs=packs)
     if train.micro_batch == "auto":
         setting = replace(setting, micro_batch=found or 1)
+    again = CHECKPOINTING.get(setting.checkpointing, setting.checkpointing)
     method = "all of it trains" if setting.full else f"LoRA r {setting.r} on weights stored as {setting.quantizer}"
     yield (
         f"{base}: {shape.parameters / 1e6:,.1f}M parameters, {shape.layers} layers; {method}; micro-batches of "
-        f"{setting.micro_batch} x {setting.slots:,}, gradient checkpointing {'on' if setting.checkpointing else 'off'}"
+        f"{setting.micro_batch} x {setting.slots:,}, gradient checkpointing {again}"
     )
     when, terms = memory.peak(shape, setting)
     rows = [(f"  {name}", gib(size)) for name, size in terms.items()]
     yield from columns([*rows, (f"  the most, {when}", gib(sum(terms.values())))], right=[1])
+    if train.offload_activations:
+        yield "train.offload_activations is not counted: activations then take less of a GPU"
     if shape.rough:
         yield f"a rough estimate: {shape.rough}"
     full = f"{where}: {gib(room)}, of which {memory.KEPT_FREE:.0%} stay free"
@@ -165,8 +169,10 @@ def plan_lines(recipe: Recipe, *, room: int, device: str, where: str, here: bool
 
 def time_line(shape: Shape, setting: Setting, *, packs: int, here: bool) -> str:
     """Give the least time of a step: of its matrix products alone, at the rate that a large one reaches on this CPU."""
-    passes = 6 if setting.full else 4  # of each weight: forward, gradient of the input, and of the weight if it trains
-    passes += 2 if setting.checkpointing else 0
+    passes: float = (
+        6 if setting.full else 4
+    )  # of each weight: forward, gradient of the input, and of the weight if it trains
+    passes += 2 * setting.checkpointing
     head = shape.vocabulary * shape.hidden * 2 * (3 if setting.full else 2)
     work = packs * setting.slots * (sum(i * o for _, i, o in shape.linears) * passes + head)
     if not here:

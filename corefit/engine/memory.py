@@ -132,7 +132,8 @@ class Setting:
     optimizer: str = "adamw"
     width: int = 2
     """Bytes of a number in matrix products."""
-    checkpointing: bool = False
+    checkpointing: float = 0.0
+    """The share of the layers that keep their input alone."""
     cuda: bool = False
 
     @property
@@ -196,7 +197,7 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
     }
     layer = layer_kept(shape, s)
     inputs = s.tokens * shape.hidden * (shape.layers * residual + (8 if s.full else c))  # and those of the last norm
-    kept = inputs if s.checkpointing else shape.layers * layer
+    kept = inputs * s.checkpointing + shape.layers * layer * (1 - s.checkpointing)
     head = shape.vocabulary * shape.hidden
     if shape.plain_logits:
         logits = s.tokens * shape.vocabulary * (c + 12)
@@ -210,7 +211,7 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
     end = {
         **always,
         "weights in the products' format": casts / shape.layers + biggest,
-        "activations": layer + passing + (inputs if s.checkpointing else 0),
+        "activations": layer + passing + inputs * s.checkpointing,
         "gradients": 4 * trained,
     }
     update = {**always, "gradients": 4 * trained, "optimizer's own": 4 * trained if s.cuda else 0}
@@ -256,8 +257,8 @@ def advice(shape: Shape, setting: Setting, *, going_on: bool = False) -> str:
     if s.micro_batch > 1:
         fewer = max(n for n in range(1, s.micro_batch) if s.micro_batch % n == 0)
         ways[f"train.micro_batch={fewer}"] = replace(s, micro_batch=fewer)
-    if not s.checkpointing:
-        ways["train.gradient_checkpointing=true"] = replace(s, checkpointing=True)
+    if s.checkpointing < 1:
+        ways["train.gradient_checkpointing=true"] = replace(s, checkpointing=1.0)
     if going_on and ways:
         return _less(shape, s, ways)
     if s.slots >= 256:
