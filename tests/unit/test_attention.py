@@ -179,6 +179,8 @@ def test_attention_dropout_is_applied_in_training_alone(tmp_path):
         for module in model.modules():
             module.training = hasattr(module, "attention_dropout")
         wild = [run_packed(model, ids, positions).logits for _ in range(2)]
+    assert "dropout" in attention._why_not(causal_lm(model), "sdpa", "cuda")
+    assert not attention._why_not(causal_lm(family(tmp_path / "calm", "llama")), "sdpa", "cuda")
     assert torch.equal(*calm) and not torch.equal(*wild) and not torch.equal(calm[0], wild[0])
 
 
