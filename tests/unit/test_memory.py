@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,6 +151,35 @@ def test_advice_for_a_run_that_goes_on_changes_only_what_may_change() -> None:
     assert re.findall(r"--set (\S+)", words) == ["train.gradient_checkpointing=true", "train.micro_batch=3"]
     words = memory.advice(shape, replace(setting, micro_batch=1, checkpointing=True), going_on=True)
     assert "--set model.quantizer=nf4 (" in words and words.endswith(", in a new run")
+
+
+@pytest.mark.parametrize("size", [0, 2**40])
+def test_memory_is_given_back_by_bases_that_are_not_small(
+    size: int, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(model, "SMALL", size)
+    monkeypatch.setattr(model, "give_memory_back", lambda: calls.append(1))
+    quantizer = Registry.load().quantizer("none")
+    model.load_base(str(tiny_model), quantizer=quantizer, compute_dtype="float32", device="cpu")
+    assert len(calls) == (not size)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_a_freed_tensor_goes_back_to_the_system() -> None:
+    code = (
+        "import sys, torch; from corefit.engine import model\n"
+        "def rss(): return int(open('/proc/self/statm').read().split()[1]) * 4096 / 2**20\n"
+        "if sys.argv[1] == 'yes': model.give_memory_back()\n"
+        "kept, gone = [], []\n"
+        "for i in range(60): gone.append(torch.ones(2**20)); kept.append(torch.ones(2**13)); gone[0:-8] = []\n"
+        "before = rss(); gone.clear(); print(before - rss())"
+    )
+    freed = [
+        float(subprocess.run([sys.executable, "-c", code, word], capture_output=True, text=True, check=True).stdout)
+        for word in ("yes", "no")
+    ]
+    assert freed[0] > 25 > freed[1], freed  # eight tensors of 4 MiB
 
 
 def test_a_micro_batch_is_tried_and_nothing_is_left_of_it(tmp_path: Path) -> None:
