@@ -89,6 +89,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     grad_weight += p.T @ h
                 if grad_rows is not None:
                     grad_rows += p[:, list(at)].T @ h
+                del z, p  # before those of the next chunk are made
         ctx.save_for_backward(grad_hidden, grad_weight, grad_rows)
         ctx.dtypes = hidden.dtype, weight.dtype, torch.float32
         return loss

@@ -201,8 +201,8 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
     head = shape.vocabulary * shape.hidden
     if shape.plain_logits:
         logits = s.tokens * shape.vocabulary * (c + 12)
-    else:  # products of one chunk, their fp32 copy, the softmax in the products' format; the last two of two chunks
-        logits = min(CHUNK, s.tokens) * shape.vocabulary * (8 if c == 4 else 8 + 2 * c)
+    else:  # fp32 logits of one chunk, and in the products' format first what they are made of, then the softmax
+        logits = min(CHUNK, s.tokens) * shape.vocabulary * (4 if c == 4 else 4 + c)
         logits += 4 * s.tokens * shape.hidden
         logits += head * (4 + 2 * c) if s.full else 0
     biggest = max((i * o for _, i, o in shape.linears), default=0) * c * (2 if quantised or s.full else 0)
