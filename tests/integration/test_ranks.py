@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from cli import corefit, environment
 from one_rank import one_rank
 from safetensors.numpy import load_file, save_file
 
-from corefit.engine.ranks import ALONE, _buckets
+from corefit.engine.ranks import ALONE, _buckets, _of_this_start
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["corefit.session", "corefit.run", "corefit.cli", "peft"])
@@ -296,6 +297,44 @@ def test_a_signal_to_one_rank_saves_and_stops_all(flags: list[str], tmp_path: Pa
     assert (run["status"], run["ended_by"]) == ("interrupted", "another rank stopped")
     newest = (tmp_path / "run" / "checkpoints" / "latest").read_text("utf-8").strip()
     assert newest == f"step-{run['steps']:08}"
+
+
+def test_a_start_again_shares_nothing_with_the_one_before() -> None:
+    import torch.distributed as dist
+
+    store, n = dist.HashStore(), 0
+
+    def start(rank: int, after: float) -> str:
+        time.sleep(after)
+        mine = _of_this_start(store, rank, 2)
+        if rank == 0:
+            assert not mine.check(["address"]), "left by the start before"
+            mine.set("address", f"of start {n}")
+        return mine.get("address").decode()
+
+    for n in range(3):
+        with ThreadPoolExecutor() as pool:  # rank 1 comes first and finds what the last start left
+            both = [pool.submit(start, rank, after) for rank, after in ((0, 0.1), (1, 0.0))]
+            assert [each.result(20) for each in both] == [f"of start {n}"] * 2
+
+
+def test_a_rank_that_would_begin_elsewhere_refuses(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from corefit.engine.loop import LoopState
+    from corefit.engine.ranks import Ranks
+    from corefit.errors import RunError
+    from corefit.session import Session
+
+    class Second(Ranks):
+        def first(self, value: float) -> float:
+            return 4.0
+
+    session = SimpleNamespace(ranks=Second(rank=1, world=2), folder=tmp_path, state=LoopState(step=4))
+    Session._same_step(session)
+    session.state = LoopState()
+    with pytest.raises(RunError, match="rank 0 goes on from step 4, here it is 0: .*checkpoints must be the same"):
+        Session._same_step(session)
 
 
 def test_tensors_are_summed_in_parts() -> None:
