@@ -18,11 +18,13 @@ import torch
 from corefit.engine.loss import CHUNK
 
 MIB = 2**20
-PROCESS = 575 * MIB
-"""Resident in a process on a CPU that trains, without tensors: Python, torch, transformers, peft, bitsandbytes, their
-workspaces and small blocks. Fitted to runs of a model of 135M parameters (benchmarks/plan.py; torch 2.13, x86)."""
-LOADING = 430 * MIB
-"""The same while the base is loaded. Measured: 410 to 443 MiB."""
+PROCESS, LOADING = 525 * MIB, 365 * MIB
+"""Resident in a process on a CPU that trains, or loads its base, without tensors: Python, torch, transformers, peft,
+their workspaces and small blocks. Fitted to runs of a model of 135M parameters (benchmarks/plan.py; torch 2.13, x86)."""
+BITSANDBYTES = 65 * MIB
+"""What of that it adds once it is imported: 56 to 66 MiB measured."""
+DEQUANTISING = 30 * MIB
+"""What it works in. Fitted too."""
 KEPT_FREE = 0.1
 """Share of a device's memory that a plan leaves: for the CUDA context, fragments, and what it does not know."""
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2 + 8 / 256}
@@ -187,10 +189,11 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
     trained += sum(i * o for n, i, o in shape.linears if not s.full and n.endswith(s.saved)) if s.saved else 0
     if not s.full and any(name in ("lm_head", "embed_tokens", "output", "tok_embeddings") for name in s.saved):
         trained += len(s.saved) * shape.vocabulary * shape.hidden
+    imported = BITSANDBYTES * (quantised or s.optimizer != "adamw")
     casts = 0 if c == 4 else (linear if s.full else trained) * c
     residual = 4 if s.full else c
     always = {
-        "process and libraries": 0 if s.cuda else PROCESS,
+        "process and libraries": 0 if s.cuda else PROCESS + imported + DEQUANTISING * quantised,
         "base weights": base,
         "adapter weights": 0 if s.full else 4 * trained,
         "optimizer state": trained * OPTIMIZER_BYTES[s.optimizer],
@@ -215,7 +218,11 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
         "gradients": 4 * trained,
     }
     update = {**always, "gradients": 4 * trained, "optimizer's own": 4 * trained if s.cuda else 0}
-    load = {"process and libraries": LOADING, "base weights": base, "files": shape.parameters * shape.file_width}
+    load = {
+        "process and libraries": LOADING + imported,
+        "base weights": base,
+        "files": shape.parameters * shape.file_width,
+    }
     found = {
         "at the loss": begin,
         "in the backward": end,
