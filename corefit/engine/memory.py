@@ -20,7 +20,7 @@ from corefit.engine.loss import CHUNK
 MIB = 2**20
 PROCESS, LOADING = 525 * MIB, 365 * MIB
 """Resident in a process on a CPU that trains, or loads its base, without tensors: Python, torch, transformers, peft,
-their workspaces and small blocks. Fitted to runs of a model of 135M parameters (benchmarks/plan.py; torch 2.13, x86)."""
+their workspaces, small blocks. Fitted to runs of a model of 135M parameters (benchmarks/plan.py; torch 2.13, x86)."""
 BITSANDBYTES = 65 * MIB
 """What of that it adds once it is imported: 56 to 66 MiB measured."""
 DEQUANTISING = 30 * MIB

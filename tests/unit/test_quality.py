@@ -32,7 +32,8 @@ processes as one run 190; the contract kit that plugins are tried with 680, new 
 reporters and what they are told 350, the page of a run 205; the memory of a run by arithmetic, `corefit plan` and
 micro-batches by themselves 500, a step without memory 40; attention by document 180, norms, gates and LoRA in one
 operation each 110; shares of weights over ranks 220; thoughts, slips and what templates show 80. The C kernel packs,
-writes rows and reads JSON in 950 lines. A change that needs more than this raises the number here, openly; one that needs less lowers it.
+writes rows and reads JSON in 950 lines. A change that needs more than this raises the number here, openly; one that
+needs less lowers it.
 """
 
 
