@@ -133,7 +133,7 @@ LEFT: Sequence[tuple[str, tuple[Any, ...], str]] = (
     ("visualizer**", (None,), "RUN/metrics.jsonl has a line a step; nothing is sent anywhere"),
     ("val_**", (None,), _MMLU),
     ("test_**", (None,), _MMLU),
-    ("strategy**", (None,), "each GPU holds the model: nothing is sharded"),
+    ("strategy**", (None,), "run.sharding says whether the base is divided among GPUs"),
     ("sequence_parallel_size", (1,), "a pack must fit on one GPU; a smaller pack.max_length does"),
 )
 """Dotted path, values that ask for nothing that corefit lacks (``ALL``: any), and the reason for a note otherwise. The

@@ -20,8 +20,8 @@ HABITS = {
     "preprocess": "nothing to preprocess: records are encoded as they are read; `corefit pack` does it ahead of time",
     "dist_train": "`corefit launch -n GPUS ...` with what `corefit train` takes; on several machines: torchrun",
     "version": "`corefit --version`",
-    "train --deepspeed": "nothing is sharded: each GPU holds the model; leave it out. For less memory: the "
-    "quantizer nf4, train.optimizer=paged_adamw_32bit, a smaller pack.max_length",
+    "train --deepspeed": "leave it out; `--set run.sharding=full` divides the base among GPUs. For less memory on one: "
+    "the quantizer nf4, train.optimizer=paged_adamw_32bit, a smaller pack.max_length",
     "train --launcher": _LAUNCH,
     "train --local_rank": _LAUNCH,
     "train --local-rank": _LAUNCH,

@@ -142,11 +142,11 @@ def test_planted_code_is_not_run_by_any_command(tmp_path: Path) -> None:
         ("dist_train c.py", "corefit dist_train: `corefit launch -n GPUS ...` with what"),
         (
             "train c.py --deepspeed deepspeed_zero2",
-            "corefit train --deepspeed: nothing is sharded: each GPU holds the model; leave it out",
+            "corefit train --deepspeed: leave it out; `--set run.sharding=full` divides the base among GPUs",
         ),
         (
             "train c.py --deepspeed=deepspeed_zero3",
-            "corefit train --deepspeed: nothing is sharded: each GPU holds the model; leave it out",
+            "corefit train --deepspeed: leave it out; `--set run.sharding=full` divides the base among GPUs",
         ),
         ("train c.py --launcher pytorch", "corefit train --launcher: `corefit launch -n GPUS ...`"),
         ("log-dataset c.py --show masked_text", "corefit log-dataset --show: leave it out"),
