@@ -69,16 +69,20 @@ class Value:
         found = self.data.get(key) if isinstance(self.data, dict) else None
         return found if isinstance(found, Value) else None
 
-    def plain(self, left: list[int] | None = None) -> Any:  # noqa: ANN401, whatever the file holds
-        """Give it without places, symbols as their paths; ``left`` counts down how much that may be."""
+    def plain(self, left: list[int] | None = None, *, exact: bool = False) -> Any:  # noqa: ANN401, whatever is there
+        """Give it without places, symbols as their paths; ``left`` counts down how much that may be.
+
+        ``exact``: tuples stay tuples, where they are lists otherwise.
+        """
         left = left or [WIDE]
         left[0] -= 1
         if left[0] < 0:
             raise RecipeError(f"{self.where}: more than {WIDE:,} values in one")
         if isinstance(self.data, dict):
-            return {key: value.plain(left) for key, value in self.data.items()}
+            return {key: value.plain(left, exact=exact) for key, value in self.data.items()}
         if isinstance(self.data, (list, tuple)):
-            return [value.plain(left) for value in self.data]
+            items = [value.plain(left, exact=exact) for value in self.data]
+            return tuple(items) if exact and isinstance(self.data, tuple) else items
         return self.data.path if isinstance(self.data, Symbol) else self.data
 
     def inside(self) -> list[Value]:
@@ -351,7 +355,7 @@ class Config:
             raise _Cant(in_words(lost))
         if isinstance(value.data, Symbol) and not symbols:
             raise _Cant(f"{value.data.path!r}, which is never imported")
-        return value.plain() if not isinstance(value.data, tuple) else tuple(value.plain())
+        return value.plain(exact=True)
 
     def _data(self, node: ast.expr) -> Any:  # noqa: ANN401, C901
         if isinstance(node, ast.Constant):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from corefit_xtuner_configs.tree import Config, Unknown
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from corefit import RecipeError
@@ -59,6 +59,7 @@ statements = st.one_of(
 
 
 @given(st.lists(statements, min_size=1, max_size=5))
+@example(["a = f'{[0, (0, 0)]}!'"])
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 def test_what_is_known_is_what_python_says(tmp_path_factory, lines: list[str]) -> None:
     start = "a = 3\nb = dict(k=1, m=[2])\nc = [1, 'x']\n"
