@@ -193,7 +193,8 @@ class Session:
     ) -> None:
         """Load data and model; nothing is written yet, so that a refusal leaves no folder behind.
 
-        ``try_micro_batch``: the recipe's was planned; find out whether there is memory for it, and halve it if not.
+        ``try_micro_batch``: the recipe's was planned; find out whether there is memory for it, else take the next
+        smaller divisor.
         """
         self.reporters = reporters
         self.plan, self.folder, self.base, self.say, self.interrupts = plan, folder, base, say, interrupts

@@ -368,28 +368,8 @@ def export(out: Path, layout: Mapping[str, Any], tensor_of: Callable[[str], torc
     """
     names: dict[str, str] = layout["names"]
     if layout["adapter"] is None:
-        return _write_model(out, facts, _Named(names, tensor_of), set(names.values()), same=names.__getitem__)
+        return _write_model(out, facts, internlm.Renamed(names, tensor_of), set(names.values()), same=names.__getitem__)
     return _write_adapter(out, facts, layout["adapter"], {key: tensor_of(own) for key, own in names.items()})
-
-
-@dataclass(frozen=True, slots=True)
-class _Named(Mapping[str, torch.Tensor]):
-    """Tensors by other names, each made when it is asked for."""
-
-    names: Mapping[str, str]
-    tensor_of: Callable[[str], torch.Tensor]
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.tensor_of(self.names[name])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 def export_adapter(model: Any, out: Path, facts: Provenance) -> Path:  # noqa: ANN401, a PeftModel

@@ -259,7 +259,12 @@ class Layout:
 
     def to_published(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Give a whole model's tensors by the published names; each ``wqkv`` is made when it is asked for."""
-        return _Published(self, state)
+
+        def tensor_of(name: str) -> Tensor:
+            parts = [state[own] for own in llama_names(name)]
+            return parts[0] if len(parts) == 1 else self.fuse(*parts)
+
+        return Renamed({name: name for name in map(published_name, state)}, tensor_of)
 
     def adapter_to_llama(
         self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
@@ -334,14 +339,16 @@ def _patterns(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"rank_pattern": {"wqkv": 3 * config["r"]}, "alpha_pattern": {"wqkv": times * config["lora_alpha"]}}
 
 
-class _Published(Mapping[str, Tensor]):
-    def __init__(self, layout: Layout, state: Mapping[str, Tensor]) -> None:
-        self.layout, self.state = layout, state
-        self.names = dict.fromkeys(map(published_name, state))
+@dataclass(frozen=True, slots=True)
+class Renamed(Mapping[str, Tensor]):
+    """Tensors by other names, each made when it is asked for."""
+
+    names: Mapping[str, str]
+    """Name -> what ``tensor_of`` is asked for."""
+    tensor_of: Callable[[str], Tensor]
 
     def __getitem__(self, name: str) -> Tensor:
-        parts = [self.state[own] for own in llama_names(name)]
-        return parts[0] if len(parts) == 1 else self.layout.fuse(*parts)
+        return self.tensor_of(self.names[name])
 
     def __contains__(self, name: object) -> bool:
         return name in self.names

@@ -471,7 +471,7 @@ def load_base(
             )
         files = ", ".join(f"{name} (sha256 {digest[:16]})" for name, digest in remote_code(folder).items())
         say(f"model.trust_remote_code: runs Python code from {base}: {files or 'there is none'}")
-    # 2 s and 120 MB that a base as it is stored does without
+    # 1 to 2 s and some 60 MB that a base as it is stored does without
     has_bitsandbytes = (quantizer.name != "none" or "quantization_config" in config) and import_bitsandbytes()
     try:
         quantization = quantizer.config(compute_dtype)
