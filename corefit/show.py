@@ -261,7 +261,19 @@ class _NoTokenizer:
         raise ModelError("this template is the tokenizer's own: name one with --tokenizer PATH")
 
 
-def template_reader(template: PromptTemplate, tokenizer: str | None) -> Callable[[Conversation], list[Piece]]:
+class TemplateReader(NamedTuple):
+    """Gives what a template makes of a conversation."""
+
+    read: Callable[[Conversation], list[Piece]]
+    lacks: tuple[str, ...] = ()
+    """Control tokens that the tokenizer was given for it."""
+
+    def __call__(self, item: Conversation) -> list[Piece]:
+        """Give it, piece by piece; raises ``Unrenderable`` as the template does."""
+        return self.read(item)
+
+
+def template_reader(template: PromptTemplate, tokenizer: str | None) -> TemplateReader:
     """Give what gives tokens, or segments where no tokenizer is named; it raises ``Unrenderable`` as the template does.
 
     Raises:
@@ -270,7 +282,9 @@ def template_reader(template: PromptTemplate, tokenizer: str | None) -> Callable
     options = template.options() if template.options else None
     if tokenizer is None:
         named = _NoTokenizer()
-        return lambda item: [Piece(s.text, s.supervised, s.control) for s in template.render(item, named, options)]
+        return TemplateReader(
+            lambda item: [Piece(s.text, s.supervised, s.control) for s in template.render(item, named, options)]
+        )
     from corefit.data.encode import make_encoder
     from corefit.data.tokenizer import Tokenizer
 
@@ -288,18 +302,12 @@ def template_reader(template: PromptTemplate, tokenizer: str | None) -> Callable
             at += n
         return found
 
-    return read
+    return TemplateReader(read, tuple(t for t in template.control if loaded.token_id(t) in loaded.new_ids))
 
 
-def _added(templates: Sequence[PromptTemplate], tokenizer: str | None) -> list[str]:
+def _added(readers: Sequence[TemplateReader], tokenizer: str | None) -> list[str]:
     """Say which control tokens the tokenizer lacks: they are shown as if it had them."""
-    if tokenizer is None:
-        return []
-    from corefit.data.tokenizer import Tokenizer
-
-    own = Tokenizer.load(tokenizer)
-    names = dict.fromkeys(token for template in templates for token in template.control)
-    missing = [token for token in names if own.token_id(token) is None]
+    missing = dict.fromkeys(token for reader in readers for token in reader.lacks)
     words = "no tokens of {}, shown as if model.add_tokens had them: {}"
     return [visible(words.format(tokenizer, "  ".join(missing)))] if missing else []
 
@@ -314,7 +322,7 @@ def template_sample(template: PromptTemplate, tokenizer: str | None, *, colour: 
     """Give lines that show a template on a sample conversation; ``tokenizer`` is a path."""
     read = template_reader(template, tokenizer)
     unit = "segments" if tokenizer is None else "tokens"
-    lines = [template_summary(template), *_added([template], tokenizer)]
+    lines = [template_summary(template), *_added([read], tokenizer)]
     for what, words in (
         ("control tokens, which content can't forge", template.control),
         ("markers in plain text, counted where content has them", template.forgeable),
@@ -344,7 +352,7 @@ def template_difference(
     """Give lines that show where two templates differ first, on ``CONVERSATIONS``; ``tokenizer`` is a path."""
     readers = [template_reader(template, tokenizer) for template in (first, second)]
     both, width = (first, second), max(len(first.name), len(second.name))
-    lines = _added(both, tokenizer)
+    lines = _added(readers, tokenizer)
     unit = "segment" if tokenizer is None else "token"
     for name, item in CONVERSATIONS.items():
         found, refused = list[list[Piece]](), list[str]()
