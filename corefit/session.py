@@ -535,6 +535,8 @@ class Session:
 
     def _train(self, **hooks: Any) -> str:  # noqa: ANN401, those of train
         settings = self.recipe.train
+        if self.device == "cpu":
+            model.reuse_memory()
         with together():
             return train(
                 loss_fn=self.loss_fn,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+BLOCK = 128
+"""Slots whose queries attention works on at once: their scores stay in the cache, few are made that are not needed."""
+PADDED = 32
+"""A document's slots are made a multiple of this there: oneDNN compiles, and keeps, a kernel for every size."""
 
 
 class RMSNorm(torch.autograd.Function):
@@ -99,6 +106,100 @@ def _norm(module: Any, epsilon: float, x: Tensor) -> Tensor:  # noqa: ANN401
         return out
     fused: Tensor = RMSNorm.apply(x, module.weight, epsilon)  # type: ignore[no-untyped-call]
     return fused
+
+
+class BlockAttention(torch.autograd.Function):
+    """Causal attention inside each document, ``BLOCK`` queries at a time: scores and softmax in fp32, the rest in bf16.
+
+    What flash attention gives, made of large products, for a CPU: 0.7 of the time of torch's own in fp32 at documents
+    of 500 tokens, 1.15 of it at 64. Keeps its inputs alone.
+
+    Source: Dao et al. 2022, arXiv:2205.14135.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bounds: list[int],
+        scale: float,
+        window: int | None = None,
+    ) -> Tensor:
+        """Take q [S, H, D], k and v [S, K, D], where documents begin and end, and how many slots one sees."""
+        out = torch.empty_like(q)
+        for begin, end in pairwise(bounds):
+            queries, keys, values = (_by_head(x[begin:end], k.shape[1]) for x in (q, k, v))
+            wide, across, result = queries.float() * scale, keys.float().mT, torch.empty_like(queries)
+            for rows, seen, mask in _blocks(keys.shape[1], q.shape[1] // k.shape[1], window):
+                p = _probabilities(wide[:, rows], across[..., seen], mask).to(v.dtype)
+                result[:, rows] = torch.bmm(p, values[:, seen])
+            out[begin:end] = _by_slot(result, out[begin:end])
+        ctx.save_for_backward(q, k, v)
+        ctx.given = bounds, scale, window
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        """Give the gradients of q, k and v."""
+        q, k, v = ctx.saved_tensors
+        bounds, scale, window = ctx.given
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        for begin, end in pairwise(bounds):
+            queries, keys, values, given = (_by_head(x[begin:end], k.shape[1]) for x in (q, k, v, grad))
+            wide, across, weighed, scaled = queries.float() * scale, keys.float().mT, values.mT, keys * scale
+            grad_q, grad_k, grad_v = torch.empty_like(queries), torch.zeros_like(across.mT), torch.zeros_like(across.mT)
+            for rows, seen, mask in _blocks(keys.shape[1], q.shape[1] // k.shape[1], window):
+                p = _probabilities(wide[:, rows], across[..., seen], mask).to(v.dtype)
+                grad_v[:, seen] += torch.bmm(p.mT, given[:, rows])
+                grad_p = torch.bmm(given[:, rows], weighed[..., seen])
+                grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+                grad_q[:, rows] = torch.bmm(grad_s, scaled[:, seen])
+                grad_k[:, seen] += torch.bmm(grad_s.mT, queries[:, rows])
+            for whole, part in zip(grads, (grad_q, grad_k.mul_(scale), grad_v), strict=True):
+                whole[begin:end] = _by_slot(part, whole[begin:end])
+        return *grads, None, None, None
+
+
+def _by_head(x: Tensor, groups: int) -> Tensor:
+    """Give [L, H, D] as [groups, P * H / groups, D]: the rows that a group of heads has, slot by slot, P >= L; a copy.
+
+    P is a multiple of ``PADDED``; the rest is 0.
+    """
+    slots, heads, width = x.shape
+    out = x.new_empty(groups, -(-slots // PADDED) * PADDED, heads // groups, width)
+    out[:, :slots] = x.view(slots, groups, heads // groups, width).transpose(0, 1)
+    out[:, slots:] = 0
+    return out.flatten(1, 2)
+
+
+def _by_slot(x: Tensor, like: Tensor) -> Tensor:
+    """Undo ``_by_head``."""
+    slots, heads, width = like.shape
+    return x.view(len(x), -1, heads // len(x), width)[:, :slots].transpose(0, 1).reshape(like.shape)
+
+
+def _blocks(slots: int, shared: int, window: int | None) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Give of each block its rows, ``shared`` for a slot, the slots that it sees, and what hides the last of them.
+
+    The mask [n, 1, m], 0 or -inf, is for the last m of the slots that are seen; no query of the block sees fewer.
+    """
+    for begin in range(0, slots, BLOCK):
+        end = min(begin + BLOCK, slots)
+        first = max(0, begin - window + 1) if window else 0
+        ages = torch.arange(begin, end)[:, None] - torch.arange(first if window else begin, end)
+        hidden = (ages < 0) | (ages >= window) if window else ages < 0
+        mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]
+        yield slice(begin * shared, end * shared), slice(first, end), mask
+
+
+def _probabilities(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+    """Give softmax(queries [K, R, D] @ keys [K, D, S] + mask)."""
+    scores = torch.bmm(queries, keys)
+    scores.view(len(scores), len(mask), -1, keys.shape[-1])[..., keys.shape[-1] - mask.shape[-1] :] += mask
+    return torch.softmax(scores, -1)
 
 
 class LoraLinear(torch.autograd.Function):

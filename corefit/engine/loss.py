@@ -19,6 +19,8 @@ from corefit.types import IGNORE_INDEX
 T = TypeVar("T")
 CHUNK = 256
 """Rows whose logits exist at the same time."""
+CACHED = 32
+"""Of those, rows that are worked on at once on a CPU, so that they stay in its cache."""
 SMALL = 2**16
 """Numbers of a tensor below which it is not moved for the sake of memory."""
 
@@ -66,30 +68,33 @@ class LinearCrossEntropy(torch.autograd.Function):
         """
         for_hidden, for_weight = (with_grad and need for need in ctx.needs_input_grad[:2])
         for_rows = with_grad and any(ctx.needs_input_grad[6:7])
+        for_any = for_hidden or for_weight or for_rows
         loss = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty(hidden.shape, device=hidden.device) if for_hidden else None
         grad_weight = torch.zeros(weight.shape, device=weight.device) if for_weight else None
         grad_rows = torch.zeros(rows.shape, device=weight.device) if rows is not None and for_rows else None
         with torch.autocast(hidden.device.type, enabled=False):
             w = Head(weight, rows, at).whole(dtype)
+            few = CACHED if hidden.device.type == "cpu" else chunk
+            products = torch.empty(min(chunk, len(hidden)), len(w), dtype=dtype, device=hidden.device)
+            wide = None if dtype == torch.float32 else products[:few].float()
             for i in range(0, len(hidden), chunk):
-                h, y = hidden[i : i + chunk].to(dtype), targets[i : i + chunk, None]
-                z = (h @ w.T).float()
-                z -= z.amax(-1, keepdim=True)
-                at_target = z.gather(1, y)
-                total = z.exp_().sum(-1, keepdim=True)
-                loss += (total.log() - at_target).sum()
-                if not (for_hidden or for_weight or for_rows):
-                    continue
-                z /= total
-                p = z.scatter_add_(1, y, torch.full_like(at_target, -1.0)).to(dtype)
+                h = hidden[i : i + chunk].to(dtype)
+                p = torch.mm(h, w.T, out=products[: len(h)])
+                for part, y in zip(torch.split(p, few), torch.split(targets[i : i + chunk, None], few), strict=True):
+                    z = part if wide is None else wide[: len(part)].copy_(part)
+                    z -= z.amax(-1, keepdim=True)
+                    at_target = z.gather(1, y)
+                    total = z.exp_().sum(-1, keepdim=True)
+                    loss += (total.log() - at_target).sum()
+                    if for_any:
+                        part.copy_(z.div_(total)).scatter_(1, y, at_target.exp_().div_(total).sub_(1).to(dtype))
                 if grad_hidden is not None:
                     grad_hidden[i : i + chunk] = p @ w
                 if grad_weight is not None:
                     grad_weight += p.T @ h
                 if grad_rows is not None:
                     grad_rows += p[:, list(at)].T @ h
-                del z, p  # before those of the next chunk are made
         ctx.save_for_backward(grad_hidden, grad_weight, grad_rows)
         ctx.dtypes = hidden.dtype, weight.dtype, torch.float32
         return loss

@@ -15,16 +15,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from corefit.engine.loss import CHUNK
+from corefit.engine.loss import CACHED, CHUNK
 
 MIB = 2**20
-PROCESS, LOADING = 525 * MIB, 365 * MIB
+PROCESS, LOADING = 610 * MIB, 365 * MIB
 """Resident in a process on a CPU that trains, or loads its base, without tensors: Python, torch, transformers, peft,
 their workspaces, small blocks. Fitted to runs of a model of 135M parameters (benchmarks/plan.py; torch 2.13, x86)."""
 BITSANDBYTES = 65 * MIB
 """What of that it adds once it is imported: 56 to 66 MiB measured."""
 DEQUANTISING = 30 * MIB
 """What it works in. Fitted too."""
+HEAP = 0.3
+"""What the C library's heap keeps free between tensors of up to 4 MiB (``model.reuse_memory``), as a share of them.
+Of a model of 135M parameters it is 0.2 after two steps and 0.4 after twenty."""
 KEPT_FREE = 0.1
 """Share of a device's memory that a plan leaves: for the CUDA context, fragments, and what it does not know."""
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2 + 8 / 256}
@@ -145,12 +148,16 @@ class Setting:
 
 
 def attention_kept(shape: Shape, setting: Setting) -> int:
-    """Give the bytes that attention by document keeps in one layer: queries, keys, values, result, sums of scores.
+    """Give the bytes that attention by document keeps in one layer.
 
-    They are fp32 on a CPU; on a GPU in the format of products, keys and values repeated for each group of queries.
+    Queries, keys and values; if it is not its own result that the next layer keeps, or there are sums of scores, these
+    too. On a GPU keys and values are repeated for each group of queries.
     """
-    keys = shape.queries if setting.cuda else shape.keys
-    return setting.tokens * (2 * (shape.queries + keys) * (setting.width if setting.cuda else 4) + 4 * shape.heads)
+    if setting.cuda:
+        return setting.tokens * (4 * shape.queries * setting.width + 4 * shape.heads)
+    if setting.width == 2:
+        return setting.tokens * (shape.queries + 2 * shape.keys) * 2
+    return setting.tokens * (2 * (shape.queries + shape.keys) * 4 + 4 * shape.heads)
 
 
 def layer_kept(shape: Shape, setting: Setting) -> float:
@@ -204,8 +211,10 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
     head = shape.vocabulary * shape.hidden
     if shape.plain_logits:
         logits = s.tokens * shape.vocabulary * (c + 12)
-    else:  # fp32 logits of one chunk, and in the products' format first what they are made of, then the softmax
-        logits = min(CHUNK, s.tokens) * shape.vocabulary * (4 if c == 4 else 4 + c)
+    else:  # a chunk's logits in the products' format, and in fp32 those that are worked on at once
+        logits = shape.vocabulary * (
+            min(CHUNK, s.tokens) * c + (c < 4) * min(CHUNK if s.cuda else CACHED, s.tokens) * 4
+        )
         logits += 4 * s.tokens * shape.hidden
         logits += head * (4 + 2 * c) if s.full else 0
     biggest = max((i * o for _, i, o in shape.linears), default=0) * c * (2 if quantised or s.full else 0)
@@ -229,6 +238,11 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
         "in the optimizer": update,
         **({} if s.cuda else {"while loading": load}),
     }
+    if not s.cuda:
+        within = [s.tokens * width * c <= 2**22 for width in (shape.hidden, shape.middle)]
+        for terms in (begin, end):
+            small = terms["activations"] * sum(within) / 2 + terms["weights in the products' format"]
+            terms["free in the heap"] = HEAP * small
     return {when: {name: round(size) for name, size in terms.items() if size} for when, terms in found.items()}
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import subprocess
 import sys
 from functools import partial
@@ -10,7 +11,7 @@ import torch
 from tiny import write_model
 from torch import nn
 
-from corefit.engine.fused import LoraLinear, RMSNorm, SwiGLU, fuse_lora
+from corefit.engine.fused import BLOCK, BlockAttention, LoraLinear, RMSNorm, SwiGLU, fuse_lora
 from corefit.engine.model import AdapterSpec, attach_adapter, load_base
 from corefit.types import Quantizer
 
@@ -102,6 +103,36 @@ def test_gradients_of_the_mlp_are_those_of_finite_differences():
     torch.manual_seed(0)
     gate, up = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(SwiGLU.apply, (gate, up))
+
+
+def attention(q, k, v, bounds, scale, window):
+    """The definition, a document after the other."""
+    outputs, shared = [], q.shape[1] // k.shape[1]
+    for begin, end in itertools.pairwise(bounds):
+        one, keys, values = (x[begin:end].transpose(0, 1) for x in (q, k, v))
+        keys, values = (x.repeat_interleave(shared, 0) for x in (keys, values))
+        seen = torch.ones(end - begin, end - begin, dtype=torch.bool).tril().triu(1 - (window or end))
+        scores = (one @ keys.mT * scale).masked_fill(~seen, -torch.inf)
+        outputs.append((scores.softmax(-1) @ values).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize("window", [None, 1, 5, BLOCK, BLOCK + 3])
+def test_attention_in_blocks_is_attention(heads, groups, dtype, tolerance, window):
+    torch.manual_seed(0)
+    lengths = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 7]
+    bounds = [0, *itertools.accumulate(lengths)]
+    q, k, v, given = (torch.randn(bounds[-1], n, 8).to(dtype) for n in (heads, groups, groups, heads))
+    results = []
+    for function, cast in ((attention, torch.float64), (BlockAttention.apply, dtype)):
+        tensors = [x.to(cast).requires_grad_() for x in (q, k, v)]
+        out = function(*tensors, bounds, 0.7, window)
+        results.append([out.detach(), *torch.autograd.grad(out, tensors, given.to(cast))])
+    for exact, ours in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        assert float((ours.double() - exact).norm()) <= tolerance * float(exact.norm()) + 1e-9
 
 
 @pytest.mark.parametrize("kind, mlps", [("llama", 2), ("gemma", 0), ("phi3", 0), ("internlm2", 2), ("granite", 2)])
