@@ -13,12 +13,10 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from corefit.engine.fused import BlockAttention
@@ -136,41 +134,20 @@ def packed_attention(
     for name in ("softcap", "s_aux", "position_bias"):
         if more.get(name) is not None:
             raise LostBounds(f"its attention has {name}")
-    rows, heads, slots, _ = query.shape
+    if dropout:
+        raise LostBounds("its attention has dropout")
+    rows, heads, slots, width = query.shape
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
-    window = sliding_window if sliding_window and sliding_window < max_length_q else None
-    blocks = kind == "cpu" and dtype == torch.bfloat16 and not dropout
-    inner = torch.float32 if kind == "cpu" and dtype.itemsize < 4 and not blocks else dtype
+    inner = torch.float32 if kind == "cpu" and dtype == torch.float16 else dtype  # whose products are slow there
     q, k, v = (x.to(inner).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    window = sliding_window if sliding_window and sliding_window < max_length_q else None
     if kind == "cuda":
-        out = _varlen(q, k, v, cu_seq_lens_q, max_length_q, scaling, window, dropout)
-    elif blocks:
-        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-        out = BlockAttention.apply(q, k, v, cu_seq_lens_q.tolist(), scale, window)  # type: ignore[no-untyped-call]
+        out = _varlen(q, k, v, cu_seq_lens_q, max_length_q, scaling, window)
     else:
-        out = _one_by_one(q, k, v, cu_seq_lens_q.tolist(), scaling, window, dropout)
+        scale = width**-0.5 if scaling is None else scaling
+        out = BlockAttention.apply(q, k, v, cu_seq_lens_q.tolist(), scale, window)  # type: ignore[no-untyped-call]
     return out.to(dtype).view(rows, slots, heads, -1), None
-
-
-def _one_by_one(
-    q: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: float | None, window: int | None, dropout: float
-) -> Tensor:
-    """Attend in [slots, heads, D], a document after the other."""
-    sizes = [end - begin for begin, end in pairwise(bounds)]
-    outputs = []
-    split = [torch.split(x, sizes) for x in (q, k, v)]  # whose backward is one cat, where slices would make D sums
-    for parts in zip(*split, strict=True):
-        query, key, value = (part.transpose(0, 1)[None] for part in parts)
-        mask = None
-        if window and query.shape[2] > window:
-            at = torch.arange(query.shape[2], device=query.device)
-            mask = (at[:, None] >= at) & (at[:, None] - at < window)
-        causal, gqa = mask is None, query.shape[1] != key.shape[1]
-        how: dict[str, Any] = dict(dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=gqa)
-        with torch.autocast(q.device.type, enabled=False):
-            outputs.append(F.scaled_dot_product_attention(query, key, value, mask, **how)[0].transpose(0, 1))
-    return torch.cat(outputs)
 
 
 def _varlen(
@@ -181,17 +158,14 @@ def _varlen(
     longest: int,
     scale: float | None,
     window: int | None,
-    dropout: float,
 ) -> Tensor:
     """Attend in [slots, heads, D], all documents in one kernel."""
     sides = (window - 1 if window else -1, 0)
     function, gqa = varlen_function()
     if function.__name__ == "flash_attn_varlen_func":
-        how: dict[str, Any] = dict(softmax_scale=scale, causal=True, window_size=sides, dropout_p=dropout)
+        how: dict[str, Any] = dict(softmax_scale=scale, causal=True, window_size=sides)
         out: Tensor = function(q, k, v, bounds, bounds, longest, longest, **how)
         return out
-    if dropout:
-        raise LostBounds("its attention has dropout")
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and not gqa:
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
@@ -241,7 +215,7 @@ def choose_route(
     """
     lm: Any = causal_lm(model)
     before = lm.config._attn_implementation
-    why = _why_not(lm, before, device)
+    why = _why_not(lm, before)
     if not why:
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
@@ -273,8 +247,8 @@ def choose_route(
     if why:
         lm.set_attn_implementation(before)
         return f"attention: {before} with a mask of each pack: slower, and more memory in long packs ({why})"
-    name = "sdpa" if device == "cpu" else varlen_function()[0].__name__
-    return f"attention: {name} document by document, no mask"
+    name = "in blocks" if device == "cpu" else varlen_function()[0].__name__
+    return f"attention: {name}, document by document, no mask"
 
 
 def _layers_with_window(config: Any) -> int:  # noqa: ANN401
@@ -285,7 +259,7 @@ def _layers_with_window(config: Any) -> int:  # noqa: ANN401
     return config.num_hidden_layers if on else 0
 
 
-def _why_not(lm: Any, before: str, device: str) -> str:  # noqa: ANN401
+def _why_not(lm: Any, before: str) -> str:  # noqa: ANN401
     """Give what is known beforehand to keep a model from attention by document."""
     kinds = set(getattr(lm.config, "layer_types", None) or ())
     if before != "sdpa":
@@ -294,9 +268,9 @@ def _why_not(lm: Any, before: str, device: str) -> str:  # noqa: ANN401
         return "the model's attention can't be exchanged"
     if strange := sorted(kinds - {"full_attention", "sliding_attention"}):
         return f"the model has layers of {strange[0]}"
-    names = ("attention_dropout", "attn_dropout")  # varlen_attn has none, and the probe, in eval mode, doesn't see it
+    names = ("attention_dropout", "attn_dropout")  # which the probe, in eval mode, doesn't see
     rates = [getattr(module, name, None) for module in lm.modules() for name in names]
-    if device != "cpu" and any(rate for rate in rates if isinstance(rate, float)):
+    if any(rate for rate in rates if isinstance(rate, float)):
         return "its attention has dropout"
     return ""
 

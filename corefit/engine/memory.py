@@ -150,14 +150,12 @@ class Setting:
 def attention_kept(shape: Shape, setting: Setting) -> int:
     """Give the bytes that attention by document keeps in one layer.
 
-    Queries, keys and values; if it is not its own result that the next layer keeps, or there are sums of scores, these
-    too. On a GPU keys and values are repeated for each group of queries.
+    Queries, keys and values; its result is what the next layer keeps. On a GPU the result and sums of scores too, and
+    keys and values are repeated for each group of queries.
     """
     if setting.cuda:
         return setting.tokens * (4 * shape.queries * setting.width + 4 * shape.heads)
-    if setting.width == 2:
-        return setting.tokens * (shape.queries + 2 * shape.keys) * 2
-    return setting.tokens * (2 * (shape.queries + shape.keys) * 4 + 4 * shape.heads)
+    return setting.tokens * (shape.queries + 2 * shape.keys) * setting.width
 
 
 def layer_kept(shape: Shape, setting: Setting) -> float:

@@ -32,7 +32,7 @@ def loaded(folder, quantizer=NONE, compute_dtype="float32", adapter=True):
 
 canary = partial(isolation_canary, vocab_size=512, device="cpu")
 route = partial(choose_route, vocab_size=512, device="cpu")
-BY_DOCUMENT = "attention: sdpa document by document, no mask"
+BY_DOCUMENT = "attention: in blocks, document by document, no mask"
 LENGTHS = (5, 21, 1, 5, 19, 13)
 """Of documents: two rows of 32, each with an end that is its last document."""
 
@@ -109,13 +109,13 @@ def test_roundings_of_bf16_are_no_reason_to_fall_back(tmp_path):
 def test_wrong_bounds_stop_the_run(tmp_path, monkeypatch, wrong):
     model = family(tmp_path, "llama")
     assert route(model) == BY_DOCUMENT
-    run = attention._one_by_one
+    run = attention.BlockAttention.apply
 
     def change(q, k, v, bounds, *rest):
         changed = {"joined": [0, *bounds[2:]], "shifted": [0, *(n + 1 for n in bounds[1:-1]), bounds[-1]]}
         return run(q, k, v, changed.get(wrong, [0, bounds[-1]]), *rest)
 
-    monkeypatch.setattr(attention, "_one_by_one", change)
+    monkeypatch.setattr(attention.BlockAttention, "apply", change)
     assert difference(*packed_and_alone(model)) > 1e-2
     with pytest.raises(IsolationError, match="cu_seq_lens_q doesn't tell attention where documents end"):
         canary(model)
@@ -170,18 +170,19 @@ def test_layers_of_another_kind_are_found_out(tmp_path):
     assert "layers of chunked_attention" in route(model)
 
 
-def test_attention_dropout_is_applied_in_training_alone(tmp_path):
+def test_attention_with_dropout_stays_transformers(tmp_path):
     model = family(tmp_path, "llama", attention_dropout=0.5)
-    assert route(model) == BY_DOCUMENT
+    assert "its attention has dropout" in route(model)
     ids, positions = torch.arange(32)[None], torch.arange(32)[None] % 16
     with torch.no_grad():
         calm = [run_packed(model, ids, positions).logits for _ in range(2)]
         for module in model.modules():
             module.training = hasattr(module, "attention_dropout")
         wild = [run_packed(model, ids, positions).logits for _ in range(2)]
-    assert "dropout" in attention._why_not(causal_lm(model), "sdpa", "cuda")
-    assert not attention._why_not(causal_lm(family(tmp_path / "calm", "llama")), "sdpa", "cuda")
     assert torch.equal(*calm) and not torch.equal(*wild) and not torch.equal(calm[0], wild[0])
+    causal_lm(model).set_attn_implementation(PACKED)
+    with pytest.raises(attention.LostBounds, match="dropout"):
+        run_packed(model, ids, positions)
 
 
 def test_answers_are_those_of_sdpa(tmp_path):
