@@ -233,7 +233,8 @@ def logits(network: Any, texts: Sequence[Sequence[int]]) -> Iterator[torch.Tenso
     """Yield a model's logits of each text: [L, V]."""
     import torch
 
-    from corefit.engine.attention import causal_lm, run_packed
+    from corefit.engine.attention import run_packed
+    from corefit.engine.model import causal_lm
 
     for text in texts:
         ids = torch.tensor([text], device=next(network.parameters()).device)

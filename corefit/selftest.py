@@ -118,7 +118,7 @@ class PlainLoss(CausalLoss):
         self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, layout: attention.Layout | None = None
     ) -> Tensor:
         """Give the sum of nats, as ``CausalLoss`` does."""
-        table = attention.run_packed(attention.causal_lm(self.model), input_ids, position_ids, layout).logits
+        table = attention.run_packed(model.causal_lm(self.model), input_ids, position_ids, layout).logits
         return F.cross_entropy(table.flatten(0, 1), labels.flatten(), reduction="sum")
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from corefit.engine.fused import BlockAttention
-from corefit.engine.model import evaluating
+from corefit.engine.model import causal_lm, evaluating
 from corefit.engine.nonfinite import Watch, culprit
 from corefit.errors import IsolationError, RunError
 from corefit.types import IGNORE_INDEX
@@ -36,15 +36,9 @@ CHANGED = ((0, 0, 21), (1, 12, 31))
 """Row, begin and end of the documents that the canary changes: a first one and one between others."""
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
-    """Give the language model itself, inside an adapter's wrapper or not."""
-    inner = getattr(model, "get_base_model", None)
-    return inner() if callable(inner) else model
-
-
 def decoder(model: nn.Module) -> nn.Module:
     """Give the part of a language model that ends in hidden states."""
-    found: nn.Module = causal_lm(model).get_decoder()  # type: ignore[operator]
+    found: nn.Module = causal_lm(model).get_decoder()
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from corefit.engine.loop import autocast, on_device
-from corefit.engine.model import evaluating
+from corefit.engine.model import causal_lm, evaluating
 from corefit.engine.ranks import ALONE, Ranks
 from corefit.errors import RunError, UserError
 from corefit.types import Batch
@@ -168,7 +168,7 @@ def stream(
     read afterwards. ``ranks`` that run it together all go on with the token of the first.
     """
     generator, memory = torch.Generator().manual_seed(decoding.seed), memory or Memory()
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = causal_lm(model)
     # The logits of a whole prompt would take prompt x vocabulary x 4 bytes, for one row that is used.
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
     ids = list(prompt_ids)

@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
 from corefit.engine.attention import Layout, to_device
 from corefit.engine.model import first_line
 from corefit.engine.nonfinite import explain, random_state, set_random_state
-from corefit.engine.ranks import ALONE, Ranks, whole
+from corefit.engine.ranks import ALONE, Ranks, stand_in, whole
 from corefit.errors import CorefitError, RunError
 from corefit.types import Batch, StepReport
 
@@ -366,20 +365,7 @@ def try_out(
     A forward and a backward; weights, gradients (none) and random state are as before.
     """
     random = random_state(device)
-    row = np.arange(slots) % 8
-    shape = (rows, slots)
-    batch = Batch(
-        input_ids=np.broadcast_to(row, shape).copy(),
-        labels=np.broadcast_to(row, shape).copy(),
-        position_ids=np.broadcast_to(np.arange(slots), shape).copy(),
-        cu_seqlens=np.arange(0, rows * slots + 1, slots, dtype=np.int32),
-        n_supervised=rows * slots,
-        n_tokens=rows * slots,
-        n_samples=rows,
-        epoch=0.0,
-        origins=tuple,
-        state=dict,
-    )
+    batch = stand_in(rows, slots, supervised=True)
     try:
         held = torch.empty(state_bytes, dtype=torch.uint8, device=device)
         loss_fn.train()

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from corefit.engine.attention import Layout, causal_lm, decoder, run_packed
-from corefit.engine.model import evaluating
+from corefit.engine.attention import Layout, decoder, run_packed
+from corefit.engine.model import causal_lm, evaluating
 from corefit.types import IGNORE_INDEX
 
 T = TypeVar("T")
@@ -223,7 +223,7 @@ def offloaded(weights: Iterable[Tensor], to: str = "cpu") -> AbstractContextMana
 
 def _linear_head(model: nn.Module) -> Head | None:
     """The head where it is a bare matrix, also inside peft's wrappers for what trains whole or row by row."""
-    head: Any = causal_lm(model).get_output_embeddings()  # type: ignore[operator]
+    head: Any = causal_lm(model).get_output_embeddings()
     rows, at = None, list[int]()
     if hasattr(head, "token_adapter"):
         tokens = head.token_adapter

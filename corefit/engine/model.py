@@ -901,10 +901,17 @@ def add_rows(model: PreTrainedModel, rows: int, new: Sequence[int] = ()) -> None
         weight[[*new, *range(before, rows)]] = mean.to(weight.dtype)
 
 
+def causal_lm(model: nn.Module) -> Any:  # noqa: ANN401, a PreTrainedModel, or what stands in for one
+    """Give the language model itself, inside an adapter's wrapper or not."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
+
+
 def decoder_layers(model: Any) -> Sequence[nn.Module]:  # noqa: ANN401, PeftModel or PreTrainedModel
     """Give the layers of the decoder, which run one after another; empty: they are not in one list."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return next((list(part) for part in base.get_decoder().modules() if isinstance(part, nn.ModuleList)), [])
+    return next(
+        (list(part) for part in causal_lm(model).get_decoder().modules() if isinstance(part, nn.ModuleList)), []
+    )
 
 
 def adapted_layers(model: Any) -> dict[str, int]:  # noqa: ANN401, PeftModel
@@ -995,7 +1002,7 @@ def enable_gradient_checkpointing(model: Any, share: float = 1.0) -> None:  # no
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = causal_lm(model)
     kwargs = {"use_reentrant": False}
     try:
         if hasattr(base, "activation_checkpointing_enable"):  # the name since transformers 5.2x

@@ -32,19 +32,23 @@ from corefit.types import IGNORE_INDEX, Batch
 
 BUCKET = 2**25
 """Numbers that are added up at a time."""
-IDLE = Batch(
-    input_ids=np.zeros((1, 8), np.int64),
-    labels=np.full((1, 8), IGNORE_INDEX, np.int64),
-    position_ids=np.arange(8, dtype=np.int64)[None],
-    cu_seqlens=np.array([0, 8], np.int32),
-    n_supervised=0,
-    n_tokens=0,
-    n_samples=0,
-    epoch=0.0,
-    origins=tuple,
-    state=dict,
-)
-"""A micro-batch whose loss and gradient are 0."""
+
+
+def stand_in(rows: int, slots: int, *, supervised: bool) -> Batch:
+    """Give a micro-batch [rows, slots] of no data, a document a row, all of it supervised or nothing."""
+    ids = np.tile(np.arange(slots) % 8, (rows, 1))
+    return Batch(
+        input_ids=ids,
+        labels=ids if supervised else np.full_like(ids, IGNORE_INDEX),
+        position_ids=np.tile(np.arange(slots), (rows, 1)),
+        cu_seqlens=np.arange(0, rows * slots + 1, slots, dtype=np.int32),
+        n_supervised=rows * slots * supervised,
+        n_tokens=0,
+        n_samples=0,
+        epoch=0.0,
+        origins=tuple,
+        state=dict,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,8 @@ class Ranks:
         """Give the micro-batches of this rank that are to be run; rank 0 never has fewer than another."""
         if not self.sharded:
             return [batch for batch in batches if batch.n_supervised]
-        return [*batches, *[IDLE] * (int(self.first(len(batches))) - len(batches))]
+        idle = stand_in(1, 8, supervised=False)  # loss and gradient are 0
+        return [*batches, *[idle] * (int(self.first(len(batches))) - len(batches))]
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Put the sum over ranks into each of these gradients, which have one dtype and one device."""

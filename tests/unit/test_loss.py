@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from tiny import write_model
 
-from corefit.engine.attention import causal_lm
 from corefit.engine.loss import CausalLoss, LinearCrossEntropy, offloaded
 from corefit.engine.model import (
     AdapterSpec,
     attach_adapter,
+    causal_lm,
     enable_gradient_checkpointing,
     evaluating,
     load_base,

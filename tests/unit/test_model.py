@@ -19,11 +19,11 @@ from tiny import write_model, write_tokenizer
 from tiny_families import FAMILIES, write_family
 
 from corefit.engine import model as model_module
-from corefit.engine.attention import causal_lm
 from corefit.engine.model import (
     AdapterSpec,
     attach_adapter,
     base_dtype_of,
+    causal_lm,
     check_trainable,
     choose_device,
     choose_precision,
