@@ -127,11 +127,12 @@ class BlockAttention(torch.autograd.Function):
         scale: float,
         window: int | None = None,
     ) -> Tensor:
-        """Take q [S, H, D], k and v [S, K, D], where documents begin and end, and how many slots one sees."""
-        out = torch.empty_like(q)
+        """Take q [S, H, D], k [S, K, D], v [S, K, E], where documents begin and end, and how many slots one sees."""
+        out = q.new_empty(*q.shape[:2], v.shape[-1])
         for begin, end in pairwise(bounds):
             queries, keys, values = (_by_head(x[begin:end], k.shape[1]) for x in (q, k, v))
-            wide, across, result = queries.float() * scale, keys.float().mT, torch.empty_like(queries)
+            wide, across = queries.float() * scale, keys.float().mT
+            result = values.new_empty(*queries.shape[:2], values.shape[-1])
             for rows, seen, mask in _blocks(keys.shape[1], q.shape[1] // k.shape[1], window):
                 p = _probabilities(wide[:, rows], across[..., seen], mask).to(v.dtype)
                 result[:, rows] = torch.bmm(p, values[:, seen])
@@ -150,7 +151,7 @@ class BlockAttention(torch.autograd.Function):
         for begin, end in pairwise(bounds):
             queries, keys, values, given = (_by_head(x[begin:end], k.shape[1]) for x in (q, k, v, grad))
             wide, across, weighed, scaled = queries.float() * scale, keys.float().mT, values.mT, keys * scale
-            grad_q, grad_k, grad_v = torch.empty_like(queries), torch.zeros_like(across.mT), torch.zeros_like(across.mT)
+            grad_q, grad_k, grad_v = torch.empty_like(queries), torch.zeros(keys.shape), torch.zeros(values.shape)
             for rows, seen, mask in _blocks(keys.shape[1], q.shape[1] // k.shape[1], window):
                 p = _probabilities(wide[:, rows], across[..., seen], mask).to(v.dtype)
                 grad_v[:, seen] += torch.bmm(p.mT, given[:, rows])

@@ -124,7 +124,8 @@ def test_attention_in_blocks_is_attention(heads, groups, dtype, tolerance, windo
     torch.manual_seed(0)
     lengths = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 7]
     bounds = [0, *itertools.accumulate(lengths)]
-    q, k, v, given = (torch.randn(bounds[-1], n, 8).to(dtype) for n in (heads, groups, groups, heads))
+    sizes = ((heads, 8), (groups, 8), (groups, 5), (heads, 5))
+    q, k, v, given = (torch.randn(bounds[-1], *size).to(dtype) for size in sizes)
     results = []
     for function, cast in ((attention, torch.float64), (BlockAttention.apply, dtype)):
         tensors = [x.to(cast).requires_grad_() for x in (q, k, v)]
