@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,11 @@ BLOCK = 128
 """Slots whose queries attention works on at once: their scores stay in the cache, few are made that are not needed."""
 PADDED = 32
 """A document's slots are made a multiple of this there: oneDNN compiles, and keeps, a kernel for every size."""
+FUSED = {
+    ("peft.tuners.lora.layer.Linear", "torch.nn.modules.linear.Linear"),
+    ("peft.tuners.lora.bnb.Linear4bit", "bitsandbytes.nn.modules.Linear4bit"),
+}
+"""LoRA layers and what they are on, as ``LoraLinear`` computes them."""
 
 
 class RMSNorm(torch.autograd.Function):
@@ -204,7 +210,7 @@ def _probabilities(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
 
 
 class LoraLinear(torch.autograd.Function):
-    """``x @ weight.T + bias + scale * dropped @ a.T @ b.T``, all of it in the weight's dtype.
+    """``x @ weight.T + bias + scale * dropped @ a.T @ b.T``, all of it in the dtype of x; the weight may be of 4 bits.
 
     peft makes an fp32 copy of x, and two tensors as large as the output, for every layer; this makes none of them, and
     keeps for backward what it can't do without.
@@ -220,17 +226,24 @@ class LoraLinear(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         scale: float,
+        state: Any = None,  # noqa: ANN401
     ) -> Tensor:
-        """Take x [..., I], after dropout too (None: there is none), weight [O, I], a [r, I], b [O, r]."""
+        """Take x [..., I], after dropout too (None: there is none), weight [O, I], a [r, I], b [O, r].
+
+        ``state``: what bitsandbytes packed the weight with; None: it did not.
+        """
         flat = x.reshape(-1, x.shape[-1])
         inner = flat if dropped is None else dropped.reshape(flat.shape)
-        a, b = a.to(weight.dtype), b.to(weight.dtype) * scale
+        a, b = a.to(x.dtype), b.to(x.dtype) * scale
         low = inner @ a.T
-        out = flat @ weight.T if bias is None else torch.addmm(bias, flat, weight.T)
+        if state is not None:
+            out = import_module("bitsandbytes").matmul_4bit(flat, weight, quant_state=state, bias=bias)
+        else:
+            out = flat @ weight.T if bias is None else torch.addmm(bias, flat, weight.T)
         out.addmm_(low, b.T)
         ctx.save_for_backward(inner, low, weight, a, b)
-        ctx.scale, ctx.apart, ctx.shape = scale, dropped is not None, x.shape
-        return out.view(*x.shape[:-1], len(weight))
+        ctx.scale, ctx.apart, ctx.shape, ctx.state = scale, dropped is not None, x.shape, state
+        return cast("Tensor", out.view(*x.shape[:-1], len(b)))
 
     @staticmethod
     @once_differentiable
@@ -241,6 +254,8 @@ class LoraLinear(torch.autograd.Function):
         grad_low = grad @ b
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
+            if ctx.state is not None:
+                weight = import_module("bitsandbytes.functional").dequantize_4bit(weight, ctx.state).to(grad.dtype)
             grad_x = grad @ weight
             if not ctx.apart:
                 grad_x.addmm_(grad_low, a)
@@ -248,29 +263,31 @@ class LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_dropped = (grad_low @ a).view(ctx.shape)
         grad_a, grad_b = (grad_low.T @ inner).float(), (grad.T @ low).float().mul_(ctx.scale)
-        return grad_x, grad_dropped, None, None, grad_a, grad_b, None
+        return grad_x, grad_dropped, None, None, grad_a, grad_b, None, None
 
 
 def fuse_lora(model: nn.Module) -> None:
-    """Give every LoRA layer on a plain linear one ``LoraLinear`` for its forward, where that computes the same."""
-    from peft.tuners.lora import Linear
-
-    layers: list[Any] = [module for module in model.modules() if type(module) is Linear]
-    for layer in layers:
-        if type(layer.get_base_layer()) is nn.Linear and not layer.lora_variant:
+    """Give LoRA layers on linears, plain or of 4 bits, ``LoraLinear`` for their forward, where that does the same."""
+    for layer in list(model.modules()):
+        kind, base = type(layer), getattr(layer, "base_layer", None)
+        pair = (f"{kind.__module__}.{kind.__name__}", f"{type(base).__module__}.{type(base).__name__}")
+        if pair in FUSED and not layer.lora_variant:
             layer.forward = functools.partial(_forward, layer)
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
     base, names = layer.base_layer, layer.active_adapters
-    kind = x.device.type
+    kind, state = x.device.type, getattr(base.weight, "quant_state", None)
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     plain = layer.disable_adapters or layer.merged or args or kwargs or names != ["default"] or layer.lora_variant
-    if plain or base.weight.dtype != dtype or base.weight.requires_grad or layer.lora_bias["default"]:
+    held = base.weight.dtype if state is None else base.compute_dtype
+    packed = getattr(state, "packing_format_for_cpu", False)  # for inference
+    if plain or packed or held != dtype or base.weight.requires_grad or layer.lora_bias["default"]:
         out: Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return out
     x, dropout = x.to(dtype), layer.lora_dropout["default"]
     dropped = dropout(x) if layer.training and getattr(dropout, "p", 0) else None
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    fused: Tensor = LoraLinear.apply(x, dropped, base.weight, base.bias, a, b, layer.scaling["default"])  # type: ignore[no-untyped-call]
+    bias = None if base.bias is None else base.bias.to(dtype)
+    fused: Tensor = LoraLinear.apply(x, dropped, base.weight, bias, a, b, layer.scaling["default"], state)  # type: ignore[no-untyped-call]
     return fused

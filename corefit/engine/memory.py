@@ -162,13 +162,13 @@ def layer_kept(shape: Shape, setting: Setting) -> float:
     """Give the bytes of activations that one decoder layer keeps for its backward, on average over the layers.
 
     A linear layer that trains keeps its input in the format of products. With LoRA it is what dropout left of it, a
-    copy for each layer, and what dropout multiplied with: a byte on a GPU; on a CPU fp32 before a quantised layer, else
-    the format of products. Without dropout, layers of plain weights that read the same keep it once. Norms keep their
-    input, those of a model that trains whole in fp32, and their result too. Gated parts keep gate, its activation and
-    what it multiplies, but for what can be made again.
+    copy for each layer, and what dropout multiplied with: a byte on a GPU; on a CPU fp32 before a layer of 8 bits, else
+    the format of products. Without dropout, layers that read the same keep it once, but for those of 8 bits. Norms keep
+    their input, those of a model that trains whole in fp32, and their result too. Gated parts keep gate, its activation
+    and what it multiplies, but for what can be made again.
     """
     c = setting.width
-    adapted, plain = _adapted(shape, setting), setting.quantizer not in STORED_BITS
+    adapted, plain = _adapted(shape, setting), setting.quantizer != "int8"
     shares = not setting.full and not setting.dropout and plain
     linear: float = sum(i for name, i, _ in adapted if not (shares and SHARING.search(name))) * c
     if not setting.full:

@@ -13,6 +13,7 @@ from torch import nn
 
 from corefit.engine.fused import BLOCK, BlockAttention, LoraLinear, RMSNorm, SwiGLU, fuse_lora
 from corefit.engine.model import AdapterSpec, attach_adapter, load_base
+from corefit.registry import Registry
 from corefit.types import Quantizer
 
 torch.set_num_threads(1)
@@ -20,8 +21,9 @@ NONE = Quantizer(name="none", summary="as stored", config=lambda compute_dtype: 
 BF16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 
 
-def network(folder, *, dtype="float32", dropout=0.0, kind="llama_bias", **more):
-    base = load_base(str(write_model(folder, kind=kind)), quantizer=NONE, compute_dtype=dtype, device="cpu")
+def network(folder, *, dtype="float32", dropout=0.0, kind="llama_bias", quantizer="none", **more):
+    found = Registry.load().quantizer(quantizer)
+    base = load_base(str(write_model(folder, kind=kind)), quantizer=found, compute_dtype=dtype, device="cpu")
     model = attach_adapter(base, AdapterSpec(r=4, alpha=12, dropout=dropout, **more), seed=0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -57,9 +59,10 @@ def fused(model):
     return sum("forward" in module.__dict__ for module in model.modules())
 
 
+@pytest.mark.parametrize("quantizer", ["none", "nf4"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_one_operation_gives_what_peft_gives(tmp_path, dropout):
-    model = network(tmp_path, dropout=dropout)
+def test_one_operation_gives_what_peft_gives(tmp_path, dropout, quantizer):
+    model = network(tmp_path, dropout=dropout, quantizer=quantizer)
     assert fused(model) == 21  # 14 layers, 5 norms, 2 MLPs
     assert difference(logits_and_gradients(model), logits_and_gradients(unfused(model))) < 1e-5
     model.eval()
