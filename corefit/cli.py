@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shlex
 import sys
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         say(f"corefit {__version__} ({kernel.NAME} kernel)")
         return 0
+    gc.set_threshold(50_000, 20, 20)  # imports leave no garbage: looking for it was 0.9 of 4.2 s
     debug = "--debug" in arguments
     code, rank = 0, f" rank {os.environ.get('RANK')}:" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     for stream in (sys.stdout, sys.stderr):  # a terminal that can't show a character must not end a run

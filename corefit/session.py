@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -535,6 +536,7 @@ class Session:
 
     def _train(self, **hooks: Any) -> str:  # noqa: ANN401, those of train
         settings = self.recipe.train
+        gc.set_threshold(700, 10, 10)  # Python's own again: a cycle may hold a tensor
         if self.device == "cpu":
             model.reuse_memory()
         with together():
