@@ -18,13 +18,11 @@ import torch
 from corefit.engine.loss import CACHED, CHUNK
 
 MIB = 2**20
-PROCESS, LOADING = 610 * MIB, 365 * MIB
+PROCESS, LOADING = 550 * MIB, 365 * MIB
 """Resident in a process on a CPU that trains, or loads its base, without tensors: Python, torch, transformers, peft,
 their workspaces, small blocks. Fitted to runs of a model of 135M parameters (benchmarks/plan.py; torch 2.13, x86)."""
 BITSANDBYTES = 65 * MIB
 """What of that it adds once it is imported: 56 to 66 MiB measured."""
-DEQUANTISING = 30 * MIB
-"""What it works in. Fitted too."""
 HEAP = 0.3
 """What the C library's heap keeps free between tensors of up to 4 MiB (``model.reuse_memory``), as a share of them.
 Of a model of 135M parameters it is 0.2 after two steps and 0.4 after twenty."""
@@ -198,7 +196,7 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
     casts = 0 if c == 4 else (linear if s.full else trained) * c
     residual = 4 if s.full else c
     always = {
-        "process and libraries": 0 if s.cuda else PROCESS + imported + DEQUANTISING * quantised,
+        "process and libraries": 0 if s.cuda else PROCESS + imported,
         "base weights": base,
         "adapter weights": 0 if s.full else 4 * trained,
         "optimizer state": trained * OPTIMIZER_BYTES[s.optimizer],
