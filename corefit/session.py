@@ -212,6 +212,8 @@ class Session:
         self.first_packs: list[dict[str, Any]] = []
         self.ended = False
         self._model(quantizer)
+        if self.device == "cpu" and 2 * self.counts.total >= model.SMALL:
+            model.reuse_memory()
         if try_micro_batch and not self.ranks.sharded:  # one rank can't try alone what all run together
             packs = int(self.ranks.tell(str(self._tried() if not self.ranks.rank else "")))
             self.recipe = replace(self.recipe, train=replace(self.recipe.train, micro_batch=packs))
@@ -537,8 +539,6 @@ class Session:
     def _train(self, **hooks: Any) -> str:  # noqa: ANN401, those of train
         settings = self.recipe.train
         gc.set_threshold(700, 10, 10)  # Python's own again: a cycle may hold a tensor
-        if self.device == "cpu":
-            model.reuse_memory()
         with together():
             return train(
                 loss_fn=self.loss_fn,

@@ -134,13 +134,15 @@ def packed_attention(
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     inner = torch.float32 if kind == "cpu" and dtype == torch.float16 else dtype  # whose products are slow there
-    q, k, v = (x.to(inner).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    # whole tensors: a view would keep what it is a part of, such as one projection for all three
+    q, k, v = (x.to(inner).transpose(1, 2).flatten(0, 1).contiguous() for x in (query, key, value))
     window = sliding_window if sliding_window and sliding_window < max_length_q else None
     if kind == "cuda":
         out = _varlen(q, k, v, cu_seq_lens_q, max_length_q, scaling, window)
     else:
         scale = width**-0.5 if scaling is None else scaling
-        out = BlockAttention.apply(q, k, v, cu_seq_lens_q.tolist(), scale, window)  # type: ignore[no-untyped-call]
+        with torch.autocast(kind, enabled=False):  # it would multiply in 16 bits what is to be fp32
+            out = BlockAttention.apply(q, k, v, cu_seq_lens_q.tolist(), scale, window)  # type: ignore[no-untyped-call]
     return out.to(dtype).view(rows, slots, heads, -1), None
 
 
@@ -263,8 +265,8 @@ def _why_not(lm: Any, before: str) -> str:  # noqa: ANN401
     if strange := sorted(kinds - {"full_attention", "sliding_attention"}):
         return f"the model has layers of {strange[0]}"
     names = ("attention_dropout", "attn_dropout")  # which the probe, in eval mode, doesn't see
-    rates = [getattr(module, name, None) for module in lm.modules() for name in names]
-    if any(rate for rate in rates if isinstance(rate, float)):
+    rates = [getattr(module, name, None) for module in (*lm.modules(), lm.config) for name in names]
+    if any(getattr(rate, "p", rate) for rate in rates if isinstance(rate, float | nn.Dropout)):
         return "its attention has dropout"
     return ""
 

@@ -170,6 +170,27 @@ def test_layers_of_another_kind_are_found_out(tmp_path):
     assert "layers of chunked_attention" in route(model)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 4e-3), (torch.float16, 6e-4)])
+def test_scores_are_fp32_under_autocast(dtype, tolerance):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 50, 64) for heads in (4, 2, 2))
+    q, k, v = ((x + shift).to(dtype).float() for x, shift in ((q * 6, 100), (k, 100), (v, 0)))  # of up to 80,000
+    bounds = torch.tensor([0, 17, 50], dtype=torch.int32)
+    given = (None, q, k, v, None, 0.0, 0.125, None, bounds, 33)
+    exact, _ = attention.packed_attention(*given)
+    with torch.autocast("cpu", dtype=dtype):
+        ours, _ = attention.packed_attention(*given)
+    assert ours.dtype == dtype
+    assert float((ours.float() - exact).norm() / exact.norm()) < tolerance
+
+
+def test_bounds_must_cover_the_slots():
+    x = torch.randn(1, 2, 50, 8)
+    for bounds in ([0, 20, 40], [10, 50], [0, 60]):
+        with pytest.raises(ValueError, match="documents from"):
+            attention.packed_attention(None, x, x, x, None, cu_seq_lens_q=torch.tensor(bounds), max_length_q=30)
+
+
 def test_attention_with_dropout_stays_transformers(tmp_path):
     model = family(tmp_path, "llama", attention_dropout=0.5)
     assert "its attention has dropout" in route(model)
@@ -183,6 +204,10 @@ def test_attention_with_dropout_stays_transformers(tmp_path):
     causal_lm(model).set_attn_implementation(PACKED)
     with pytest.raises(attention.LostBounds, match="dropout"):
         run_packed(model, ids, positions)
+    for rate, why in ((0.0, ""), (0.1, "its attention has dropout")):  # as persimmon has it
+        other = causal_lm(family(tmp_path / str(rate), "llama"))
+        other.get_decoder().layers[0].self_attn.attention_dropout = torch.nn.Dropout(rate)
+        assert attention._why_not(other, "sdpa") == why
 
 
 def test_answers_are_those_of_sdpa(tmp_path):
