@@ -212,7 +212,9 @@ class Lab:
     def saved(self) -> tuple[float, float]:
         """Compare logits with an adapter that was written and loaded by peft, and with the same one in memory."""
         network = self.network()
-        return apart(self.logits(load(self.export(network, "adapter"))), self.logits(network)), self.same
+        loaded = load(self.export(network, "adapter"))
+        attention.choose_route(loaded, vocab_size=self.tokenizer.vocab_size, device=self.device)
+        return apart(self.logits(loaded), self.logits(network)), self.same
 
     def saved_whole(self) -> tuple[float, float] | str:
         """Compare logits of a model trained whole that was written and loaded, and of the same one in memory."""
