@@ -538,7 +538,7 @@ class Session:
 
     def _train(self, **hooks: Any) -> str:  # noqa: ANN401, those of train
         settings = self.recipe.train
-        gc.set_threshold(700, 10, 10)  # Python's own again: a cycle may hold a tensor
+        gc.set_threshold(700, 10, 10)  # often again: a cycle may hold a tensor
         with together():
             return train(
                 loss_fn=self.loss_fn,

@@ -274,7 +274,7 @@ class LoraLinear(torch.autograd.Function):
 
 def fuse_lora(model: nn.Module) -> None:
     """Give LoRA layers on linears, plain or of 4 bits, ``LoraLinear`` for their forward, where that does the same."""
-    for layer in list(model.modules()):
+    for layer in model.modules():
         kind, base = type(layer), getattr(layer, "base_layer", None)
         pair = (f"{kind.__module__}.{kind.__name__}", f"{type(base).__module__}.{type(base).__name__}")
         if pair in FUSED and not layer.lora_variant:

@@ -77,7 +77,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             w = Head(weight, rows, at).whole(dtype)
             few = CACHED if hidden.device.type == "cpu" else chunk
             products = torch.empty(min(chunk, len(hidden)), len(w), dtype=dtype, device=hidden.device)
-            wide = None if dtype == torch.float32 else products[:few].float()
+            wide = None if dtype == torch.float32 else torch.empty_like(products[:few], dtype=torch.float32)
             for i in range(0, len(hidden), chunk):
                 h = hidden[i : i + chunk].to(dtype)
                 p = torch.mm(h, w.T, out=products[: len(h)])

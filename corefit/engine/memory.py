@@ -208,9 +208,8 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
     if shape.plain_logits:
         logits = s.tokens * shape.vocabulary * (c + 12)
     else:  # a chunk's logits in the products' format, and in fp32 those that are worked on at once
-        logits = shape.vocabulary * (
-            min(CHUNK, s.tokens) * c + (c < 4) * min(CHUNK if s.cuda else CACHED, s.tokens) * 4
-        )
+        wide = 0 if c == 4 else CHUNK if s.cuda else CACHED
+        logits = shape.vocabulary * (min(CHUNK, s.tokens) * c + min(wide, s.tokens) * 4)
         logits += 4 * s.tokens * shape.hidden
         logits += head * (4 + 2 * c) if s.full else 0
     biggest = max((i * o for _, i, o in shape.linears), default=0) * c * (2 if quantised or s.full else 0)

@@ -909,9 +909,8 @@ def causal_lm(model: nn.Module) -> Any:  # noqa: ANN401, a PreTrainedModel, or w
 
 def decoder_layers(model: Any) -> Sequence[nn.Module]:  # noqa: ANN401, PeftModel or PreTrainedModel
     """Give the layers of the decoder, which run one after another; empty: they are not in one list."""
-    return next(
-        (list(part) for part in causal_lm(model).get_decoder().modules() if isinstance(part, nn.ModuleList)), []
-    )
+    parts = causal_lm(model).get_decoder().modules()
+    return next((list(part) for part in parts if isinstance(part, nn.ModuleList)), [])
 
 
 def adapted_layers(model: Any) -> dict[str, int]:  # noqa: ANN401, PeftModel
