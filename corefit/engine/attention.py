@@ -312,35 +312,39 @@ def isolation_canary(
         shift = torch.randint(1, vocab_size, (end - begin,), generator=generator).to(device)
         changed[row, begin:end] = (ids[row, begin:end] + shift) % vocab_size
 
-    worst = 0.0
-    with evaluating(model), _row_by_row(model), autocast():
-        for part, name in ((decoder(model), "last_hidden_state"), (causal_lm(model), "logits")):
-            output = run_packed(part, ids, positions, layout)
-            before = getattr(output, name).float()
-            after = getattr(run_packed(part, changed, positions, layout), name).float()
-            if not (before.isfinite().all() and after.isfinite().all()):
+    lm, seen, worst = causal_lm(model), list[Any](), 0.0
+
+    def run(tokens: Tensor) -> dict[str, Tensor]:
+        logits = run_packed(lm, tokens, positions, layout).logits.float()
+        return {"last_hidden_state": seen[-1].last_hidden_state.float(), "logits": logits}
+
+    hook = decoder(model).register_forward_hook(lambda *called: seen.append(called[-1]))
+    try:
+        with evaluating(model), _row_by_row(model), autocast():
+            before, after = run(ids), run(changed)
+            again = before if ids.device.type == "cpu" else run(ids)
+            if strange := [name for name in before if not (before[name] + after[name]).isfinite().all()]:
                 with Watch(model) as watch:
-                    run_packed(part, ids, positions, layout)
-                    run_packed(part, changed, positions, layout)
+                    run(ids), run(changed)
                 where = culprit(watch.first["forward"]) if watch.first else "not so when run again"
                 raise RunError(
-                    f"the model's {name} aren't finite even before training ({where}); "
+                    f"the model's {strange[0]} aren't finite even before training ({where}); "
                     "another --set train.precision (bf16, fp32) may help, else another copy of the base model"
                 )
-            allowed = 0.0
-            if ids.device.type != "cpu":
-                again = getattr(run_packed(part, ids, positions, layout), name).float()
-                allowed = float((again - before).abs().max())
-            delta = (after - before).abs().amax(-1)
-            moved, own = float(delta[others].max()), float(delta[~others].max())
-            if not moved <= allowed:
-                raise IsolationError(
-                    f"documents of one pack see each other: changing one moved another's {name} by {moved:.3g} "
-                    f"(allowed {allowed:.3g}, its own moved by {own:.3g}); {_likely_cause(model, output)}"
-                )
-            if not own > 0:
-                raise IsolationError(f"the isolation check proves nothing: {name} don't depend on the tokens")
-            worst = max(worst, moved)
+    finally:
+        hook.remove()
+    for name in before:
+        allowed = float((again[name] - before[name]).abs().max())
+        delta = (after[name] - before[name]).abs().amax(-1)
+        moved, own = float(delta[others].max()), float(delta[~others].max())
+        if not moved <= allowed:
+            raise IsolationError(
+                f"documents of one pack see each other: changing one moved another's {name} by {moved:.3g} "
+                f"(allowed {allowed:.3g}, its own moved by {own:.3g}); {_likely_cause(model, seen[0])}"
+            )
+        if not own > 0:
+            raise IsolationError(f"the isolation check proves nothing: {name} don't depend on the tokens")
+        worst = max(worst, moved)
     return worst
 
 
