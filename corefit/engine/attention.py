@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from corefit.engine.fused import BlockAttention
+from corefit.engine.fused import DocumentAttention
 from corefit.engine.model import causal_lm, evaluating
 from corefit.engine.nonfinite import Watch, culprit
 from corefit.errors import IsolationError, RunError
@@ -142,7 +142,7 @@ def packed_attention(
     else:
         scale = width**-0.5 if scaling is None else scaling
         with torch.autocast(kind, enabled=False):  # it would multiply in 16 bits what is to be fp32
-            out = BlockAttention.apply(q, k, v, cu_seq_lens_q.tolist(), scale, window)  # type: ignore[no-untyped-call]
+            out = DocumentAttention.apply(q, k, v, cu_seq_lens_q.tolist(), scale, window)  # type: ignore[no-untyped-call]
     return out.to(dtype).view(rows, slots, heads, -1), None
 
 
@@ -243,7 +243,7 @@ def choose_route(
     if why:
         lm.set_attn_implementation(before)
         return f"attention: {before} with a mask of each pack: slower, and more memory in long packs ({why})"
-    name = "in blocks" if device == "cpu" else varlen_function()[0].__name__
+    name = "flash" if device == "cpu" else varlen_function()[0].__name__
     return f"attention: {name}, document by document, no mask"
 
 

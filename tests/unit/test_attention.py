@@ -32,7 +32,7 @@ def loaded(folder, quantizer=NONE, compute_dtype="float32", adapter=True):
 
 canary = partial(isolation_canary, vocab_size=512, device="cpu")
 route = partial(choose_route, vocab_size=512, device="cpu")
-BY_DOCUMENT = "attention: in blocks, document by document, no mask"
+BY_DOCUMENT = "attention: flash, document by document, no mask"
 LENGTHS = (5, 21, 1, 5, 19, 13)
 """Of documents: two rows of 32, each with an end that is its last document."""
 
@@ -109,13 +109,13 @@ def test_roundings_of_bf16_are_no_reason_to_fall_back(tmp_path):
 def test_wrong_bounds_stop_the_run(tmp_path, monkeypatch, wrong):
     model = family(tmp_path, "llama")
     assert route(model) == BY_DOCUMENT
-    run = attention.BlockAttention.apply
+    run = attention.DocumentAttention.apply
 
     def change(q, k, v, bounds, *rest):
         changed = {"joined": [0, *bounds[2:]], "shifted": [0, *(n + 1 for n in bounds[1:-1]), bounds[-1]]}
         return run(q, k, v, changed.get(wrong, [0, bounds[-1]]), *rest)
 
-    monkeypatch.setattr(attention.BlockAttention, "apply", change)
+    monkeypatch.setattr(attention.DocumentAttention, "apply", change)
     assert difference(*packed_and_alone(model)) > 1e-2
     with pytest.raises(IsolationError, match="cu_seq_lens_q doesn't tell attention where documents end"):
         canary(model)

@@ -11,7 +11,7 @@ import torch
 from tiny import write_model
 from torch import nn
 
-from corefit.engine.fused import BLOCK, BlockAttention, LoraLinear, RMSNorm, SwiGLU, fuse_lora
+from corefit.engine.fused import BLOCK, DocumentAttention, LoraLinear, RMSNorm, SwiGLU, fuse_lora
 from corefit.engine.model import AdapterSpec, attach_adapter, load_base
 from corefit.registry import Registry
 from corefit.types import Quantizer
@@ -123,20 +123,21 @@ def attention(q, k, v, bounds, scale, window):
 @pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
 @pytest.mark.parametrize("window", [None, 1, 5, BLOCK, BLOCK + 3])
-def test_attention_in_blocks_is_attention(heads, groups, dtype, tolerance, window):
+def test_attention_of_documents_is_attention(heads, groups, dtype, tolerance, window):
     torch.manual_seed(0)
     lengths = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 7]
     bounds = [0, *itertools.accumulate(lengths)]
     sizes = ((heads, 8), (groups, 8), (groups, 5), (heads, 5))
     q, k, v, given = (torch.randn(bounds[-1], *size).to(dtype) for size in sizes)
     results = []
-    for function, cast in ((attention, torch.float64), (BlockAttention.apply, dtype)):
+    for function, cast in ((attention, torch.float64), (DocumentAttention.apply, dtype)):
         tensors = [x.to(cast).requires_grad_() for x in (q, k, v)]
         out = function(*tensors, bounds, 0.7, window)
         results.append([out.detach(), *torch.autograd.grad(out, tensors, given.to(cast))])
     for exact, ours in zip(*results, strict=True):
         assert ours.dtype == dtype
-        assert float((ours.double() - exact).norm()) <= tolerance * float(exact.norm()) + 1e-9
+        rounding = torch.finfo(torch.float32).eps * float(given.norm())  # where the gradient is 0: one slot is seen
+        assert float((ours.double() - exact).norm()) <= tolerance * float(exact.norm()) + rounding
 
 
 @pytest.mark.parametrize("kind, mlps", [("llama", 2), ("gemma", 0), ("phi3", 0), ("internlm2", 2), ("granite", 2)])
