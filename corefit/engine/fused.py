@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 
 BLOCK = 256
 """Queries that attention with a window works on at once."""
+PADDED = 32
+"""A document's slots are made a multiple of this there: oneDNN compiles, and keeps, kernels for every size."""
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 """What torch's own attention runs on a CPU where it can; they know grouped queries."""
@@ -141,14 +143,13 @@ class DocumentAttention(torch.autograd.Function):
         """Take q [S, H, D], k [S, K, D], v [S, K, E], where documents begin and end, and how many slots one sees."""
         if bounds[0] or bounds[-1] != len(q):
             raise ValueError(f"documents from {bounds[0]} to {bounds[-1]} in {len(q)} slots")
-        wide = [_widened(x, max(q.shape[-1], v.shape[-1])) for x in (q, k, v)]
-        out, sums = torch.empty_like(wide[0]), list[Tensor]()
+        width, sums = max(q.shape[-1], v.shape[-1]), list[Tensor]()
+        out = q.new_empty(*q.shape[:2], v.shape[-1])
         for rows, seen, mask in _pieces(bounds, window, q.dtype):
-            given = (*_by_head(rows, wide[0]), *_by_head(seen, *wide[1:]), 0.0, mask is None)
-            result, total = FLASH(*given, attn_mask=mask, scale=scale)
-            out[rows] = result[0].transpose(0, 1)
+            given = [_by_head(x[at], width) for x, at in ((q, rows), (k, seen), (v, seen))]
+            result, total = FLASH(*given, 0.0, mask is None, attn_mask=mask, scale=scale)
+            out[rows] = _by_slot(result, out[rows])
             sums.append(total)
-        out = out[..., : v.shape[-1]]
         ctx.save_for_backward(q, k, v, out)
         ctx.given = bounds, scale, window, sums
         return out
@@ -158,30 +159,32 @@ class DocumentAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Give the gradients of q, k and v."""
         bounds, scale, window, sums = ctx.given
-        saved = ctx.saved_tensors
-        widths = [x.shape[-1] for x in saved[:3]]
-        q, k, v, out, grad = (_widened(x, max(widths)) for x in (*saved, grad))
-        grads = [torch.zeros_like(x) for x in (q, k, v)]
+        q, k, v, out = ctx.saved_tensors
+        width, grads = max(q.shape[-1], v.shape[-1]), [torch.zeros_like(x) for x in (q, k, v)]
         for (rows, seen, mask), total in zip(_pieces(bounds, window, q.dtype), sums, strict=True):
-            given = (*_by_head(rows, grad, q), *_by_head(seen, k, v), *_by_head(rows, out), total, 0.0, mask is None)
-            parts = FLASH_BACKWARD(*given, attn_mask=mask, scale=scale)
+            tensors = ((grad, rows), (q, rows), (k, seen), (v, seen), (out, rows))
+            given = [_by_head(x[at], width) for x, at in tensors]
+            parts = FLASH_BACKWARD(*given, total, 0.0, mask is None, attn_mask=mask, scale=scale)
             for whole, part, at in zip(grads, parts, (rows, seen, seen), strict=True):
-                whole[at] += part[0].transpose(0, 1)
-        return *(x[..., :width] for x, width in zip(grads, widths, strict=True)), None, None, None
+                whole[at] += _by_slot(part, whole[at])
+        return *grads, None, None, None
 
 
-def _widened(x: Tensor, width: int) -> Tensor:
-    """Give [..., D] with zeros up to ``width``, which change no score and no other column of values."""
-    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+def _by_head(x: Tensor, width: int) -> Tensor:
+    """Give [L, H, D] as [1, H, P, width], with zeros where there was nothing: they change no score and no value.
+
+    P is a multiple of ``PADDED``. No slot of a document sees the padding behind it.
+    """
+    return F.pad(x, (0, width - x.shape[-1], 0, 0, 0, -len(x) % PADDED))[None].transpose(1, 2)
 
 
-def _by_head(at: slice, *tensors: Tensor) -> Iterator[Tensor]:
-    """Give slots of tensors [S, H, D] as [1, H, L, D]."""
-    return (x[None, at].transpose(1, 2) for x in tensors)
+def _by_slot(x: Tensor, like: Tensor) -> Tensor:
+    """Undo ``_by_head``."""
+    return x[0].transpose(0, 1)[: len(like), :, : like.shape[-1]]
 
 
 def _pieces(bounds: list[int], window: int | None, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor | None]]:
-    """Give the queries of each call, the slots that they see, and what hides some of them, 0 or -inf.
+    """Give the queries of each call, the slots that they see, and what hides some of them, 0 or -inf, padded.
 
     Without a window a call takes a document, with one ``BLOCK`` queries of it. No mask: each query sees those before.
     """
@@ -191,7 +194,8 @@ def _pieces(bounds: list[int], window: int | None, dtype: torch.dtype) -> Iterat
             continue
         for first in range(begin, end, BLOCK):
             last, oldest = min(first + BLOCK, end), max(begin, first - window + 1)
-            ages = torch.arange(first, last)[:, None] - torch.arange(oldest, last)
+            queries, keys = (torch.arange(n, last + (n - last) % PADDED) for n in (first, oldest))
+            ages = queries[:, None] - keys
             mask = torch.zeros(ages.shape, dtype=dtype).masked_fill_((ages < 0) | (ages >= window), -torch.inf)
             yield slice(first, last), slice(oldest, last), mask
 
