@@ -63,12 +63,11 @@ def pieces(sample: Sample, tokenizer: _Bytes) -> Iterator[tuple[str, bool, int]]
         pending += tokenizer.token_bytes(int(token))
         count += 1
         try:
-            text = pending.decode("utf-8")
+            pending.decode("utf-8")
         except UnicodeDecodeError as error:
             if error.reason == "unexpected end of data":
                 continue
-            text = pending.decode("utf-8", errors="replace")
-        yield text, supervised, count
+        yield pending.decode("utf-8", errors="replace"), supervised, count
         pending, count = b"", 0
     if count:
         yield pending.decode("utf-8", errors="replace"), supervised, count
@@ -191,15 +190,12 @@ def histogram(lengths: Sequence[int], *, width: int = 40) -> list[str]:
     """Give lines: bins of doubling width in tokens, a bar and a count each."""
     if not lengths:
         return ["no samples"]
-    bins: dict[int, int] = {}
-    for length in lengths:
-        bins[max(length, 1).bit_length()] = bins.get(max(length, 1).bit_length(), 0) + 1
+    bins = Counter(max(length, 1).bit_length() for length in lengths)
     top = max(bins.values())
     lines = []
     for power in range(min(bins), max(bins) + 1):
-        count = bins.get(power, 0)
-        bar = "#" * max(round(width * count / top), 1 if count else 0)
-        lines.append(f"{1 << (power - 1):>7,}-{(1 << power) - 1:<7,} {bar} {count:,}".rstrip())
+        bar = "#" * max(round(width * bins[power] / top), 1 if bins[power] else 0)
+        lines.append(f"{1 << (power - 1):>7,}-{(1 << power) - 1:<7,} {bar} {bins[power]:,}")
     return lines
 
 
@@ -261,20 +257,12 @@ class _NoTokenizer:
         raise ModelError("this template is the tokenizer's own: name one with --tokenizer PATH")
 
 
-class TemplateReader(NamedTuple):
-    """Gives what a template makes of a conversation."""
-
-    read: Callable[[Conversation], list[Piece]]
-    lacks: tuple[str, ...] = ()
-    """Control tokens that the tokenizer was given for it."""
-
-    def __call__(self, item: Conversation) -> list[Piece]:
-        """Give it, piece by piece; raises ``Unrenderable`` as the template does."""
-        return self.read(item)
+TemplateReader = Callable[[Conversation], list[Piece]]
+"""Gives what a template makes of a conversation, piece by piece; raises ``Unrenderable`` as the template does."""
 
 
-def template_reader(template: PromptTemplate, tokenizer: str | None) -> TemplateReader:
-    """Give what gives tokens, or segments where no tokenizer is named; it raises ``Unrenderable`` as the template does.
+def template_reader(template: PromptTemplate, tokenizer: str | None) -> tuple[TemplateReader, Sequence[str]]:
+    """Give what gives tokens, or segments where no tokenizer is named, and the control tokens that the tokenizer lacks.
 
     Raises:
         ModelError: template and tokenizer don't fit, or the template needs a tokenizer.
@@ -282,9 +270,7 @@ def template_reader(template: PromptTemplate, tokenizer: str | None) -> Template
     options = template.options() if template.options else None
     if tokenizer is None:
         named = _NoTokenizer()
-        return TemplateReader(
-            lambda item: [Piece(s.text, s.supervised, s.control) for s in template.render(item, named, options)]
-        )
+        return lambda item: [Piece(s.text, s.supervised, s.control) for s in template.render(item, named, options)], ()
     from corefit.data.encode import make_encoder
     from corefit.data.tokenizer import Tokenizer
 
@@ -302,14 +288,13 @@ def template_reader(template: PromptTemplate, tokenizer: str | None) -> Template
             at += n
         return found
 
-    return TemplateReader(read, tuple(t for t in template.control if loaded.token_id(t) in loaded.new_ids))
+    return read, [token for token in template.control if loaded.token_id(token) in loaded.new_ids]
 
 
-def _added(readers: Sequence[TemplateReader], tokenizer: str | None) -> list[str]:
+def _added(missing: Sequence[str], tokenizer: str | None) -> list[str]:
     """Say which control tokens the tokenizer lacks: they are shown as if it had them."""
-    missing = dict.fromkeys(token for reader in readers for token in reader.lacks)
     words = "no tokens of {}, shown as if model.add_tokens had them: {}"
-    return [visible(words.format(tokenizer, "  ".join(missing)))] if missing else []
+    return [visible(words.format(tokenizer, "  ".join(dict.fromkeys(missing))))] if missing else []
 
 
 def template_summary(template: PromptTemplate) -> str:
@@ -320,9 +305,9 @@ def template_summary(template: PromptTemplate) -> str:
 
 def template_sample(template: PromptTemplate, tokenizer: str | None, *, colour: bool) -> list[str]:
     """Give lines that show a template on a sample conversation; ``tokenizer`` is a path."""
-    read = template_reader(template, tokenizer)
+    read, missing = template_reader(template, tokenizer)
     unit = "segments" if tokenizer is None else "tokens"
-    lines = [template_summary(template), *_added([read], tokenizer)]
+    lines = [template_summary(template), *_added(missing, tokenizer)]
     for what, words in (
         ("control tokens, which content can't forge", template.control),
         ("markers in plain text, counted where content has them", template.forgeable),
@@ -350,9 +335,9 @@ def template_difference(
     first: PromptTemplate, second: PromptTemplate, tokenizer: str | None, *, colour: bool
 ) -> list[str]:
     """Give lines that show where two templates differ first, on ``CONVERSATIONS``; ``tokenizer`` is a path."""
-    readers = [template_reader(template, tokenizer) for template in (first, second)]
     both, width = (first, second), max(len(first.name), len(second.name))
-    lines = _added(readers, tokenizer)
+    readers, missing = zip(*(template_reader(template, tokenizer) for template in both), strict=True)
+    lines = _added([*missing[0], *missing[1]], tokenizer)
     unit = "segment" if tokenizer is None else "token"
     for name, item in CONVERSATIONS.items():
         found, refused = list[list[Piece]](), list[str]()
