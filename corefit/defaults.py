@@ -6,10 +6,12 @@ torch, transformers and numpy are imported by the functions that need them, when
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from corefit.types import BadRecord, DatasetReader, Event, Position, Quantizer, Record, Reporter, Scheduler, Sources
+from corefit.page import reporter
+from corefit.report import progress
+from corefit.types import BadRecord, DatasetReader, Position, Quantizer, Record, Reporter, Scheduler, Sources
 
 if TYPE_CHECKING:
     import numpy as np
@@ -149,19 +151,7 @@ def corefit_schedulers() -> Iterable[Scheduler]:
     yield Scheduler(name="wsd", summary="the peak rate, then down over the last fifth", factor=wsd)
 
 
-def _progress(options: object = None) -> Callable[[Event], None]:
-    from corefit.report import progress
-
-    return progress()
-
-
-def _page(options: object = None) -> Callable[[Event], None]:
-    from corefit.page import reporter
-
-    return reporter()
-
-
 def corefit_reporters() -> Iterable[Reporter]:
     """The progress line and the page of a run."""
-    yield Reporter(name="progress", summary="a bar on a terminal, else a line every few steps", open=_progress)
-    yield Reporter(name="report.html", summary="the run as a page, written while it goes on", open=_page)
+    yield Reporter(name="progress", summary="a bar on a terminal, else a line every few steps", open=progress)
+    yield Reporter(name="report.html", summary="the run as a page, written while it goes on", open=reporter)
