@@ -94,8 +94,8 @@ class Provenance:
     ) -> Provenance:
         """Undo ``as_dict``; other keys, which ``corefit.json`` has too, are left out."""
         known: dict[str, Any] = {item.name: data[item.name] for item in fields(cls) if item.name in data}
-        tuples = {name: tuple(known[name]) for name in ("stop", "stop_ids", "add_tokens") if name in known}
-        return cls(**{**known, **tuples}, base_folder=base_folder, tokenizer_files=tokenizer_files)
+        known |= {name: tuple(known[name]) for name in ("stop", "stop_ids", "add_tokens") if name in known}
+        return cls(**known, base_folder=base_folder, tokenizer_files=tokenizer_files)
 
 
 def public_name(base: str) -> str:
