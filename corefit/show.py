@@ -52,12 +52,22 @@ def labels(sample: Sample) -> list[int]:
     return [int(label) for label in aligned]
 
 
-def pieces(sample: Sample, tokenizer: _Bytes) -> Iterator[tuple[str, bool, int]]:
-    """Yield (text, supervised, number of tokens); tokens that share the bytes of one character come together."""
+class Piece(NamedTuple):
+    """A token, a few that share the bytes of a character, or a segment."""
+
+    text: str
+    supervised: bool
+    control: bool = False
+    n: int = 1
+    """Tokens, or one segment."""
+
+
+def pieces(sample: Sample, tokenizer: _Bytes) -> Iterator[Piece]:
+    """Yield the tokens; those that share the bytes of one character come together."""
     pending, count, supervised = b"", 0, False
     for token, target in zip(sample.input_ids, target_mask(sample), strict=True):
         if count and bool(target) != supervised:
-            yield pending.decode("utf-8", errors="replace"), supervised, count
+            yield Piece(pending.decode("utf-8", errors="replace"), supervised, n=count)
             pending, count = b"", 0
         supervised = bool(target)
         pending += tokenizer.token_bytes(int(token))
@@ -67,10 +77,10 @@ def pieces(sample: Sample, tokenizer: _Bytes) -> Iterator[tuple[str, bool, int]]
         except UnicodeDecodeError as error:
             if error.reason == "unexpected end of data":
                 continue
-        yield pending.decode("utf-8", errors="replace"), supervised, count
+        yield Piece(pending.decode("utf-8", errors="replace"), supervised, n=count)
         pending, count = b"", 0
     if count:
-        yield pending.decode("utf-8", errors="replace"), supervised, count
+        yield Piece(pending.decode("utf-8", errors="replace"), supervised, n=count)
 
 
 def first_packs(batches: Iterable[Batch], tokenizer: _Bytes, pad_id: int) -> list[dict[str, Any]]:
@@ -93,8 +103,8 @@ def first_packs(batches: Iterable[Batch], tokenizer: _Bytes, pad_id: int) -> lis
             shown = list(islice(pieces(sample, tokenizer), left))
             left -= len(shown)
             document: dict[str, Any] = {"origin": sample.origin, "tokens": end - begin}
-            document["pieces"] = [[text, supervised] for text, supervised, _ in shown]
-            document["cut"] = sum(n for _, _, n in shown) < end - begin
+            document["pieces"] = [[piece.text, piece.supervised] for piece in shown]
+            document["cut"] = sum(piece.n for piece in shown) < end - begin
             rows.setdefault(begin // width, []).append(document)
         for documents in rows.values():
             used = sum(document["tokens"] for document in documents)
@@ -106,17 +116,7 @@ def first_packs(batches: Iterable[Batch], tokenizer: _Bytes, pad_id: int) -> lis
 
 def marked(sample: Sample, tokenizer: _Bytes, *, colour: bool) -> str:
     """Give the sample's text: a dot between tokens, ``[+`` and ``+]`` around supervised runs."""
-    return _marked((Piece(text, supervised, False) for text, supervised, _ in pieces(sample, tokenizer)), colour=colour)
-
-
-class Piece(NamedTuple):
-    """A token, a few that share the bytes of a character, or a segment."""
-
-    text: str
-    supervised: bool
-    control: bool
-    n: int = 1
-    """Tokens, or one segment."""
+    return _marked(pieces(sample, tokenizer), colour=colour)
 
 
 def _marked(pieces: Iterable[Piece], *, colour: bool) -> str:
@@ -186,7 +186,7 @@ class Reasons:
         ]
 
 
-def histogram(lengths: Sequence[int], *, width: int = 40) -> list[str]:
+def histogram(lengths: Sequence[int]) -> list[str]:
     """Give lines: bins of doubling width in tokens, a bar and a count each."""
     if not lengths:
         return ["no samples"]
@@ -194,7 +194,7 @@ def histogram(lengths: Sequence[int], *, width: int = 40) -> list[str]:
     top = max(bins.values())
     lines = []
     for power in range(min(bins), max(bins) + 1):
-        bar = "#" * max(round(width * bins[power] / top), 1 if bins[power] else 0)
+        bar = "#" * max(round(40 * bins[power] / top), 1 if bins[power] else 0)
         lines.append(f"{1 << (power - 1):>7,}-{(1 << power) - 1:<7,} {bar} {bins[power]:,}")
     return lines
 
@@ -283,9 +283,9 @@ def template_reader(template: PromptTemplate, tokenizer: str | None) -> tuple[Te
         if encoded.drops[0]:
             raise Unrenderable(encoded.drops[0])
         found, at = [], 0
-        for text, supervised, n in pieces(Sample(encoded.tokens, encoded.spans.astype("int32"), "sample"), loaded):
-            found.append(Piece(text, supervised, bool(encoder.forbidden[encoded.tokens[at]]), n))
-            at += n
+        for piece in pieces(Sample(encoded.tokens, encoded.spans.astype("int32"), "sample"), loaded):
+            found.append(piece._replace(control=bool(encoder.forbidden[encoded.tokens[at]])))
+            at += piece.n
         return found
 
     return read, [token for token in template.control if loaded.token_id(token) in loaded.new_ids]
