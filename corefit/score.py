@@ -152,6 +152,7 @@ def _loss(chatter: Chatter, plan: Prepared, source: Source, rows: list[tuple[Sou
 def _multiple_choice(chatter: Chatter, path: Path, most: int) -> list[Score]:
     """Choose, for every row, the letter that the model thinks likeliest; count by subject."""
     right: dict[str, list[tuple[bool, bool]]] = {}
+    adapter = chatter.found.adapter is not None
     for record in islice(read_jsonl(Sources((path,), 2**26)), most):
         if isinstance(record, BadRecord):
             raise DataError(str(record))
@@ -160,23 +161,17 @@ def _multiple_choice(chatter: Chatter, path: Path, most: int) -> list[Score]:
         asked = Message("user", f"{question}\n{lines}\nAnswer with the letter of the right choice.")
         tuned = _likeliest(chatter, asked, len(options)) == answer
         base = tuned
-        if chatter.found.adapter is not None:
+        if adapter:
             with chatter.model.disable_adapter():
                 base = _likeliest(chatter, asked, len(options)) == answer
         right.setdefault(str(record.get("subject", path.name)), []).append((tuned, base))
     if not right:
         raise DataError(f"{path}: no rows")
-    adapter = chatter.found.adapter is not None
-    return [
-        Score(
-            what,
-            len(rows),
-            0,
-            sum(t for t, _ in rows) / len(rows),
-            sum(b for _, b in rows) / len(rows) if adapter else None,
-        )
-        for what, rows in sorted(right.items())
-    ]
+    scores = []
+    for what, rows in sorted(right.items()):
+        shares = [sum(side) / len(rows) for side in zip(*rows, strict=True)]
+        scores.append(Score(what, len(rows), tokens=0, tuned=shares[0], base=shares[1] if adapter else None))
+    return scores
 
 
 def _row(record: Record) -> tuple[str, Sequence[str], int]:
