@@ -50,10 +50,6 @@ def corefit_dataset_readers() -> Iterable[DatasetReader]:
     )
 
 
-def _none(compute_dtype: str) -> None:
-    return None
-
-
 def _nf4(compute_dtype: str) -> Any:  # noqa: ANN401, a transformers class that is imported here only
     from transformers import BitsAndBytesConfig
 
@@ -85,7 +81,7 @@ def _int8(compute_dtype: str) -> Any:  # noqa: ANN401
 
 def corefit_quantizers() -> Iterable[Quantizer]:
     """As stored, 4-bit and 8-bit. Source: Dettmers et al., QLoRA (2305.14314) 3; LLM.int8() (2208.07339)."""
-    yield Quantizer(name="none", summary="weights as they are stored", config=_none)
+    yield Quantizer(name="none", summary="weights as they are stored", config=lambda compute_dtype: None)
     yield Quantizer(
         name="nf4",
         summary="4-bit NormalFloat, double quantisation (QLoRA)",

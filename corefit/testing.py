@@ -32,7 +32,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -568,7 +568,7 @@ def _tokenizer(template: PromptTemplate) -> Any:  # noqa: ANN401, the real one, 
     return _tokenizer_with(*template.control, *template.stop)
 
 
-@lru_cache
+@cache
 def _tokenizer_with(*tokens: str) -> Any:  # noqa: ANN401
     from corefit.data.tokenizer import Tokenizer
     from corefit.prepare import EMBEDDED
@@ -895,28 +895,29 @@ def _positive(scheduler: Scheduler, registry: Registry) -> None:
 RUNS = frozenset({"os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class"})
 RUNS |= {"exec", "socket.connect", "socket.getaddrinfo", "ctypes.dlopen", "code.__new__", "function.__new__"}
 """Events of ``sys.audit`` that reading a configuration has no need of."""
-_seen: list[str] | None = None
-_watching = False
+_watchers: list[list[str]] = []
+
+
+@cache
+def _watch() -> None:
+    """Add an audit hook: it stays for good, so there is one, which mostly sleeps."""
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        for seen in _watchers if event in RUNS else ():
+            seen.append(f"{event}{_short(arguments)}")
+
+    sys.addaudithook(note)
 
 
 @contextmanager
 def _watched() -> Iterator[list[str]]:
-    """Give a list of what runs meanwhile. An audit hook stays for good, so there is one, which mostly sleeps."""
-    global _seen, _watching
-
-    def note(event: str, arguments: tuple[Any, ...]) -> None:
-        if _seen is not None and event in RUNS:
-            _seen.append(f"{event}{_short(arguments)}")
-
-    if not _watching:
-        sys.addaudithook(note)
-        _watching = True
-    found: list[str] = []
-    _seen = found
+    """Give a list of what runs meanwhile."""
+    _watch()
+    _watchers.append(seen := list[str]())
     try:
-        yield found
+        yield seen
     finally:
-        _seen = None
+        _watchers.pop()
 
 
 @contextmanager
@@ -979,10 +980,6 @@ def _answers(reader: RecipeReader, registry: Registry) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- reporters
-
-
-class _Later:
-    """An event of a later version."""
 
 
 def _events(folder: str, step: int = 0, *, failed: bool = False) -> list[Any]:
@@ -1057,7 +1054,7 @@ def _fails(reporter: Reporter, registry: Registry) -> None:
 @_rule("reporter", "lets events pass that it doesn't know")
 def _future(reporter: Reporter, registry: Registry) -> None:
     with _told(reporter) as (folder, tell):
-        for event in (_events(folder)[0], _Later()):
+        for event in (_events(folder)[0], object()):  # of a later version
             tell(event)
 
 
