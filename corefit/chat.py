@@ -11,6 +11,7 @@ import tempfile
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from corefit.types import Message, Unrenderable
 
 if TYPE_CHECKING:
     from corefit.data.tokenizer import Tokenizer
+    from corefit.engine.checkpoint import Checkpoint
     from corefit.engine.evaluate import Decoding
 
 Say = Callable[[str], None]
@@ -71,31 +73,44 @@ def find(target: str | Path, *, model: str | None = None, trust_remote_code: boo
     Raises:
         ModelError: nothing there to talk to, or the base isn't found.
     """
-    from corefit.engine.export import public_name
+    from corefit.engine import checkpoint
+    from corefit.engine.export import EMBEDDED, EMBEDDED_MODEL, public_name
     from corefit.engine.model import model_fingerprint, resolve_base, to_convert
 
     at, which = run_and_step(str(target))
     path = Path(at).expanduser()
-    if which is not None and (path / "recipe.toml").is_file():
-        return _at_step(path, which, target, model, trust_remote_code, say)
-    run: Path | None = None
-    if (path / "recipe.toml").is_file():
-        run, inner = path, [path / "adapter", path / "model"]
-        path = next((folder for folder in inner if folder.is_dir()), path)
+    run = next((folder for folder in (path, path.parent) if (folder / "recipe.toml").is_file()), None)
+    recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8")).get("model", {}) if run else {}
+    trust = trust_remote_code or bool(recipe.get("trust_remote_code", False))
+    resolve = partial(resolve_base, trust_remote_code=trust, say=say)
+
+    def base_named(name: str) -> Path:
+        trained = recipe.get("base")
+        if model is not None:
+            return resolve(model)
+        if trained and run is not None and (run / Path(trained).expanduser()).is_dir():
+            return run / Path(trained).expanduser()
+        if name == EMBEDDED:
+            return EMBEDDED_MODEL
+        if name.count("/") == 1 and not name.startswith("."):
+            return resolve(name)
+        where = f"at {trained} any more" if trained else "here"
+        raise ModelError(f"{target}: its base model {name!r} is not {where}; --model PATH says where it is")
+
+    if run == path and which is not None:
+        saved = checkpoint.load(checkpoint.find(run / "checkpoints", which))
+        base = base_named(saved.state["extra"]["provenance"]["base"])
+        return find(_exported(saved, base), model=str(base), trust_remote_code=trust, say=say)
+    if run == path:
+        path = next((folder for folder in (run / "adapter", run / "model") if folder.is_dir()), path)
         if path == run:
             raise ModelError(
                 f"{run}: this run has no adapter/ or model/ yet; corefit train --resume {run} finishes it, "
                 f"{run}@latest is its newest checkpoint"
             )
-    elif (path.parent / "recipe.toml").is_file():
-        run = path.parent
-    facts: dict[str, Any] = _read(path / "corefit.json")
-    recipe: dict[str, Any] = {}
-    if run is not None:
-        recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8")).get("model", {})
-    trust = trust_remote_code or bool(recipe.get("trust_remote_code", False))
+    facts = _read(path / "corefit.json")
     if not (path / "adapter_config.json").is_file():
-        folder = resolve_base(str(path if path.is_dir() else target), trust_remote_code=trust, say=say)
+        folder = resolve(str(path if path.is_dir() else target))
         if not (folder / "config.json").is_file():
             raise ModelError(
                 f"{target}: neither a run (recipe.toml) nor an adapter (adapter_config.json) nor a model (config.json)"
@@ -104,58 +119,31 @@ def find(target: str | Path, *, model: str | None = None, trust_remote_code: boo
 
     config = _read(path / "adapter_config.json")
     if not (path / "adapter_model.safetensors").is_file():
-        pickled = (path / "adapter_model.bin").is_file()
-        why = (
-            f"its weights are a pickle, which corefit never opens; {to_convert(path)}" if pickled else "fetch it again"
-        )
+        why = "fetch it again"
+        if (path / "adapter_model.bin").is_file():
+            why = f"its weights are a pickle, which corefit never opens; {to_convert(path)}"
         raise ModelError(f"{target}: no adapter_model.safetensors: {why}")
     if config.get("peft_type") != "LORA" or config.get("megatron_config"):  # peft imports the module that it names
-        kind = (
-            "megatron_config is set" if config.get("megatron_config") else f"peft_type is {config.get('peft_type')!r}"
-        )
-        raise ModelError(f"{path / 'adapter_config.json'}: {kind}; corefit opens plain LoRA adapters only")
+        odd = "megatron_config is set" if config.get("megatron_config") else f"peft_type is {config.get('peft_type')!r}"
+        raise ModelError(f"{path / 'adapter_config.json'}: {odd}; corefit opens plain LoRA adapters only")
     name = facts.get("base") or config.get("base_model_name_or_path") or ""
-    base = _base(model, recipe.get("base"), run, name, target, say, trust)
+    base = base_named(name)
     known = facts.get("base_fingerprint")
     if known and known != model_fingerprint(str(base)):
         say(f"{base}: not the files that this adapter was trained on (another fingerprint): answers may differ")
     return Found(path, base, name or public_name(str(base)), path, facts)
 
 
-def _at_step(run: Path, which: str, target: str | Path, model: str | None, trust: bool, say: Say) -> Found:
+def _exported(saved: Checkpoint, base: Path) -> Path:
     """Make an adapter or model folder of a checkpoint, which goes when the process ends."""
     from corefit.data.tokenizer import Tokenizer
-    from corefit.engine import checkpoint
     from corefit.engine.export import Provenance, export
 
-    saved = checkpoint.load(checkpoint.find(run / "checkpoints", which))
-    recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8")).get("model", {})
-    facts, trust = dict(saved.state["extra"]["provenance"]), trust or bool(recipe.get("trust_remote_code", False))
-    base = _base(model, recipe.get("base"), run, facts["base"], target, say, trust)
-    made = Path(tempfile.mkdtemp(prefix="corefit-"))
+    made, facts = Path(tempfile.mkdtemp(prefix="corefit-")), saved.state["extra"]["provenance"]
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     files = Tokenizer.load(base, facts.get("add_tokens", ())).files()
     provenance = Provenance.from_dict(facts, base_folder=base, tokenizer_files=files)
-    folder = export(made / "at", saved.state["extra"]["layout"], saved.trainable.__getitem__, provenance)
-    return find(folder, model=str(base), trust_remote_code=trust, say=say)
-
-
-def _base(
-    model: str | None, trained: str | None, run: Path | None, name: str, target: str | Path, say: Say, trust: bool
-) -> Path:
-    from corefit.engine.export import EMBEDDED, EMBEDDED_MODEL
-    from corefit.engine.model import resolve_base
-
-    if model is not None:
-        return resolve_base(model, trust_remote_code=trust, say=say)
-    if trained and run is not None and (run / Path(trained).expanduser()).is_dir():
-        return run / Path(trained).expanduser()
-    if name == EMBEDDED:
-        return EMBEDDED_MODEL
-    if name.count("/") == 1 and not name.startswith("."):
-        return resolve_base(name, trust_remote_code=trust, say=say)
-    where = f"at {trained} any more" if trained else "here"
-    raise ModelError(f"{target}: its base model {name!r} is not {where}; --model PATH says where it is")
+    return export(made / "at", saved.state["extra"]["layout"], saved.trainable.__getitem__, provenance)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -6,10 +6,12 @@ torch, transformers and numpy are imported by the functions that need them, when
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from corefit.types import BadRecord, DatasetReader, Event, Position, Quantizer, Record, Reporter, Scheduler, Sources
+from corefit.page import reporter
+from corefit.report import progress
+from corefit.types import BadRecord, DatasetReader, Position, Quantizer, Record, Reporter, Scheduler, Sources
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,10 +50,6 @@ def corefit_dataset_readers() -> Iterable[DatasetReader]:
     )
 
 
-def _none(compute_dtype: str) -> None:
-    return None
-
-
 def _nf4(compute_dtype: str) -> Any:  # noqa: ANN401, a transformers class that is imported here only
     from transformers import BitsAndBytesConfig
 
@@ -83,7 +81,7 @@ def _int8(compute_dtype: str) -> Any:  # noqa: ANN401
 
 def corefit_quantizers() -> Iterable[Quantizer]:
     """As stored, 4-bit and 8-bit. Source: Dettmers et al., QLoRA (2305.14314) 3; LLM.int8() (2208.07339)."""
-    yield Quantizer(name="none", summary="weights as they are stored", config=_none)
+    yield Quantizer(name="none", summary="weights as they are stored", config=lambda compute_dtype: None)
     yield Quantizer(
         name="nf4",
         summary="4-bit NormalFloat, double quantisation (QLoRA)",
@@ -149,19 +147,7 @@ def corefit_schedulers() -> Iterable[Scheduler]:
     yield Scheduler(name="wsd", summary="the peak rate, then down over the last fifth", factor=wsd)
 
 
-def _progress(options: object = None) -> Callable[[Event], None]:
-    from corefit.report import progress
-
-    return progress()
-
-
-def _page(options: object = None) -> Callable[[Event], None]:
-    from corefit.page import reporter
-
-    return reporter()
-
-
 def corefit_reporters() -> Iterable[Reporter]:
     """The progress line and the page of a run."""
-    yield Reporter(name="progress", summary="a bar on a terminal, else a line every few steps", open=_progress)
-    yield Reporter(name="report.html", summary="the run as a page, written while it goes on", open=_page)
+    yield Reporter(name="progress", summary="a bar on a terminal, else a line every few steps", open=progress)
+    yield Reporter(name="report.html", summary="the run as a page, written while it goes on", open=reporter)

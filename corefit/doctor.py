@@ -115,27 +115,31 @@ def _packages(report: Report) -> None:
     report.add("versions", "python", f"{platform.python_version()} ({platform.python_implementation()})")
     report.add("versions", "system", platform.platform())
     for name, wanted, extra in _requirements():
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            report.add("versions", name, f"not installed; corefit[{extra}] brings it" if extra else "not installed")
+        version = _version(name)
+        missing = f"not installed; corefit[{extra}] brings it" if extra else "not installed"
+        report.add("versions", name, version or missing)
+        if version is None:
             if not extra:
-                report.broken.append(f"{name}: not installed; pip install '{name}{wanted}'")
-            continue
-        report.add("versions", name, version)
-        if not wanted.contains(version, prereleases=True):
-            line = f"{name} {version}: corefit needs {name}{wanted}; pip install '{name}{wanted}'"
-            report.broken.append(line)
+                report.broken.append(f"{name}: {missing}; pip install '{name}{wanted}'")
+        elif not wanted.contains(version, prereleases=True):
+            report.broken.append(f"{name} {version}: corefit needs {name}{wanted}; pip install '{name}{wanted}'")
         elif not extra:
             try:
                 importlib.import_module(name)
             except BaseException as error:  # a broken package may raise anything, SystemExit too
                 report.broken.append(f"{name} {version}: importing it raised {_words(error)}")
     for name in ("tokenizers", "numpy", "huggingface_hub"):
-        try:
-            report.add("versions", name, importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
+        if version := _version(name):
+            report.add("versions", name, version)
+        else:
             report.broken.append(f"{name}: not installed, though transformers needs it; pip install {name}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _requirements() -> Iterator[tuple[str, Any, str]]:
@@ -159,9 +163,8 @@ def _gpu(report: Report) -> None:
         query = [program, "--query-gpu=driver_version,name", "--format=csv,noheader"]
         try:
             done = subprocess.run(query, capture_output=True, encoding="utf-8", timeout=20, check=False)
-            report.add(
-                "GPU", "driver", "; ".join(done.stdout.split("\n")[:8]).strip("; ") or done.stderr or "no answer"
-            )
+            cards = "; ".join(done.stdout.split("\n")[:8]).strip("; ")
+            report.add("GPU", "driver", cards or done.stderr or "no answer")
         except (OSError, subprocess.TimeoutExpired) as error:
             report.add("GPU", "driver", _words(error))
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -195,9 +198,8 @@ def _bitsandbytes(report: Report) -> None:
             report.broken.append(f"bitsandbytes: NF4 on {device} raised {_words(error)}; --quantizer none does without")
             continue
         if not 0 < off < NF4_ERROR:
-            report.broken.append(
-                f"bitsandbytes: NF4 on {device} changes numbers by {100 * off:.1f} %; expected 9 to 10"
-            )
+            words = f"changes numbers by {100 * off:.1f} %; expected 9 to 10"
+            report.broken.append(f"bitsandbytes: NF4 on {device} {words}")
         report.add("kernels", f"bitsandbytes NF4 on {device}", f"works: a matrix comes back within {100 * off:.1f} %")
 
 
@@ -234,6 +236,8 @@ def _plugins(report: Report) -> None:
 def _machine(report: Report) -> None:
     import torch
 
+    from corefit.engine.memory import cgroup, memory_of_machine
+
     here = Path("runs") if Path("runs").is_dir() else Path()
     free = shutil.disk_usage(here).free
     report.add("machine", "disk", f"{_size(free)} free where runs/ lies")
@@ -241,13 +245,13 @@ def _machine(report: Report) -> None:
         report.broken.append("the current folder can't be written, and runs go to runs/ in it; --out DIR names another")
     if free < LOW_DISK:
         report.slow.append(f"only {_size(free)} free where runs/ lies: a checkpoint may find no room")
-    total, available = memory()
+    total, available = memory_of_machine()
     if total:
         report.add("machine", "memory", f"{_size(total)}, {_size(available)} available")
         if available < LOW_MEMORY:
             report.slow.append(f"only {_size(available)} of memory: models beyond a few 100 million weights won't load")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup("cpu.max").split()
+    quota = cgroup("cpu.max").split()
     share = int(quota[0]) / int(quota[1]) if len(quota) == 2 and quota[0].isdigit() else float(cpus)
     threads = torch.get_num_threads()
     code = torch.backends.cpu.get_cpu_capability()
@@ -256,33 +260,10 @@ def _machine(report: Report) -> None:
     if threads > max(share, 1):
         report.slow.append(f"torch takes {threads} threads for {share:g} CPUs: --set run.threads={max(int(share), 1)}")
     elif threads < min(share, cpus) / 2:
-        why = (
-            f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}" if "OMP_NUM_THREADS" in os.environ else "its own choice"
-        )
-        report.slow.append(
-            f"torch takes {threads} of {cpus} CPUs ({why}); --set run.threads={int(share)} takes them all"
-        )
-
-
-def memory() -> tuple[int, int]:
-    """Give the bytes of memory that this process may use, and those available; (0, 0): the system won't say."""
-    try:
-        lines = dict(re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text("ascii")))
-        total, available = (1024 * int(lines[name]) for name in ("MemTotal", "MemAvailable"))
-    except (OSError, KeyError, ValueError):
-        return 0, 0
-    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
-    if limit.isdigit() and used.isdigit() and int(limit) < total:
-        total, available = int(limit), min(available, int(limit) - int(used))
-    return total, available
-
-
-def _cgroup(name: str) -> str:
-    """Give what the container that this process runs in is allowed; empty where it is in none."""
-    try:
-        return (Path("/sys/fs/cgroup") / name).read_text("ascii").strip()
-    except OSError:
-        return ""
+        asked = os.environ.get("OMP_NUM_THREADS")
+        why = "its own choice" if asked is None else f"OMP_NUM_THREADS={asked}"
+        hint = f"--set run.threads={int(share)} takes them all"
+        report.slow.append(f"torch takes {threads} of {cpus} CPUs ({why}); {hint}")
 
 
 def _hub(report: Report) -> None:

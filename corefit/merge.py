@@ -149,21 +149,11 @@ def merge(
         return weight
 
     tokenizer = found.tokenizer()
-    facts = Provenance(
-        base=found.name,
+    here = {"base": found.name, "fingerprint": model_fingerprint(str(base)), "chat_template": tokenizer.chat_template}
+    facts = Provenance.from_dict(
+        {"template": "tokenizer", "stop": (), **found.facts, **here, "stop_ids": found.stop_ids(tokenizer)},
         base_folder=base,
-        fingerprint=model_fingerprint(str(base)),
         tokenizer_files=tokenizer.files(),
-        template=found.facts.get("template", "tokenizer"),
-        chat_template=tokenizer.chat_template,
-        stop=tuple(found.facts.get("stop", ())),
-        stop_ids=tuple(found.stop_ids(tokenizer)),
-        add_tokens=tuple(found.facts.get("add_tokens", ())),
-        system=found.facts.get("system", ""),
-        supervise=found.facts.get("supervise", "all"),
-        quantizer=quantizer,
-        compute_dtype=found.facts.get("compute_dtype", ""),
-        device=found.facts.get("device", ""),
     )
     with written_aside(Path(out)) as folder:
         files = base_files(base) | serving_files(facts, "model")

@@ -6,7 +6,6 @@ in as text, never as markup. Everything comes from the files of the run folder, 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from typing import Any
 from corefit.durable import read_json, write_whole
 from corefit.errors import CorefitError, RecipeError, RunError, system_words
 from corefit.recipe import flat, load_recipe
-from corefit.report import finite, note, objects
+from corefit.report import note, objects, to_json
 from corefit.types import EndReport, Event, PacksReport, StartReport
 
 NAME = "report.html"
@@ -43,7 +42,7 @@ def reporter(options: object = None) -> Callable[[Event], None]:
         try:
             if isinstance(event, PacksReport):
                 start = {"lengths": lengths, "packs": event.packs}
-                write_whole(folder / "packs.json", json.dumps(finite(start), ensure_ascii=False).encode())
+                write_whole(folder / "packs.json", to_json(start).encode())
             if began >= due or isinstance(event, EndReport):
                 write(folder)
                 due = time.monotonic() + max(EVERY, (time.monotonic() - began) / SHARE)
@@ -69,7 +68,7 @@ def write(run: Path, other: Path | None = None, out: Path | None = None) -> Path
         if part:
             left_out.append(part)
             runs = [{key: value for key, value in each.items() if key != part} for each in runs]
-        data = json.dumps({"runs": runs, "left_out": left_out}, ensure_ascii=False, allow_nan=False)
+        data = to_json({"runs": runs, "left_out": left_out})
         # Within a script element only "<" can end it or open another.
         made = page.replace("{}", data.replace("<", "\\u003c"), 1).encode(errors="replace")
         if len(made) <= LARGEST:
@@ -92,7 +91,7 @@ def report(run: str, other: str | None = None, out: str | None = None) -> Path:
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """Give all that a page shows of a run; JSON-able, of bounded size however long the run was."""
+    """Give all that a page shows of a run, of bounded size however long the run was."""
     facts = read_json(folder / "run.json")
     if not facts:
         raise RecipeError(f"{folder}: no run there (no run.json)")
@@ -109,7 +108,7 @@ def collect(folder: Path) -> dict[str, Any]:
     data = facts.get("data", [])
     known = ("corefit", "started", "platform", "versions", "plugins", "model", "device", "precision", "proofs")
     said = ("status", "ended_by", "steps", "error", "resumed", "command")
-    found = {
+    return {
         "name": folder.resolve().name,
         "facts": {key: facts[key] for key in (*known, *said) if key in facts},
         "data": [data[:FILES], max(len(data) - FILES, 0)],
@@ -122,8 +121,6 @@ def collect(folder: Path) -> dict[str, Any]:
         "packs": read_json(folder / "packs.json"),
         "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
-    finite_found: dict[str, Any] = finite(found)
-    return finite_found
 
 
 def curves(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -265,17 +265,16 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 def summary(
-    lines: Iterable[Mapping[str, Any]], *, reason: str, skipped: Mapping[str, int], balanced: bool | None = None
+    lines: Sequence[Mapping[str, Any]], *, reason: str, skipped: Mapping[str, int], balanced: bool | None = None
 ) -> list[str]:
     """Give the lines that end a run, from those of ``metrics.jsonl`` (all of them, also from before a resume)."""
-    kept = list(lines)
-    steps = [line for line in kept if "loss" in line]
+    steps = [line for line in lines if "loss" in line]
     if not steps:
         return [f"no step was made ({reason})"]
     seconds, tokens = sum(line["seconds"] for line in steps), sum(line["supervised_tokens"] for line in steps)
     said = [f"{steps[-1]['step']:,} steps, {steps[-1]['epoch']:.4g} epochs in {duration(seconds)}: ended by {reason}"]
     said += fallen("loss", [line["loss"] for line in steps if line["loss"] is not None])
-    said += fallen("validation loss", [line["val_loss"] for line in kept if line.get("val_loss") is not None])
+    said += fallen("validation loss", [line["val_loss"] for line in lines if line.get("val_loss") is not None])
     # A step's slots follow from its tokens and fill, so that the mean is weighted by them.
     slots = sum(100 * line["tokens"] / line["fill"] for line in steps if line["fill"])
     fill = 100 * sum(line["tokens"] for line in steps) / max(slots, 1)
@@ -286,9 +285,8 @@ def summary(
         causes = ", ".join(f"{count} {cause}" for cause, count in sorted(skipped.items()))
         said.append(f"{sum(skipped.values())} steps skipped: {causes}")
     if balanced is not None:
-        said.append(
-            f"ledger {'balanced: every record, token and slot is accounted for' if balanced else 'NOT BALANCED'}"
-        )
+        verdict = "balanced: every record, token and slot is accounted for" if balanced else "NOT BALANCED"
+        said.append(f"ledger {verdict}")
     return said
 
 

@@ -23,7 +23,7 @@ from typing import IO, Any, get_args
 from corefit import types
 from corefit.errors import PluginError, in_words, system_words, unknown
 from corefit.recipe import option_keys, options_from
-from corefit.registry import GROUP, PluginInfo, Registry
+from corefit.registry import GROUP, Registry
 from corefit.report import note, to_json
 from corefit.terminal import notice, without_secrets
 from corefit.types import Event
@@ -60,8 +60,9 @@ class Reporters:
             own = {key: value for key, value in options.items() if key in option_keys(entry.options)}
             made = options_from(entry.options, own, where="run.options")
             plugin = registry.provider("reporter", entry.name)
+            called = f"reporter {entry.name!r} ({plugin.source})"
             here = plugin.name == GROUP
-            self._each.append(_Here(entry, plugin, made) if here else _Apart(entry.name, plugin, own))
+            self._each.append(_Here(called, entry.open, made) if here else _Apart(called, entry.name, own))
 
     def start(self, event: types.StartReport) -> None:
         """Open all of them, and tell them the first event."""
@@ -77,26 +78,22 @@ class Reporters:
     def close(self) -> None:
         """Wait for them, for ``PATIENCE`` seconds, and say what went wrong."""
         until = time.monotonic() + PATIENCE
-        for each in self._each:
+        apart = [each for each in self._each if isinstance(each, _Apart)]
+        for each in apart:
             each.finish()
-        for each in self._each:
+        for each in apart:
             each.close(until)
-
-
-def named(name: str, plugin: PluginInfo) -> str:
-    """Give how messages call a reporter."""
-    return f"reporter {name!r} ({plugin.source})"
 
 
 class _Here:
     """One of corefit's own."""
 
-    def __init__(self, entry: types.Reporter, plugin: PluginInfo, options: object) -> None:
-        self._entry, self._options, self._name = entry, options, named(entry.name, plugin)
+    def __init__(self, called: str, open: Callable[..., Callable[[Event], object]], options: object) -> None:
+        self._name, self._open, self._options = called, open, options
         self._tell: Callable[[Event], object] | None = None
 
     def start(self) -> None:
-        self._tell = self._entry.open(self._options)
+        self._tell = self._open(self._options)
 
     def tell(self, event: Event) -> None:
         if self._tell is not None:
@@ -106,19 +103,13 @@ class _Here:
                 self._tell = None
                 note(f"{self._name}: {type(event).__name__}: {in_words(error)}; it is switched off, the run goes on")
 
-    def finish(self) -> None:
-        pass
-
-    def close(self, until: float) -> None:
-        pass
-
 
 class _Apart:
     """One in a process of its own, with a thread that waits for it, so that the run doesn't."""
 
-    def __init__(self, name: str, plugin: PluginInfo, options: Mapping[str, Any]) -> None:
-        self._name = named(name, plugin)
-        self._head = to_json({"name": name, "options": options, "called": self._name})
+    def __init__(self, called: str, name: str, options: Mapping[str, Any]) -> None:
+        self._name = called
+        self._head = to_json({"name": name, "options": options, "called": called})
         self._queue = queue.Queue[bytes | None](HELD)
         self._left_out = 0
         self._process: subprocess.Popen[bytes] | None = None

@@ -14,7 +14,6 @@ from corefit.terminal import say, visible, write
 
 WIDEST = 32
 """Cells that model and data may take in the table; ``--json`` has all of them."""
-_STATES = {"complete": "finished", "interrupted": "interrupted", "failed": "failed"}
 
 
 class RunLine(NamedTuple):
@@ -75,11 +74,11 @@ def runs(folder: str = "runs", *, sort: str = "started", as_json: bool = False) 
     rows = [("run", "state", "started", "model", "data", "steps", "best loss")]
     for line in found:
         loss = "" if line.best_loss is None else f"{line.best_loss:.4f}{'' if line.best_of == 'validation' else ' *'}"
-        model = "" if line.model is None else Path(line.model).name
-        data = ", ".join(Path(name).name for name in line.data)
+        model = shortened(visible(Path(line.model or "").name), WIDEST)
+        data = shortened(visible(", ".join(Path(name).name for name in line.data)), WIDEST)
         started = (line.started or "")[:16].replace("T", " ")
-        texts = line.run, line.state, started, shortened(visible(model), WIDEST), shortened(visible(data), WIDEST)
-        rows.append((visible(texts[0]), *texts[1:], "" if line.steps is None else f"{line.steps:,}", loss))
+        steps = "" if line.steps is None else f"{line.steps:,}"
+        rows.append((visible(line.run), line.state, started, model, data, steps, loss))
     for text in columns(rows, right=(5, 6)):
         write(text)
     for line in found:
@@ -98,8 +97,8 @@ def look(folder: Path) -> RunLine:
     status, why = facts.get("status"), facts.get("error") or None
     if status == "running":
         state = {True: "running", False: "killed", None: "running?"}[held(folder)]
-    elif status in _STATES:
-        state = _STATES[status]
+    elif status in ("complete", "interrupted", "failed"):
+        state = "finished" if status == "complete" else status
     else:
         state, there = "damaged", (folder / "run.json").exists()
         why = "run.json is broken" if there else "no run.json: no run, or one that was killed before it began"

@@ -15,8 +15,6 @@ NEW: dict[str, tuple[str, str, str]] = {
         "map function",
         "corefit train --model DIR --data rows.jsonl --plugin $name",
         '''\
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -60,8 +58,6 @@ def corefit_map_functions() -> Iterable[MapFunction]:
         "template",
         "corefit train --model DIR --data rows.jsonl --template $name",
         '''\
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from corefit import PromptTemplate
@@ -87,8 +83,6 @@ def corefit_prompt_templates() -> Iterable[PromptTemplate]:
         "quantizer",
         "corefit train --model DIR --data rows.jsonl --quantizer $name",
         '''\
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from corefit import Quantizer
@@ -110,8 +104,6 @@ def corefit_quantizers() -> Iterable[Quantizer]:
         "scheduler",
         "corefit train --model DIR --data rows.jsonl --scheduler $name",
         '''\
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from corefit import Scheduler
@@ -131,8 +123,6 @@ def corefit_schedulers() -> Iterable[Scheduler]:
         "reader",
         "corefit train --model DIR --data rows.$name --plugin FORMAT",
         '''\
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -186,8 +176,6 @@ def corefit_dataset_readers() -> Iterable[DatasetReader]:
         "recipe reader",
         "corefit train run.$name",
         '''\
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -240,8 +228,6 @@ def corefit_recipe_readers() -> Iterable[RecipeReader]:
         "reporter",
         "corefit train --model DIR --data rows.jsonl --set run.reporters=progress,report.html,$name",
         '''\
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,7 +264,7 @@ def corefit_reporters() -> Iterable[Reporter]:
 ''',
     ),
 }
-"""What ``--kind`` says -> the kind of entry, a command that uses it, the module."""
+"""What ``--kind`` says -> the kind of entry, a command that uses it, the module behind its first lines."""
 FILES = {
     "pyproject.toml": """\
 [build-system]
@@ -379,7 +365,8 @@ def new_plugin(name: str, kind: str, folder: str | Path = ".") -> Path:
     target = Path(folder) / distribution
     words = {"name": name, "kind": entry, "distribution": distribution, "module": f"corefit_{name}"}
     words |= {"version": ".".join(__version__.split(".")[:2]), "command": Template(command).substitute(words)}
-    files = FILES | {f"corefit_{name}.py": f'"""A {entry} for corefit: {name}."""\n\n{module}'}
+    head = f'"""A {entry} for corefit: {name}."""\n\nfrom __future__ import annotations\n\n'
+    files = FILES | {f"corefit_{name}.py": head + module}
     try:
         target.mkdir(parents=True)
         for path, text in files.items():

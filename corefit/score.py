@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from corefit import terminal
 from corefit.chat import Chatter
+from corefit.data.jsonl import read_jsonl
 from corefit.data.source import map_record
 from corefit.data.stream import Source, encode_validation, split_validation
 from corefit.errors import DataError, UserError
 from corefit.prepare import Prepared, prepare, resolve
 from corefit.recipe import run_and_step
 from corefit.registry import Registry
-from corefit.report import finite, perplexity
-from corefit.types import BadRecord, Conversation, Message, Record
+from corefit.report import columns, perplexity, to_json
+from corefit.show import labels
+from corefit.types import BadRecord, Conversation, Message, Record, Sample, Sources
 
 Say = Callable[[str], None]
 LETTERS = "ABCDEFGHIJ"
@@ -89,8 +90,7 @@ def evaluate(
             say(f"answers: {right:,} of {len(answers):,} are the record's own, word for word")
             written += answers
     if out is not None:
-        lines = [*map(asdict, scores), *written]
-        Path(out).write_text("".join(json.dumps(finite(line), ensure_ascii=False) + "\n" for line in lines), "utf-8")
+        Path(out).write_text("".join(f"{to_json(line)}\n" for line in (*scores, *written)), "utf-8")
     return scores
 
 
@@ -152,10 +152,8 @@ def _loss(chatter: Chatter, plan: Prepared, source: Source, rows: list[tuple[Sou
 def _multiple_choice(chatter: Chatter, path: Path, most: int) -> list[Score]:
     """Choose, for every row, the letter that the model thinks likeliest; count by subject."""
     right: dict[str, list[tuple[bool, bool]]] = {}
-    reader = Registry.load().reader("jsonl")
-    from corefit.types import Sources
-
-    for record in islice(reader.read(Sources((path,), 2**26), None), most):
+    adapter = chatter.found.adapter is not None
+    for record in islice(read_jsonl(Sources((path,), 2**26)), most):
         if isinstance(record, BadRecord):
             raise DataError(str(record))
         question, options, answer = _row(record)
@@ -163,23 +161,17 @@ def _multiple_choice(chatter: Chatter, path: Path, most: int) -> list[Score]:
         asked = Message("user", f"{question}\n{lines}\nAnswer with the letter of the right choice.")
         tuned = _likeliest(chatter, asked, len(options)) == answer
         base = tuned
-        if chatter.found.adapter is not None:
+        if adapter:
             with chatter.model.disable_adapter():
                 base = _likeliest(chatter, asked, len(options)) == answer
         right.setdefault(str(record.get("subject", path.name)), []).append((tuned, base))
     if not right:
         raise DataError(f"{path}: no rows")
-    adapter = chatter.found.adapter is not None
-    return [
-        Score(
-            what,
-            len(rows),
-            0,
-            sum(t for t, _ in rows) / len(rows),
-            sum(b for _, b in rows) / len(rows) if adapter else None,
-        )
-        for what, rows in sorted(right.items())
-    ]
+    scores = []
+    for what, rows in sorted(right.items()):
+        shares = [sum(side) / len(rows) for side in zip(*rows, strict=True)]
+        scores.append(Score(what, len(rows), tokens=0, tuned=shares[0], base=shares[1] if adapter else None))
+    return scores
 
 
 def _row(record: Record) -> tuple[str, Sequence[str], int]:
@@ -214,12 +206,10 @@ def _likeliest(chatter: Chatter, asked: Message, n: int) -> int:
     for letter in LETTERS[:n]:
         encoded = chatter.encoder.encode([(Conversation((asked, Message("assistant", letter))), "")])
         ids = torch.from_numpy(encoded.tokens).long()[None].to(chatter.device)
-        labels = torch.full_like(ids, -100)
-        for begin, end in encoded.spans[:, :2].tolist():
-            labels[0, begin - 1 : end - 1] = ids[0, begin:end]
+        answer = labels(Sample(encoded.tokens, encoded.spans.astype("int32"), ""))
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         with undisturbed(loss_fn), autocast(chatter.device, chatter.precision.compute_dtype):
-            losses.append(float(loss_fn(ids, positions, labels)))
+            losses.append(float(loss_fn(ids, positions, torch.tensor([answer], device=ids.device))))
     return losses.index(min(losses))
 
 
@@ -247,5 +237,4 @@ def _table(first: str, what: str, scores: Sequence[Score], words: Callable[[floa
         pair = ("", "") if score.base is None else (words(score.base), f"{score.tuned - score.base:+.4f}")
         rows.append((score.what, f"{score.records:,}", pair[0], words(score.tuned), pair[1]))
     keep = [k for k in range(5) if any(row[k] for row in rows[1:])]
-    widths = [max(len(row[k]) for row in rows) for k in keep]
-    return "\n".join("  ".join(row[k].ljust(w) for k, w in zip(keep, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(columns([[row[k] for k in keep] for row in rows]))

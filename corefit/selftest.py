@@ -27,7 +27,7 @@ from corefit.data.tokenizer import Tokenizer
 from corefit.engine import attention, checkpoint, export, loop, model
 from corefit.engine.loss import CausalLoss
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_state
-from corefit.errors import ModelError, RunError
+from corefit.errors import ModelError, RunError, in_words
 from corefit.merge import divergence, load, logits, merge, sample_ids
 from corefit.registry import Registry
 from corefit.types import Batch, Quantizer
@@ -91,7 +91,7 @@ def _measured(check: Callable[[Lab], tuple[float, float] | str], lab: Lab) -> tu
     try:
         found = check(lab)
     except Exception as error:  # whatever it was, the equality was not seen to hold
-        return "", f"FAILED: {type(error).__name__}: {' '.join(str(error).split())}"
+        return "", f"FAILED: {in_words(error)}"
     if isinstance(found, str):
         return "", f"skipped: {found}"
     measured, allowed = found

@@ -52,26 +52,35 @@ def labels(sample: Sample) -> list[int]:
     return [int(label) for label in aligned]
 
 
-def pieces(sample: Sample, tokenizer: _Bytes) -> Iterator[tuple[str, bool, int]]:
-    """Yield (text, supervised, number of tokens); tokens that share the bytes of one character come together."""
+class Piece(NamedTuple):
+    """A token, a few that share the bytes of a character, or a segment."""
+
+    text: str
+    supervised: bool
+    control: bool = False
+    n: int = 1
+    """Tokens, or one segment."""
+
+
+def pieces(sample: Sample, tokenizer: _Bytes) -> Iterator[Piece]:
+    """Yield the tokens; those that share the bytes of one character come together."""
     pending, count, supervised = b"", 0, False
     for token, target in zip(sample.input_ids, target_mask(sample), strict=True):
         if count and bool(target) != supervised:
-            yield pending.decode("utf-8", errors="replace"), supervised, count
+            yield Piece(pending.decode("utf-8", errors="replace"), supervised, n=count)
             pending, count = b"", 0
         supervised = bool(target)
         pending += tokenizer.token_bytes(int(token))
         count += 1
         try:
-            text = pending.decode("utf-8")
+            pending.decode("utf-8")
         except UnicodeDecodeError as error:
             if error.reason == "unexpected end of data":
                 continue
-            text = pending.decode("utf-8", errors="replace")
-        yield text, supervised, count
+        yield Piece(pending.decode("utf-8", errors="replace"), supervised, n=count)
         pending, count = b"", 0
     if count:
-        yield pending.decode("utf-8", errors="replace"), supervised, count
+        yield Piece(pending.decode("utf-8", errors="replace"), supervised, n=count)
 
 
 def first_packs(batches: Iterable[Batch], tokenizer: _Bytes, pad_id: int) -> list[dict[str, Any]]:
@@ -94,8 +103,8 @@ def first_packs(batches: Iterable[Batch], tokenizer: _Bytes, pad_id: int) -> lis
             shown = list(islice(pieces(sample, tokenizer), left))
             left -= len(shown)
             document: dict[str, Any] = {"origin": sample.origin, "tokens": end - begin}
-            document["pieces"] = [[text, supervised] for text, supervised, _ in shown]
-            document["cut"] = sum(n for _, _, n in shown) < end - begin
+            document["pieces"] = [[piece.text, piece.supervised] for piece in shown]
+            document["cut"] = sum(piece.n for piece in shown) < end - begin
             rows.setdefault(begin // width, []).append(document)
         for documents in rows.values():
             used = sum(document["tokens"] for document in documents)
@@ -107,17 +116,7 @@ def first_packs(batches: Iterable[Batch], tokenizer: _Bytes, pad_id: int) -> lis
 
 def marked(sample: Sample, tokenizer: _Bytes, *, colour: bool) -> str:
     """Give the sample's text: a dot between tokens, ``[+`` and ``+]`` around supervised runs."""
-    return _marked((Piece(text, supervised, False) for text, supervised, _ in pieces(sample, tokenizer)), colour=colour)
-
-
-class Piece(NamedTuple):
-    """A token, a few that share the bytes of a character, or a segment."""
-
-    text: str
-    supervised: bool
-    control: bool
-    n: int = 1
-    """Tokens, or one segment."""
+    return _marked(pieces(sample, tokenizer), colour=colour)
 
 
 def _marked(pieces: Iterable[Piece], *, colour: bool) -> str:
@@ -187,19 +186,16 @@ class Reasons:
         ]
 
 
-def histogram(lengths: Sequence[int], *, width: int = 40) -> list[str]:
+def histogram(lengths: Sequence[int]) -> list[str]:
     """Give lines: bins of doubling width in tokens, a bar and a count each."""
     if not lengths:
         return ["no samples"]
-    bins: dict[int, int] = {}
-    for length in lengths:
-        bins[max(length, 1).bit_length()] = bins.get(max(length, 1).bit_length(), 0) + 1
+    bins = Counter(max(length, 1).bit_length() for length in lengths)
     top = max(bins.values())
     lines = []
     for power in range(min(bins), max(bins) + 1):
-        count = bins.get(power, 0)
-        bar = "#" * max(round(width * count / top), 1 if count else 0)
-        lines.append(f"{1 << (power - 1):>7,}-{(1 << power) - 1:<7,} {bar} {count:,}".rstrip())
+        bar = "#" * max(round(40 * bins[power] / top), 1 if bins[power] else 0)
+        lines.append(f"{1 << (power - 1):>7,}-{(1 << power) - 1:<7,} {bar} {bins[power]:,}")
     return lines
 
 
@@ -261,20 +257,12 @@ class _NoTokenizer:
         raise ModelError("this template is the tokenizer's own: name one with --tokenizer PATH")
 
 
-class TemplateReader(NamedTuple):
-    """Gives what a template makes of a conversation."""
-
-    read: Callable[[Conversation], list[Piece]]
-    lacks: tuple[str, ...] = ()
-    """Control tokens that the tokenizer was given for it."""
-
-    def __call__(self, item: Conversation) -> list[Piece]:
-        """Give it, piece by piece; raises ``Unrenderable`` as the template does."""
-        return self.read(item)
+TemplateReader = Callable[[Conversation], list[Piece]]
+"""Gives what a template makes of a conversation, piece by piece; raises ``Unrenderable`` as the template does."""
 
 
-def template_reader(template: PromptTemplate, tokenizer: str | None) -> TemplateReader:
-    """Give what gives tokens, or segments where no tokenizer is named; it raises ``Unrenderable`` as the template does.
+def template_reader(template: PromptTemplate, tokenizer: str | None) -> tuple[TemplateReader, Sequence[str]]:
+    """Give what gives tokens, or segments where no tokenizer is named, and the control tokens that the tokenizer lacks.
 
     Raises:
         ModelError: template and tokenizer don't fit, or the template needs a tokenizer.
@@ -282,9 +270,7 @@ def template_reader(template: PromptTemplate, tokenizer: str | None) -> Template
     options = template.options() if template.options else None
     if tokenizer is None:
         named = _NoTokenizer()
-        return TemplateReader(
-            lambda item: [Piece(s.text, s.supervised, s.control) for s in template.render(item, named, options)]
-        )
+        return lambda item: [Piece(s.text, s.supervised, s.control) for s in template.render(item, named, options)], ()
     from corefit.data.encode import make_encoder
     from corefit.data.tokenizer import Tokenizer
 
@@ -297,19 +283,18 @@ def template_reader(template: PromptTemplate, tokenizer: str | None) -> Template
         if encoded.drops[0]:
             raise Unrenderable(encoded.drops[0])
         found, at = [], 0
-        for text, supervised, n in pieces(Sample(encoded.tokens, encoded.spans.astype("int32"), "sample"), loaded):
-            found.append(Piece(text, supervised, bool(encoder.forbidden[encoded.tokens[at]]), n))
-            at += n
+        for piece in pieces(Sample(encoded.tokens, encoded.spans.astype("int32"), "sample"), loaded):
+            found.append(piece._replace(control=bool(encoder.forbidden[encoded.tokens[at]])))
+            at += piece.n
         return found
 
-    return TemplateReader(read, tuple(t for t in template.control if loaded.token_id(t) in loaded.new_ids))
+    return read, [token for token in template.control if loaded.token_id(token) in loaded.new_ids]
 
 
-def _added(readers: Sequence[TemplateReader], tokenizer: str | None) -> list[str]:
+def _added(missing: Sequence[str], tokenizer: str | None) -> list[str]:
     """Say which control tokens the tokenizer lacks: they are shown as if it had them."""
-    missing = dict.fromkeys(token for reader in readers for token in reader.lacks)
     words = "no tokens of {}, shown as if model.add_tokens had them: {}"
-    return [visible(words.format(tokenizer, "  ".join(missing)))] if missing else []
+    return [visible(words.format(tokenizer, "  ".join(dict.fromkeys(missing))))] if missing else []
 
 
 def template_summary(template: PromptTemplate) -> str:
@@ -320,9 +305,9 @@ def template_summary(template: PromptTemplate) -> str:
 
 def template_sample(template: PromptTemplate, tokenizer: str | None, *, colour: bool) -> list[str]:
     """Give lines that show a template on a sample conversation; ``tokenizer`` is a path."""
-    read = template_reader(template, tokenizer)
+    read, missing = template_reader(template, tokenizer)
     unit = "segments" if tokenizer is None else "tokens"
-    lines = [template_summary(template), *_added([read], tokenizer)]
+    lines = [template_summary(template), *_added(missing, tokenizer)]
     for what, words in (
         ("control tokens, which content can't forge", template.control),
         ("markers in plain text, counted where content has them", template.forgeable),
@@ -350,9 +335,9 @@ def template_difference(
     first: PromptTemplate, second: PromptTemplate, tokenizer: str | None, *, colour: bool
 ) -> list[str]:
     """Give lines that show where two templates differ first, on ``CONVERSATIONS``; ``tokenizer`` is a path."""
-    readers = [template_reader(template, tokenizer) for template in (first, second)]
     both, width = (first, second), max(len(first.name), len(second.name))
-    lines = _added(readers, tokenizer)
+    readers, missing = zip(*(template_reader(template, tokenizer) for template in both), strict=True)
+    lines = _added([*missing[0], *missing[1]], tokenizer)
     unit = "segment" if tokenizer is None else "token"
     for name, item in CONVERSATIONS.items():
         found, refused = list[list[Piece]](), list[str]()

@@ -111,38 +111,32 @@ def template_from_strings(
     def say(reason: str) -> str:
         return "{{ raise_exception('" + f"template {name}: {reason}" + "') }}"
 
-    system_text = "{% if message['content'] %}" + (write(system_parts) or say("system_message")) + "{% endif %}"
-    starts = "loop.first" + (
-        " or (loop.previtem['role'] == 'assistant' and message['role'] != 'assistant')" if bos == "turn" else ""
-    )
+    def when(condition: str, text: str) -> str:
+        return "{% if " + condition + " %}" + text + "{% endif %}" if text else ""
+
+    starts = "loop.first"
+    if bos == "turn":
+        starts += " or (loop.previtem['role'] == 'assistant' and message['role'] != 'assistant')"
     first_system = [default_system if part == "{content}" else part for part in system_parts] if default_system else []
-    user_guard = (
-        ""
-        if opening
-        else "{% if not loop.first and loop.previtem['role'] == 'user' %}" + say("role_order") + "{% endif %}"
-    )
-    answer_guard = (
-        "" if opening else "{% if loop.first or loop.previtem['role'] != 'user' %}" + say("role_order") + "{% endif %}"
-    )
+    wrong_order = "" if opening else say("role_order")
     chat_template = "".join(
         [
             "{% set count = namespace(round=0) %}{% for message in messages %}",
-            "{% if " + starts + " %}" + (write([*start]) or "{{ bos_token }}") + "{% endif %}" if bos != "none" else "",
-            "{% if loop.first and message['role'] != 'system' %}" + write(first_system) + "{% endif %}"
-            if first_system
-            else "",
-            "{% if message['role'] == 'system' and loop.first %}" + system_text,
-            "{% elif message['role'] == 'user' %}"
-            + user_guard
-            + "{% set count.round = count.round + 1 %}"
-            + write(user_parts),
-            "{% elif message['role'] == 'assistant' %}"
-            + answer_guard
-            + write([*opening_parts, "{content}", *suffix_parts]),
+            when(starts, write([*start]) or "{{ bos_token }}") if bos != "none" else "",
+            when("loop.first and message['role'] != 'system'", write(first_system)),
+            "{% if message['role'] == 'system' and loop.first %}",
+            when("message['content']", write(system_parts) or say("system_message")),
+            "{% elif message['role'] == 'user' %}",
+            when("not loop.first and loop.previtem['role'] == 'user'", wrong_order),
+            "{% set count.round = count.round + 1 %}",
+            write(user_parts),
+            "{% elif message['role'] == 'assistant' %}",
+            when("loop.first or loop.previtem['role'] != 'user'", wrong_order),
+            write([*opening_parts, "{content}", *suffix_parts]),
             "{{ eos_token }}" if eos else "",
             write(separator_parts),
             "{% else %}" + say("unknown_role") + "{% endif %}{% endfor %}",
-            "{% if add_generation_prompt %}" + write(opening_parts) + "{% endif %}" if opening else "",
+            when("add_generation_prompt", write(opening_parts)),
         ]
     )
     texts = [*system_parts, *user_parts, *opening_parts, *suffix_parts, *separator_parts]

@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import difflib
 import gc
+import glob
 import io
 import itertools
 import os
@@ -28,14 +29,15 @@ import tempfile
 import time
 import tracemalloc
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from corefit.errors import CorefitError, PluginError, unknown
+from corefit.errors import CorefitError, PluginError, in_words, unknown
 from corefit.registry import PluginInfo, Registry
 from corefit.types import (
     BadRecord,
@@ -61,7 +63,6 @@ from corefit.types import (
     Sources,
     StartReport,
     StepReport,
-    Tokenizer,
     Unrenderable,
     ValidationReport,
 )
@@ -86,7 +87,7 @@ class Check:
         except AssertionError:
             raise
         except (Exception, SystemExit) as error:  # whatever it was, the promise was not seen to hold
-            raise AssertionError(_raised(error)) from error
+            raise AssertionError(f"raised {in_words(error)}") from error
 
 
 def plugin_checks(name: str) -> list[Check]:
@@ -113,7 +114,7 @@ def _all_checks(name: str) -> list[tuple[Check, bool]]:
         for kind, each, entry in own:
             for rule in RULES if entry is not None else ():
                 if rule.kind == kind:
-                    run = lambda rule=rule, entry=entry: rule.run(entry, registry)  # noqa: E731
+                    run = partial(rule.run, entry, registry)
                     checks.append((Check(f"{kind} {each}", rule.title, run), rule.applies(entry)))
     return checks
 
@@ -141,20 +142,22 @@ def check(name: str, say: Callable[[str], None]) -> int:
     return 1 if failed else 0
 
 
+_Run = Callable[[Any, Registry], None]
+
+
 class _Rule(NamedTuple):
     kind: str
     title: str
-    run: Callable[[Any, Registry], None]
+    run: _Run
     applies: Callable[[Any], bool]
 
 
 RULES: list[_Rule] = []
 """All promises, in the order in which they are tried."""
-_F = TypeVar("_F", bound=Callable[..., None])
 
 
-def _rule(kind: str, title: str, applies: Callable[[Any], bool] = lambda entry: True) -> Callable[[_F], _F]:
-    def add(run: _F) -> _F:
+def _rule(kind: str, title: str, applies: Callable[[Any], bool] = lambda entry: True) -> Callable[[_Run], _Run]:
+    def add(run: _Run) -> _Run:
         RULES.append(_Rule(kind, title, run, applies))
         return run
 
@@ -166,8 +169,8 @@ def _hold(condition: object, words: str) -> None:
         raise AssertionError(" ".join(words.split())[:400])
 
 
-def _raised(error: BaseException) -> str:
-    return " ".join(f"raised {type(error).__name__}: {error}".split())[:400]
+def _has_example(entry: Any) -> bool:  # noqa: ANN401, of any kind that brings one
+    return entry.example is not None
 
 
 def _options(entry: Any) -> Any:  # noqa: ANN401, whatever the plugin declares
@@ -200,7 +203,7 @@ SMALL, LARGE = 2**21, 2**22
 
 
 def _can_read(reader: DatasetReader) -> bool:
-    return reader.example is not None or not reader.needs_path
+    return _has_example(reader) or not reader.needs_path
 
 
 def _content(reader: DatasetReader) -> bytes:
@@ -219,9 +222,13 @@ def _files(reader: DatasetReader, *contents: bytes, limit: int = 2**26) -> Itera
         yield Sources(tuple(paths), limit)
 
 
-def _records(reader: DatasetReader, *contents: bytes) -> list[Record | BadRecord]:
-    with _files(reader, *contents) as sources:
-        return list(reader.read(sources, _options(reader)))
+def _read(reader: DatasetReader, sources: Sources, **begin: Position) -> list[Record | BadRecord]:
+    return list(reader.read(sources, _options(reader), **begin))
+
+
+def _records(reader: DatasetReader, content: bytes) -> list[Record | BadRecord]:
+    with _files(reader, content) as sources:
+        return _read(reader, sources)
 
 
 def _place(record: Record | BadRecord) -> Position:
@@ -257,7 +264,7 @@ def _repeats(reader: DatasetReader, registry: Registry) -> None:
 @_rule("reader", "says where each record begins", _can_read)
 def _places(reader: DatasetReader, registry: Registry) -> None:
     with _files(reader, *[_content(reader)] * 2) as sources:
-        found = list(reader.read(sources, _options(reader)))
+        found = _read(reader, sources)
         places = [_place(record) for record in found]
         _hold(places == sorted(set(places)), f"positions are not ascending, each its own: {places[:4]}")
         _hold(all(line > 0 <= offset for _, line, offset in places), f"lines begin at 1, offsets at 0: {places[0]}")
@@ -268,7 +275,7 @@ def _places(reader: DatasetReader, registry: Registry) -> None:
         _hold(files == set(range(max(len(sources.paths), 1))), f"of two files, records say file={sorted(files)}")
 
 
-@_rule("reader", "streams: the first records don't cost the whole file", lambda r: r.example is not None and r.streams)
+@_rule("reader", "streams: the first records don't cost the whole file", lambda r: _has_example(r) and r.streams)
 def _streams(reader: DatasetReader, registry: Registry) -> None:
     content = _content(reader) or b"\n"
     joins, peaks = _joins(reader, content), []  # reads the example, so what is imported and kept for good is there
@@ -284,12 +291,12 @@ def _streams(reader: DatasetReader, registry: Registry) -> None:
     _hold(peaks[1] - peaks[0] < extra / 2, f"{extra:,} more bytes of data took {peaks[1] - peaks[0]:,} more of memory")
 
 
-@_rule("reader", "holds no record longer than the limit", lambda r: r.example is not None)
+@_rule("reader", "holds no record longer than the limit", _has_example)
 def _limited(reader: DatasetReader, registry: Registry) -> None:
     with _files(reader, _content(reader) + b"x" * LARGE, limit=2**16) as sources, _traced() as peak:
         with suppress(CorefitError):
             for _ in reader.read(sources, _options(reader)):
-                pass
+                pass  # held, they would count
     _hold(peak[0] < LARGE / 2, f"a line of {LARGE:,} bytes took {peak[0]:,} of memory; max_record_bytes was {2**16:,}")
 
 
@@ -310,7 +317,7 @@ def _traced() -> Iterator[list[int]]:
             tracemalloc.stop()
 
 
-@_rule("reader", "yields what it can't read, and goes on", lambda r: r.example is not None)
+@_rule("reader", "yields what it can't read, and goes on", _has_example)
 def _bad_records(reader: DatasetReader, registry: Registry) -> None:
     content = _content(reader)
     for damaged in _damaged(content):
@@ -333,18 +340,17 @@ def _damaged(content: bytes) -> Iterator[bytes]:
 @_rule("reader", "begins at any record it is asked for", lambda r: _can_read(r) and r.seekable)
 def _seeks(reader: DatasetReader, registry: Registry) -> None:
     with _files(reader, *[_content(reader)] * 2) as sources:
-        options = _options(reader)
-        all_of_it = [_facts(record) for record in reader.read(sources, options)]
-        places = [_place(record) for record in reader.read(sources, options)]
-        for i in {0, 1, len(places) // 2, len(places) - 1} & set(range(len(places))):
-            found = [_facts(record) for record in reader.read(sources, options, start=places[i])]
-            _hold(found == all_of_it[i:], f"read(start={places[i]}) gives other records than a pass from the start")
+        all_of_it = _read(reader, sources)
+        for i in {0, 1, len(all_of_it) // 2, len(all_of_it) - 1} & set(range(len(all_of_it))):
+            place = _place(all_of_it[i])
+            same = [*map(_facts, _read(reader, sources, start=place))] == [*map(_facts, all_of_it[i:])]
+            _hold(same, f"read(start={place}) gives other records than a pass from the start")
 
 
 @_rule("reader", "fetches and indexes what it reads", lambda r: _can_read(r) and bool(r.fetch or r.index))
 def _fetches(reader: DatasetReader, registry: Registry) -> None:
     with _files(reader, *[_content(reader)] * 2) as sources:
-        found = list(reader.read(sources, _options(reader)))
+        found = _read(reader, sources)
         places = [_place(record) for record in found]
         if reader.index:
             rows = [tuple(map(int, row)) for row in reader.index(sources, _options(reader))]
@@ -361,17 +367,15 @@ def _bounded(reader: DatasetReader, registry: Registry) -> None:
     content = _content(reader)
     with _files(reader, content) as sources:
         known = replace(sources, states=tuple(map(file_state, sources.paths)))
-        before = [_facts(record) for record in reader.read(known, _options(reader))]
+        before = [_facts(record) for record in _read(reader, known)]
         for path in sources.paths:
             path.write_bytes(content + content)
-        after = [_facts(record) for record in reader.read(known, _options(reader))]
-        _hold(
-            after == before,
-            f"{len(before)} records, and {len(after)} once the file grew; read Sources.states, or bounded=False",
-        )
+        after = [_facts(record) for record in _read(reader, known)]
+        words = f"{len(before)} records, and {len(after)} once the file grew"
+        _hold(after == before, f"{words}; read Sources.states, or bounded=False")
 
 
-@_rule("reader", "closes its files", lambda r: r.example is not None)
+@_rule("reader", "closes its files", _has_example)
 def _closes(reader: DatasetReader, registry: Registry) -> None:
     with _files(reader, _content(reader)) as sources, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -381,17 +385,10 @@ def _closes(reader: DatasetReader, registry: Registry) -> None:
             getattr(reading, "close", lambda: None)()
         del reading
         gc.collect()
-        handles = [os.path.realpath(f"/proc/self/fd/{name}") for name in _listed("/proc/self/fd")]
+        handles = [os.path.realpath(handle) for handle in glob.glob("/proc/self/fd/*")]  # none on other systems
         left = [text for each in caught if "corefit-check-" in (text := str(each.message))]
         left += [path for path in map(os.path.realpath, sources.paths) if path in handles]
         _hold(not left, f"a file stays open: {left[:1]}; open it in a with statement")
-
-
-def _listed(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:  # no such thing on this system
-        return []
 
 
 # ------------------------------------------------------------------------------------------------------- map functions
@@ -403,14 +400,13 @@ ODD: tuple[Any, ...] = (
 """Values that JSON may hold in any place."""
 
 
-def _has_example(entry: Any) -> bool:  # noqa: ANN401
-    return entry.example is not None
+def _record(fields: Mapping[str, Any]) -> Record:
+    """Give a record of these fields, as they are now."""
+    return Record(copy.deepcopy(dict(fields)), path="example", line=1, offset=0)
 
 
 def _mapped(function: MapFunction, fields: Mapping[str, Any]) -> list[Any]:
-    """Map a record of these fields, as they are now."""
-    record = Record(copy.deepcopy(dict(fields)), path="example", line=1, offset=0)
-    return list(function.map(record, _options(function)))
+    return list(function.map(_record(fields), _options(function)))
 
 
 def _odd_records(example: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -429,6 +425,11 @@ def _odd_records(example: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield from ODD
 
     yield from (each for each in changed(dict(example)) if isinstance(each, dict))
+
+
+def _first_wrong(items: Iterable[object]) -> str:
+    """Say what is wrong with the first item that is not right; empty: nothing."""
+    return next(filter(None, map(_wrong, items)), "")
 
 
 def _wrong(item: object) -> str:
@@ -456,7 +457,7 @@ def _maps(function: MapFunction, registry: Registry) -> None:
     _hold(_has_example(function), "no example; MapFunction(example=...) takes a record of this format, a dict")
     items = _mapped(function, function.example or {})
     _hold(any(isinstance(item, Conversation | Document) for item in items), f"the example gives {items}")
-    _hold(not any(map(_wrong, items)), f"the example gives {next(filter(None, map(_wrong, items)), '')}")
+    _hold(not (wrong := _first_wrong(items)), f"the example gives {wrong}")
 
 
 @_rule("map function", "gives the same items twice", _has_example)
@@ -469,7 +470,7 @@ def _pure(function: MapFunction, registry: Registry) -> None:
 def _leaves_alone(function: MapFunction, registry: Registry) -> None:
     example = function.example or {}
     for fields in (example, *_odd_records(example)):
-        record = Record(copy.deepcopy(dict(fields)), path="example", line=1, offset=0)
+        record = _record(fields)
         with suppress(Exception):  # another check's
             list(function.map(record, _options(function)))
         _hold(repr(dict(record)) == repr(dict(fields)), f"{_short(fields)} became {_short(dict(record))}")
@@ -482,8 +483,8 @@ def _total(function: MapFunction, registry: Registry) -> None:
         try:
             items = _mapped(function, fields)
         except Exception as error:
-            raise AssertionError(f"{_raised(error)} for {_short(fields)}; yield a Drop") from error
-        _hold(not any(map(_wrong, items)), f"{next(filter(None, map(_wrong, items)), '')} for {_short(fields)}")
+            raise AssertionError(f"raised {in_words(error)} for {_short(fields)}; yield a Drop") from error
+        _hold(not (wrong := _first_wrong(items)), f"{wrong} for {_short(fields)}")
 
 
 @_rule("map function", "drops nothing without a reason", _has_example)
@@ -511,9 +512,7 @@ def _sniffs(function: MapFunction) -> bool:
 
 
 def _sniffed(function: MapFunction, fields: Mapping[str, Any]) -> bool:
-    return bool(
-        function.sniff and function.sniff(Record(copy.deepcopy(dict(fields)), path="example", line=1, offset=0))
-    )
+    return bool(function.sniff and function.sniff(_record(fields)))
 
 
 @_rule("map function", "recognises its own records, and looks at any", _sniffs)
@@ -524,7 +523,7 @@ def _recognises(function: MapFunction, registry: Registry) -> None:
         try:
             _sniffed(function, fields)
         except Exception as error:
-            raise AssertionError(f"sniff {_raised(error)} for {_short(fields)}") from error
+            raise AssertionError(f"sniff raised {in_words(error)} for {_short(fields)}") from error
 
 
 @_rule("map function", "recognises nobody else's records", _sniffs)
@@ -566,21 +565,32 @@ ODD_CHATS: dict[str, tuple[Conversation, tuple[str, ...]]] = {
 
 
 def _tokenizer(template: PromptTemplate) -> Any:  # noqa: ANN401, the real one, whose module needs numpy
-    from corefit.data.tokenizer import Tokenizer as Loaded
+    return _tokenizer_with(*template.control, *template.stop)
+
+
+@cache
+def _tokenizer_with(*tokens: str) -> Any:  # noqa: ANN401
+    from corefit.data.tokenizer import Tokenizer
     from corefit.prepare import EMBEDDED
 
-    return Loaded.load(EMBEDDED / "model", (*template.control, *template.stop))
+    return Tokenizer.load(EMBEDDED / "model", tokens)
 
 
-def _stops(template: PromptTemplate, tokenizer: Any) -> list[str]:  # noqa: ANN401
+def _stops(template: PromptTemplate) -> list[str]:
     """Give what may end an answer, the longest first; any control token where the format is the tokenizer's own."""
+    tokenizer = _tokenizer(template)
     own = () if template.chat_template or template.stop else tokenizer.control_tokens
     return sorted({*template.stop, tokenizer.eos_token or "", *own} - {""}, key=len, reverse=True)
 
 
-def _rendered(template: PromptTemplate, tokenizer: Tokenizer, item: Conversation) -> list[Segment]:
+def _render(template: PromptTemplate, item: Conversation) -> list[Segment]:
+    return list(template.render(item, _tokenizer(template), _options(template)))
+
+
+def _rendered(template: PromptTemplate, messages: tuple[Message, ...]) -> list[Segment]:
+    """Render messages for which every format has a place."""
     try:
-        segments = list(template.render(item, tokenizer, _options(template)))
+        segments = _render(template, Conversation(messages))
     except Unrenderable as refusal:
         raise AssertionError(f"refuses a plain conversation: {refusal.reason}") from refusal
     for segment in segments:
@@ -604,36 +614,29 @@ def _spans(segments: Sequence[Segment], messages: Sequence[Message]) -> list[tup
     return [(*each, following) for each, following in zip(found, nexts, strict=True)]
 
 
-def _supervised(segments: Sequence[Segment]) -> list[bool]:
-    """Give for each character whether it is supervised."""
-    return [segment.supervised for segment in segments for _ in segment.text]
-
-
-def _chats(template: PromptTemplate, tokenizer: Tokenizer) -> list[tuple[Message, ...]]:
+def _chats(template: PromptTemplate) -> list[tuple[Message, ...]]:
     """Give a conversation, and those with a system message and with a tool where the format has a place for them."""
     found: list[tuple[Message, ...]] = [TURNS]
     for extra, messages in ((SYSTEM, (SYSTEM, *TURNS)), (TOOL, (*TURNS[:2], TOOL, *TURNS[3:]))):
         with suppress(Unrenderable):
-            text = _joined(list(template.render(Conversation(messages), tokenizer, _options(template))))
+            text = _joined(_render(template, Conversation(messages)))
             found += [messages] if extra.content in text else []
     return found
 
 
-def _thoughtful(template: PromptTemplate, tokenizer: Tokenizer) -> tuple[tuple[Message, ...], list[Segment]] | None:
-    """Give a conversation with a thought and its segments, where the format writes thoughts."""
+def _thoughtful(template: PromptTemplate) -> list[tuple[Message, ...]]:
+    """Give a conversation with a thought, where the format writes thoughts."""
     messages = (TURNS[0], TURNS[1]._replace(reasoning="thought1"), *TURNS[2:])
     with suppress(Unrenderable, CorefitError):
-        segments = list(template.render(Conversation(messages), tokenizer, _options(template)))
-        return (messages, segments) if "thought1" in _joined(segments) else None
-    return None
+        return [messages] if "thought1" in _joined(_render(template, Conversation(messages))) else []
+    return []
 
 
 @_rule("template", "writes content as it is, and in order")
 def _verbatim(template: PromptTemplate, registry: Registry) -> None:
-    tokenizer = _tokenizer(template)
     for odd in ("a\n\n  b\tc", "{content} {{ x }} {% y %} {}", "é 你好 🦜", "\\n \"q\" 'q' </x>", "### A:\n- b"):
-        messages = [m._replace(content=f"\n {m.content} {odd} {m.content} \n") for m in TURNS]
-        text = _joined(_rendered(template, tokenizer, Conversation(tuple(messages))))
+        messages = tuple(m._replace(content=f"\n {m.content} {odd} {m.content} \n") for m in TURNS)
+        text = _joined(_rendered(template, messages))
         at = 0
         for message in messages:
             _hold(text.count(message.content) == 1, f"{message.content!r} is {text.count(message.content)} times in it")
@@ -643,12 +646,11 @@ def _verbatim(template: PromptTemplate, registry: Registry) -> None:
 
 @_rule("template", "supervises answers and their stops, nothing else")
 def _masked(template: PromptTemplate, registry: Registry) -> None:
-    tokenizer = _tokenizer(template)
-    stops = _stops(template, tokenizer)
-    for messages in _chats(template, tokenizer):
-        segments = _rendered(template, tokenizer, Conversation(messages))
-        learnt, text = _supervised(segments), _joined(segments)
-        spans = _spans(segments, messages)
+    stops = _stops(template)
+    for messages in _chats(template):
+        segments = _rendered(template, messages)
+        learnt = [segment.supervised for segment in segments for _ in segment.text]  # for each character
+        text, spans = _joined(segments), _spans(segments, messages)
         _hold(not any(learnt[: spans[0][1]]), f"what comes first is supervised: {text[: spans[0][1]]!r}")
         for message, begin, end, following in spans:
             what = f"{message.role}'s {message.content!r}"
@@ -665,10 +667,9 @@ def _masked(template: PromptTemplate, registry: Registry) -> None:
 
 @_rule("template", "ends every answer with a supervised stop")
 def _stopped(template: PromptTemplate, registry: Registry) -> None:
-    tokenizer = _tokenizer(template)
-    stops = _stops(template, tokenizer)
-    for messages in _chats(template, tokenizer):
-        segments = _rendered(template, tokenizer, Conversation(messages))
+    stops = _stops(template)
+    for messages in _chats(template):
+        segments = _rendered(template, messages)
         ends = list(itertools.accumulate(len(segment.text) for segment in segments))
         for message, _, end, following in _spans(segments, messages):
             after = [s for s, at in zip(segments, ends, strict=True) if end < at <= following]
@@ -683,9 +684,10 @@ def _stopped(template: PromptTemplate, registry: Registry) -> None:
                     "from_strings it is the suffix that control names, or eos=True"
                 )
 
-    if thoughtful := _thoughtful(template, tokenizer):
-        text = "".join(s.text if s.supervised and s.control else "." * len(s.text) for s in thoughtful[1])
-        (_, _, begin, _), (_, end, _, _) = _spans(thoughtful[1], thoughtful[0])[:2]
+    for messages in _thoughtful(template):
+        segments = _rendered(template, messages)
+        text = "".join(s.text if s.supervised and s.control else "." * len(s.text) for s in segments)
+        (_, _, begin, _), (_, end, _, _) = _spans(segments, messages)[:2]
         inside = next((stop for stop in stops if stop in text[begin:end]), None)
         _hold(not inside, f"{inside!r} is learnt at the end of a thought and is a stop: the model would never answer")
 
@@ -702,7 +704,7 @@ def _stops_declared(template: PromptTemplate, registry: Registry) -> None:
 
 @_rule("template", "may be split between turns only")
 def _turns(template: PromptTemplate, registry: Registry) -> None:
-    segments = _rendered(template, _tokenizer(template), Conversation(TURNS))
+    segments = _rendered(template, TURNS)
     spans, at = _spans(segments, TURNS), 0
     for segment in segments:
         inside = any(question[1] < at < answer[2] for question, answer in zip(spans[::2], spans[1::2], strict=True))
@@ -712,44 +714,40 @@ def _turns(template: PromptTemplate, registry: Registry) -> None:
 
 @_rule("template", "begins with the BOS that it declares", lambda template: template.bos)
 def _bos(template: PromptTemplate, registry: Registry) -> None:
-    tokenizer = _tokenizer(template)
-    for messages in _chats(template, tokenizer):
-        text, *_ = first = _rendered(template, tokenizer, Conversation(messages))[0]
-        _hold(first.control and text == tokenizer.bos_token, f"begins with {text!r}; yield the tokenizer's bos_token")
+    bos = _tokenizer(template).bos_token
+    for messages in _chats(template):
+        text, *_ = first = _rendered(template, messages)[0]
+        _hold(first.control and text == bos, f"begins with {text!r}; yield the tokenizer's bos_token")
 
 
 @_rule("template", "writes a system message first and unsupervised, or refuses it")
 def _system(template: PromptTemplate, registry: Registry) -> None:
-    tokenizer = _tokenizer(template)
     with suppress(Unrenderable):
-        segments = list(template.render(Conversation((SYSTEM, *TURNS)), tokenizer, _options(template)))
-        text = _joined(segments)
+        text = _joined(_render(template, Conversation((SYSTEM, *TURNS))))
         _hold(SYSTEM.content in text, f"it is lost in {text!r}; raise Unrenderable, which is a counted drop")
         _hold(text.index(SYSTEM.content) < text.index("answer1"), "it comes behind the first answer")
 
 
 @_rule("template", "writes or refuses whatever else a conversation holds")
 def _lossless(template: PromptTemplate, registry: Registry) -> None:
-    tokenizer = _tokenizer(template)
     for what, (item, words) in ODD_CHATS.items():
         try:
-            text = _joined(list(template.render(item, tokenizer, _options(template))))
+            text = _joined(_render(template, item))
         except (Unrenderable, CorefitError):
             continue
         except Exception as error:
-            raise AssertionError(f"{what}: {_raised(error)}; raise Unrenderable(reason)") from error
+            raise AssertionError(f"{what}: raised {in_words(error)}; raise Unrenderable(reason)") from error
         for word in words:
             _hold(word in text, f"{what} is lost: no {word!r} in {text!r}; raise Unrenderable(reason)")
 
 
 @_rule("template", "is not fooled by text that looks like its markers")
 def _unforgeable(template: PromptTemplate, registry: Registry) -> None:
-    tokenizer = _tokenizer(template)
-    plain = _rendered(template, tokenizer, Conversation(TURNS))
+    plain = _rendered(template, TURNS)
     around = re.split("|".join(m.content for m in TURNS), _joined(plain))
     typed = " ".join(("x", *around, *template.control, *template.stop, *template.forgeable, "</s>", "<s>", "x"))
     messages = tuple(m._replace(content=m.content + typed + m.content) for m in TURNS)
-    forged = _rendered(template, tokenizer, Conversation(messages))
+    forged = _rendered(template, messages)
 
     def shape(segments: Sequence[Segment]) -> list[tuple[str, bool, bool]]:
         return [(s.text if s.control else "", s.supervised, s.turn) for s in segments]
@@ -763,7 +761,7 @@ def _control(template: PromptTemplate, registry: Registry) -> None:
 
     tokenizer = _tokenizer(template)
     known = {*template.control, *template.stop, *tokenizer.control_tokens, tokenizer.bos_token, tokenizer.eos_token}
-    for segment in _rendered(template, tokenizer, Conversation(TURNS)):
+    for segment in _rendered(template, TURNS):
         if segment.control and segment.text.strip() not in known:
             near = difflib.get_close_matches(segment.text, template.control, n=1)
             hint = f"; is {near[0]!r} there a slip?" if near else ""
@@ -775,24 +773,19 @@ def _control(template: PromptTemplate, registry: Registry) -> None:
 
 @_rule("template", "writes in Jinja what it renders", lambda template: template.chat_template is not None)
 def _jinja(template: PromptTemplate, registry: Registry) -> None:
-    tokenizer = _tokenizer(template)
-    thoughtful = _thoughtful(template, tokenizer)
-    for messages in (*_chats(template, tokenizer), *([thoughtful[0]] if thoughtful else [])):
+    render_chat = partial(_tokenizer(template).render_chat, chat_template=template.chat_template)
+    for messages in (*_chats(template), *_thoughtful(template)):
         chat = [
             {"role": m.role, "content": m.content} | ({"reasoning_content": m.reasoning} if m.reasoning else {})
             for m in messages
         ]
-        segments = _rendered(template, tokenizer, Conversation(messages))
-        ours, how = _joined(segments), {"chat_template": template.chat_template}
-        theirs = tokenizer.render_chat(chat, **how)
+        segments = _rendered(template, messages)
+        ours, theirs = _joined(segments), render_chat(chat)
         _hold(ours == theirs, f"segments say {_apart(ours, theirs)}, chat_template {_apart(theirs, ours)}")
-        begin = _spans(segments, messages)[-1][1]
-        asked = tokenizer.render_chat(chat[:-1], add_generation_prompt=True, **how)
-        trained = ours[:begin]
-        _hold(
-            asked == trained,
-            f"to ask, chat_template says {_apart(asked, trained)}; training {_apart(trained, asked)}",
-        )
+        trained = ours[: _spans(segments, messages)[-1][1]]
+        asked = render_chat(chat[:-1], add_generation_prompt=True)
+        words = f"to ask, chat_template says {_apart(asked, trained)}; training {_apart(trained, asked)}"
+        _hold(asked == trained, words)
 
 
 def _apart(one: str, other: str) -> str:
@@ -853,14 +846,14 @@ WARMUP = (0.0, 2.0**-20, 0.03, 0.5, 1.0)
 """Where a scheduler is asked."""
 
 
-def _curve(scheduler: Scheduler) -> dict[tuple[float, float], Any]:
-    """Ask everywhere; an exception is an answer."""
-    found: dict[tuple[float, float], Any] = {}
+def _curve(scheduler: Scheduler) -> dict[tuple[float, float], float]:
+    """Ask everywhere; where it gives no number, another check fails."""
+    found: dict[tuple[float, float], float] = {}
     for at in itertools.product(PROGRESS, WARMUP):
-        try:
-            found[at] = scheduler.factor(*at)
-        except Exception as error:
-            found[at] = error
+        with suppress(Exception):
+            value = scheduler.factor(*at)
+            if _number(value):
+                found[at] = value
     return found
 
 
@@ -870,32 +863,31 @@ def _number(value: object) -> bool:
 
 @_rule("scheduler", "gives a number for every progress in (0, 1]")
 def _defined(scheduler: Scheduler, registry: Registry) -> None:
-    for (progress, warmup), value in _curve(scheduler).items():
-        found = _raised(value) if isinstance(value, Exception) else f"is {value!r}"
-        _hold(_number(value), f"factor({progress!r}, {warmup!r}) {found}")
+    for progress, warmup in itertools.product(PROGRESS, WARMUP):
+        try:
+            value = scheduler.factor(progress, warmup)
+        except Exception as error:
+            raise AssertionError(f"factor({progress!r}, {warmup!r}) raised {in_words(error)}") from error
+        _hold(_number(value), f"factor({progress!r}, {warmup!r}) is {value!r}")
 
 
 @_rule("scheduler", "stays within 0 and 1")
 def _ranged(scheduler: Scheduler, registry: Registry) -> None:
     for (progress, warmup), value in _curve(scheduler).items():
-        _hold(not _number(value) or 0 <= value <= 1, f"factor({progress!r}, {warmup!r}) is {value!r}")
+        _hold(0 <= value <= 1, f"factor({progress!r}, {warmup!r}) is {value!r}")
 
 
 @_rule("scheduler", "is a pure function")
 def _same_curve(scheduler: Scheduler, registry: Registry) -> None:
-    first = _curve(scheduler)
-    for (progress, warmup), value in first.items():
-        again = scheduler.factor(progress, warmup) if _number(value) else value
-        _hold(
-            again == value or not _number(value), f"factor({progress!r}, {warmup!r}) is {value!r}, and then {again!r}"
-        )
+    for (progress, warmup), value in _curve(scheduler).items():
+        again = scheduler.factor(progress, warmup)
+        _hold(again == value, f"factor({progress!r}, {warmup!r}) is {value!r}, and then {again!r}")
 
 
 @_rule("scheduler", "is not 0 where training goes on")
 def _positive(scheduler: Scheduler, registry: Registry) -> None:
     for (progress, warmup), value in _curve(scheduler).items():
-        middle = 2**-8 <= progress < 1
-        _hold(not middle or not _number(value) or value > 0 or value < 0, f"factor({progress!r}, {warmup!r}) is 0")
+        _hold(value != 0 or not 2**-8 <= progress < 1, f"factor({progress!r}, {warmup!r}) is 0")
 
 
 # ------------------------------------------------------------------------------------------------------ recipe readers
@@ -903,28 +895,29 @@ def _positive(scheduler: Scheduler, registry: Registry) -> None:
 RUNS = frozenset({"os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class"})
 RUNS |= {"exec", "socket.connect", "socket.getaddrinfo", "ctypes.dlopen", "code.__new__", "function.__new__"}
 """Events of ``sys.audit`` that reading a configuration has no need of."""
-_seen: list[str] | None = None
-_watching = False
+_watchers: list[list[str]] = []
+
+
+@cache
+def _watch() -> None:
+    """Add an audit hook: it stays for good, so there is one, which mostly sleeps."""
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        for seen in _watchers if event in RUNS else ():
+            seen.append(f"{event}{_short(arguments)}")
+
+    sys.addaudithook(note)
 
 
 @contextmanager
 def _watched() -> Iterator[list[str]]:
-    """Give a list of what runs meanwhile. An audit hook stays for good, so there is one, which mostly sleeps."""
-    global _seen, _watching
-
-    def note(event: str, arguments: tuple[Any, ...]) -> None:
-        if _seen is not None and event in RUNS:
-            _seen.append(f"{event}{_short(arguments)}")
-
-    if not _watching:
-        sys.addaudithook(note)
-        _watching = True
-    found: list[str] = []
-    _seen = found
+    """Give a list of what runs meanwhile."""
+    _watch()
+    _watchers.append(seen := list[str]())
     try:
-        yield found
+        yield seen
     finally:
-        _seen = None
+        _watchers.pop()
 
 
 @contextmanager
@@ -983,14 +976,10 @@ def _answers(reader: RecipeReader, registry: Registry) -> None:
             except CorefitError:
                 continue
             except Exception as error:
-                raise AssertionError(f"{_raised(error)} for {damaged[:80]!r}; raise RecipeError") from error
+                raise AssertionError(f"raised {in_words(error)} for {damaged[:80]!r}; raise RecipeError") from error
 
 
 # ----------------------------------------------------------------------------------------------------------- reporters
-
-
-class _Later:
-    """An event of a later version."""
 
 
 def _events(folder: str, step: int = 0, *, failed: bool = False) -> list[Any]:
@@ -1065,7 +1054,7 @@ def _fails(reporter: Reporter, registry: Registry) -> None:
 @_rule("reporter", "lets events pass that it doesn't know")
 def _future(reporter: Reporter, registry: Registry) -> None:
     with _told(reporter) as (folder, tell):
-        for event in (_events(folder)[0], _Later()):
+        for event in (_events(folder)[0], object()):  # of a later version
             tell(event)
 
 

@@ -92,9 +92,10 @@ class Provenance:
     def from_dict(
         cls, data: Mapping[str, Any], *, base_folder: Path, tokenizer_files: Mapping[str, bytes]
     ) -> Provenance:
-        """Undo ``as_dict``."""
-        tuples = {name: tuple(data[name]) for name in ("stop", "stop_ids", "add_tokens") if name in data}
-        return cls(**{**data, **tuples}, base_folder=base_folder, tokenizer_files=tokenizer_files)
+        """Undo ``as_dict``; other keys, which ``corefit.json`` has too, are left out."""
+        known: dict[str, Any] = {item.name: data[item.name] for item in fields(cls) if item.name in data}
+        known |= {name: tuple(known[name]) for name in ("stop", "stop_ids", "add_tokens") if name in known}
+        return cls(**known, base_folder=base_folder, tokenizer_files=tokenizer_files)
 
 
 def public_name(base: str) -> str:

@@ -301,15 +301,28 @@ def room_on(device: str) -> int:
     """
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
-    free = 0
+    return memory_of_machine()[1]
+
+
+def memory_of_machine() -> tuple[int, int]:
+    """Give the bytes of memory that this process may use, and those available; (0, 0): the system won't say."""
     try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text("ascii").splitlines())
-        free = 1024 * int(lines["MemAvailable"].split()[0])
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / name).read_text("ascii").strip() for name in ("memory.max", "memory.current"))
-        return min(free, int(limit) - int(used)) if limit.isdigit() else free
-    except (OSError, KeyError, ValueError):  # another system
-        return free
+        lines = dict(re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text("ascii")))
+        total, available = (1024 * int(lines[name]) for name in ("MemTotal", "MemAvailable"))
+    except (OSError, KeyError, ValueError):
+        return 0, 0
+    limit, used = cgroup("memory.max"), cgroup("memory.current")
+    if limit.isdigit() and used.isdigit() and int(limit) < total:
+        total, available = int(limit), min(available, int(limit) - int(used))
+    return total, available
+
+
+def cgroup(name: str) -> str:
+    """Give what the container that this process runs in is allowed; empty where it is in none."""
+    try:
+        return (Path("/sys/fs/cgroup") / name).read_text("ascii").strip()
+    except OSError:
+        return ""
 
 
 def _adapted(shape: Shape, setting: Setting) -> list[tuple[str, int, int]]:

@@ -106,7 +106,7 @@ def test_diff_shows_the_first_difference(tmp_path, tiny_tokenizer):
 
 def test_what_one_template_protects_another_may_write_as_text(shared):
     templates, path = Registry.load().templates, str(shared / "data/tokenizer_internlm/tokenizer.model")
-    readers = [template_reader(templates[name], path) for name in ("internlm_chat", "moss_sft")]
+    readers = [template_reader(templates[name], path)[0] for name in ("internlm_chat", "moss_sft")]
     pieces = [[piece for piece in read(CONVERSATIONS["one turn"]) if "<eoh>" in piece.text] for read in readers]
     assert [[(piece.text, piece.control) for piece in some] for some in pieces] == [
         [("<eoh>", True)],

@@ -12,7 +12,8 @@ import torch
 
 from corefit import doctor as module
 from corefit.data import kernel
-from corefit.doctor import Report, doctor, examine, memory, private
+from corefit.doctor import Report, doctor, examine, private
+from corefit.engine import memory
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +133,9 @@ def test_the_python_kernel_is_slow_and_says_why(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_container_has_the_memory_and_the_cpus_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"memory.max": str(2**30), "memory.current": str(2**29), "cpu.max": "50000 100000"}
-    monkeypatch.setattr(module, "_cgroup", given.__getitem__)
+    monkeypatch.setattr(memory, "cgroup", given.__getitem__)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    total, available = memory()
+    total, available = memory.memory_of_machine()
     assert total == 2**30 and available <= 2**29
     report = Report()
     module._machine(report)
