@@ -12,7 +12,7 @@ import numpy as np
 
 from corefit.data import kernel
 from corefit.data.block import LENGTH, RECORD, SAMPLE_COLUMNS, SPAN, SPANS, START, STOP, SUPERVISED
-from corefit.errors import DataError, ModelError, PluginError
+from corefit.errors import DataError, ModelError, PluginError, in_words
 from corefit.templates import markers
 from corefit.types import Conversation, Document, Item, Message, PromptTemplate, Segment, Unrenderable
 
@@ -118,9 +118,8 @@ class Encoder:
             except DataError as error:
                 raise DataError(f"{origin}: {error}") from error
             except Exception as error:
-                raise PluginError(
-                    f"{origin}: template {self.template.name!r} failed with {type(error).__name__}: {error}"
-                ) from error
+                what = f"template {self.template.name!r} failed with {in_words(error)}"
+                raise PluginError(f"{origin}: {what}") from error
             if segments and not any(segment.turn for segment in segments):
                 segments[0] = segments[0]._replace(turn=True)  # without a turn it would be a document
             if self.rewrites:
