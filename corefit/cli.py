@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from corefit import __version__
-from corefit.errors import CorefitError, UserError
+from corefit.errors import CorefitError, UserError, unknown
 from corefit.terminal import notice, say, visible, write
 
 if TYPE_CHECKING:
@@ -89,19 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # a bug of corefit or of a plugin: one line unless asked for more
         if debug:
             notice(traceback.format_exc())
-        where = _innermost(error)
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        where = f"{frame.f_globals.get('__name__', '?')}:{line}"
         notice(f"corefit:{rank} error: {type(error).__name__}: {error} ({where}); --debug shows the traceback")
         return 1
-
-
-def _innermost(error: BaseException) -> str:
-    """Give module and line of the frame that raised."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None:
-        return "origin unknown"
-    return f"{trace.tb_frame.f_globals.get('__name__', '?')}:{trace.tb_lineno}"
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
@@ -128,8 +119,6 @@ class _Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:  # noqa: ANN401
         if action.choices is not None and value not in action.choices:
-            from corefit.errors import unknown
-
             verbs = [c for c in action.choices if c not in _ALIASES]
             raise UserError(unknown("verb" if action.dest == "verb" else str(action.dest), str(value), verbs))
 
@@ -139,8 +128,6 @@ class _Parser(argparse.ArgumentParser):
         if hasattr(parsed, "rest"):
             parsed.rest = rest
         elif rest:
-            from corefit.errors import unknown
-
             flag = rest[0].split("=")[0]
             known = [s for s in getattr(parsed, "flags", ()) if s.startswith("--")]
             if flag.startswith("-"):

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,19 +221,19 @@ def train_from(
     ``dry_run``: do all that comes before step 1, and leave nothing; with ``probe``, three steps more, to time them.
     ``own_process``: a second ctrl-C may end the process at once.
     """
+    run = partial(
+        _train, recipe_name, flags, sets, allow_changes=allow_changes, own_process=own_process, say=_unfailing(say)
+    )
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="corefit-") as aside:
-            return _train(recipe_name, flags, sets, resume, allow_changes, own_process, Path(aside), say, probe=probe)
+            return run(resume, aside=Path(aside), probe=probe)
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return _train(recipe_name, flags, sets, resume, allow_changes, own_process, None, say)
+        return run(resume)
     from corefit.engine.ranks import joined
 
     with joined() as ranks:
-        if ranks.rank:
-            return _follow(ranks, own_process)
-        resume = resume or ranks.again
-        return _train(recipe_name, flags, sets, resume, allow_changes, own_process, None, say, ranks)
+        return _follow(ranks, own_process) if ranks.rank else run(resume or ranks.again, ranks=ranks)
 
 
 def _train(
@@ -240,16 +241,16 @@ def _train(
     flags: Mapping[str, str],
     sets: Sequence[str],
     resume: bool | str,
+    *,
     allow_changes: bool,
     own_process: bool,
-    aside: Path | None,
     say: Say,
-    ranks: Ranks | None = None,
-    *,
+    aside: Path | None = None,
     probe: bool = False,
+    ranks: Ranks | None = None,
 ) -> Run:
     """Train; with ``aside``, where standard input may be spooled to, stop before step 1."""
-    registry, say = Registry.load(), _unfailing(say)
+    registry = Registry.load()
     source, which = _named(resume)  # the run that is to go on, where one is named
     if isinstance(resume, str) and source is None:
         if recipe_name is not None or not Path(resume).is_file():

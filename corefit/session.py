@@ -47,7 +47,7 @@ from corefit.errors import (
 )
 from corefit.own import own_file
 from corefit.plan import gib, read_shape, setting_of
-from corefit.prepare import FIELDS, Prepared, encoding_threads, file_facts, make_stream, without_out
+from corefit.prepare import Prepared, encoding_threads, file_facts, make_stream, used_entries, without_out
 from corefit.proofs import Proof, data_proofs, first_records
 from corefit.recipe import Train, flat, to_toml
 from corefit.report import JsonLines, answers_table, duration, finite, note, perplexity, read_lines, summary
@@ -59,6 +59,7 @@ from corefit.types import (
     CheckpointReport,
     Conversation,
     EndReport,
+    Item,
     Message,
     PacksReport,
     Quantizer,
@@ -265,8 +266,9 @@ class Session:
                 f"scheduler {self.scheduler.name!r} must know how long the run is, the size of the data isn't known: "
                 "--set train.max_steps=N, or --scheduler constant"
             )
-        self.system = common_system(first)
-        block = encode_items(items_of(first, plan.encoder.supervise), plan.encoder)[0]
+        items = items_of(first, plan.encoder.supervise)
+        self.system = common_system([item for item, _ in items])
+        block, _ = encode_items(items, plan.encoder)
         block = fit(block, recipe.pack.max_length, recipe.pack.overlong)
         self.sample_lengths: list[int] = block.samples[:, LENGTH].tolist()
         return stream, batches, recipe.sample.prompts or questions(held_out or first)
@@ -317,8 +319,8 @@ class Session:
             r=recipe.adapter.r,
             alpha=recipe.adapter.alpha,
             dropout=recipe.adapter.dropout,
-            targets=tuple(recipe.adapter.targets or ()),
-            modules_to_save=tuple(recipe.adapter.modules_to_save or ()),
+            targets=recipe.adapter.targets,
+            modules_to_save=recipe.adapter.modules_to_save,
             dora=recipe.adapter.dora,
             rslora=recipe.adapter.rslora,
             start=recipe.adapter.start,
@@ -395,7 +397,7 @@ class Session:
             settings.optimizer,
             self.parameters,
             lr=settings.lr,
-            betas=(settings.betas[0], settings.betas[1]),
+            betas=settings.betas,
             weight_decay=settings.weight_decay,
             lr_mult=settings.lr_mult,
         )
@@ -800,15 +802,11 @@ class Session:
     def _facts(self) -> dict[str, Any]:
         """Give what ``run.json`` holds for the whole run: command line, versions, plugins, fingerprints."""
         plan = self.plan
-        used = {
-            "reader": [s.reader.name for s in plan.sources],
-            "map function": [s.map_function.name for s in plan.sources if s.map_function.name != FIELDS],
-            "template": [plan.template.name],
-            "quantizer": [self.recipe.model.quantizer],
-            "scheduler": [self.scheduler.name],
-            "reporter": list(self.recipe.run.reporters),
-        }
-        providers = {kind: {name: plan.registry.provider(kind, name) for name in names} for kind, names in used.items()}
+
+        def provider(kind: str, name: str) -> dict[str, str]:
+            plugin = plan.registry.provider(kind, name)
+            return {"plugin": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
+
         return {
             "corefit": __version__,
             "command": sys.argv,
@@ -816,11 +814,7 @@ class Session:
             "platform": platform.platform(),
             "versions": checkpoint.versions(),
             "plugins": {
-                kind: {
-                    name: {"plugin": p.name, "distribution": p.distribution, "version": p.version}
-                    for name, p in of.items()
-                }
-                for kind, of in providers.items()
+                kind: {name: provider(kind, name) for name in names} for kind, names in used_entries(plan).items()
             },
             "model": {
                 "base": self.recipe.model.base,
@@ -922,9 +916,8 @@ def questions(records: Sequence[tuple[Source, Record | BadRecord]]) -> tuple[str
     return tuple(found)
 
 
-def common_system(records: Sequence[tuple[Source, Record | BadRecord]]) -> str:
-    """Give the system message with which all conversations of these records begin; empty: not all do."""
-    items = [item for source, record in records if isinstance(record, Record) for item in map_record(source, record)]
+def common_system(items: Sequence[Item]) -> str:
+    """Give the system message with which all conversations among these items begin; empty: not all do."""
     first = [item.messages[0] for item in items if isinstance(item, Conversation) and item.messages]
     found = {message.content if message.role == "system" else "" for message in first}
     return found.pop() if len(found) == 1 else ""
