@@ -151,10 +151,7 @@ def _parser() -> _Parser:
         return sub
 
     train = verb("train", _train, "Train as the recipe and the flags say; flags win over the recipe.")
-    train.add_argument(
-        "recipe", nargs="?", metavar="RECIPE", help="a .toml file, a name of `corefit recipes`, an XTuner config"
-    )
-    _recipe_flags(train)
+    _recipe_and_flags(train)
     train.add_argument("--quantizer", metavar="NAME", help="how base weights are stored: none, nf4, int8 or a plugin's")
     train.add_argument("--scheduler", metavar="NAME", help="constant, linear, cosine, wsd or a plugin's")
     train.add_argument("--out", "--work-dir", metavar="DIR", help="the run folder (default: runs/<recipe>-<n>)")
@@ -184,24 +181,19 @@ def _parser() -> _Parser:
         "Without a recipe and a model: what of the zoo fits."
     )
     plan = verb("plan", _plan, about)
-    plan.add_argument("recipe", nargs="?", metavar="RECIPE", help="a .toml or .py file, a recipe's name, a run folder")
-    _recipe_flags(plan)
+    _recipe_and_flags(plan)
     plan.add_argument("--quantizer", metavar="NAME", help="how base weights are stored: none, nf4, int8 or a plugin's")
     plan.add_argument("--gpu", metavar="24GB|NAME", help="a GPU that isn't here: its memory, or a name such as rtx4090")
     plan.add_argument("--probe", action="store_true", help="load all of it here and time three real steps; needs data")
 
     pack = verb("pack", _pack, "Encode the data once, ahead of time, for runs with pack.arena. No model is loaded.")
-    pack.add_argument("recipe", nargs="?", metavar="RECIPE", help="a .toml or .py file, a recipe's name, a run folder")
-    _recipe_flags(pack)
+    _recipe_and_flags(pack)
     pack.add_argument("--tokenizer", metavar="PATH", help="a tokenizer folder or a bare tokenizer.model")
     pack.add_argument("--out", required=True, metavar="DIR", help="the folder to write; an older arena is replaced")
 
     about = "Show samples as the model will see them. No model is loaded."
     inspect = verb("inspect", _inspect, about, aliases=["log-dataset", "check-custom-dataset"])
-    inspect.add_argument(
-        "recipe", nargs="?", metavar="RECIPE", help="a .toml or .py file, a recipe's name, a run folder"
-    )
-    _recipe_flags(inspect)
+    _recipe_and_flags(inspect)
     inspect.add_argument("--tokenizer", metavar="PATH", help="a tokenizer folder or a bare tokenizer.model")
     inspect.add_argument("--samples", type=int, default=3, metavar="N", help="random samples (default 3)")
     inspect.add_argument("--json", action="store_true", help="one JSON object a sample, all of them, in data order")
@@ -334,7 +326,9 @@ def _parser() -> _Parser:
     return parser
 
 
-def _recipe_flags(parser: argparse.ArgumentParser) -> None:
+def _recipe_and_flags(parser: argparse.ArgumentParser) -> None:
+    words = "a .toml or .py file, a name of `corefit recipes`, a run folder"
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=words)
     parser.add_argument(
         "--plugin", metavar="NAME", help="the map function, with the reader of the same name if there is one"
     )
@@ -508,14 +502,11 @@ def _templates(args: argparse.Namespace) -> int:
 def _config(name: str, overrides: Sequence[str]) -> tuple[ImportedRecipe, Recipe]:
     """Give another program's configuration, as it was read and as a recipe."""
     from corefit.prepare import read_config
-    from corefit.recipe import imported_recipe
     from corefit.registry import Registry
 
-    file = Path(name)
-    if not file.is_file():
-        raise UserError(f"{file}: no such file")
-    found = read_config(file, overrides, Registry.load())
-    return found, imported_recipe(found, name=name, base=Path.cwd())
+    if not Path(name).is_file():
+        raise UserError(f"{name}: no such file")
+    return read_config(Path(name), overrides, Registry.load())
 
 
 def _import(args: argparse.Namespace) -> int:

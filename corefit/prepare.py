@@ -128,8 +128,8 @@ def resolve(
         if file.suffix in (".toml", "") or not file.is_file():
             read = named_recipe(str(file))
         else:
-            found = read_config(file, overrides, registry)
-            read, overrides = imported_recipe(found, name=str(file), base=Path.cwd()), []
+            found, read = read_config(file, overrides, registry)
+            overrides = []
         resolved = apply_overrides(read, flags, sets)
         if lost := [words for key, words in found.missing.items() if resolved.where(key) == "default"]:
             raise RecipeError("\n".join(lost))
@@ -176,8 +176,8 @@ def resolve(
     return resolved, name, [f"{resolved.model.base} on {', '.join(paths)}", *found.notes]
 
 
-def read_config(file: Path, overrides: Sequence[str], registry: Registry) -> ImportedRecipe:
-    """Give what a configuration of another program says, by the plugin that reads files which end as it does.
+def read_config(file: Path, overrides: Sequence[str], registry: Registry) -> tuple[ImportedRecipe, Recipe]:
+    """Give what a configuration of another program says, as the plugin for its suffix read it and as a recipe.
 
     Raises:
         PluginError: no plugin reads it, or the one that should fails at it.
@@ -185,7 +185,7 @@ def read_config(file: Path, overrides: Sequence[str], registry: Registry) -> Imp
     """
     reader = registry.recipe_reader(file.suffix)
     try:
-        return reader.read(file, overrides)
+        found = reader.read(file, overrides)
     except CorefitError:
         raise
     except Exception as error:
@@ -193,6 +193,7 @@ def read_config(file: Path, overrides: Sequence[str], registry: Registry) -> Imp
         raise PluginError(
             f"{file}: recipe reader {reader.name!r} of plugin {source} failed: {in_words(error)}"
         ) from error
+    return found, imported_recipe(found, name=str(file), base=Path.cwd())
 
 
 def _check_paths(recipe: Recipe) -> None:

@@ -496,7 +496,7 @@ def _place_in_list(refused: _Refused, raw: bytes | None, line: int) -> str:
     return f"{refused.reason}{place}{'; the rest of the list is not read' if refused.broken else ''}"
 
 
-def _reading(f: _File, fields: tuple[str, ...] | None) -> Callable[[bytes, int, int, int], Record | BadRecord]:
+def _reading(f: _File, fields: tuple[str, ...] | None) -> Callable[[bytes, int, int, int], Record]:
     """Give what makes a record of its bytes."""
     decode, name, number = _decoder(sys.get_int_max_str_digits()).raw_decode, str(f.path), f.number
 
@@ -506,16 +506,7 @@ def _reading(f: _File, fields: tuple[str, ...] | None) -> Callable[[bytes, int, 
             found = {key: found[key] for key in fields if key in found}
         return Record(found, path=name, line=line, offset=offset, size=size, file=number)
 
-    if fields is None or f.is_list or kernel.compiled is None:
-        return record
-    table = _Table(f, fields, 1)
-
-    def record_by_kernel(raw: bytes, offset: int, line: int, size: int) -> Record | BadRecord:
-        table.clear()
-        table.take_lines(raw, offset, line, size)
-        return next(table.records())
-
-    return record_by_kernel
+    return record
 
 
 def read_jsonl(sources: Sources, options: object = None, start: Position | None = None) -> Iterator[Record | BadRecord]:
@@ -743,7 +734,7 @@ def fetch_jsonl(sources: Sources, options: object, positions: Sequence[Position]
 
 
 def _fetch_lines(
-    f: _File, wanted: Sequence[Position], fields: tuple[str, ...] | None, make: Callable[..., Record | BadRecord]
+    f: _File, wanted: Sequence[Position], fields: tuple[str, ...] | None, make: Callable[..., Record]
 ) -> dict[Position, Record | BadRecord]:
     """Find the lines that are not long, each by a read of its own; the kernel takes them as one buffer."""
     file, lines = f.file.fileno(), dict[Position, bytes]()
