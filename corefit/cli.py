@@ -327,7 +327,7 @@ def _parser() -> _Parser:
 
 
 def _recipe_and_flags(parser: argparse.ArgumentParser) -> None:
-    words = "a .toml or .py file, a name of `corefit recipes`, a run folder"
+    words = "a .toml file, a name of `corefit recipes`, an XTuner config, a run folder"
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=words)
     parser.add_argument(
         "--plugin", metavar="NAME", help="the map function, with the reader of the same name if there is one"
