@@ -213,7 +213,7 @@ class Session:
         self.first_packs: list[dict[str, Any]] = []
         self.ended = False
         self._model(quantizer)
-        if self.device == "cpu" and 2 * self.counts.total >= model.SMALL:
+        if self.device == "cpu" and not model.is_small(self.base, str(self.base)):
             model.reuse_memory()
         if try_micro_batch and not self.ranks.sharded:  # one rank can't try alone what all run together
             packs = int(self.ranks.tell(str(self._tried() if not self.ranks.rank else "")))

@@ -211,7 +211,7 @@ def test_bad_records_can_be_skipped_and_are_counted(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "message", "shown"),
-    [(ValueError, "a\nb", "ValueError: a b"), (ValueError, "", "ValueError:"), (SystemExit, "7", "SystemExit: 7")],
+    [(ValueError, "a\nb", "ValueError: a b"), (ValueError, "", "ValueError"), (SystemExit, "7", "SystemExit: 7")],
 )
 def test_a_map_function_that_fails_names_the_record_and_its_keys(tmp_path, kind, message, shown):
     def fail(record, options):
