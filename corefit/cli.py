@@ -10,15 +10,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from corefit import __version__
 from corefit.errors import CorefitError, UserError, unknown
 from corefit.terminal import notice, say, visible, write
-
-if TYPE_CHECKING:
-    from corefit.recipe import Recipe
-    from corefit.types import ImportedRecipe
 
 USAGE = """corefit <verb> [options]
 
@@ -447,11 +443,13 @@ def _report(args: argparse.Namespace) -> int:
 
 def _safetensors(args: argparse.Namespace) -> int:
     from corefit.pickles import convert, to_adapter
+    from corefit.prepare import read_config
+    from corefit.registry import Registry
 
     if args.config:
         if not args.out:
             raise UserError("--config makes an adapter folder: --out DIR names it")
-        _, recipe = _config(args.config, [])
+        _, recipe = read_config(Path(args.config), [], Registry.load())
         lora, base = recipe.adapter, recipe.model.base
         folder = to_adapter(args.target, args.out, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, base=base)
         say(f"adapter: {folder}   train on: --set adapter.start={folder}   talk to it: corefit chat {folder}")
@@ -499,20 +497,12 @@ def _templates(args: argparse.Namespace) -> int:
     return 0
 
 
-def _config(name: str, overrides: Sequence[str]) -> tuple[ImportedRecipe, Recipe]:
-    """Give another program's configuration, as it was read and as a recipe."""
+def _import(args: argparse.Namespace) -> int:
     from corefit.prepare import read_config
+    from corefit.recipe import toml_dumps
     from corefit.registry import Registry
 
-    if not Path(name).is_file():
-        raise UserError(f"{name}: no such file")
-    return read_config(Path(name), overrides, Registry.load())
-
-
-def _import(args: argparse.Namespace) -> int:
-    from corefit.recipe import toml_dumps
-
-    found, _ = _config(args.config, args.cfg_options)
+    found, _ = read_config(Path(args.config), args.cfg_options, Registry.load())
     write(f"# From {visible(args.config)}; paths are relative to this file\n\n{toml_dumps(found.tables)}", end="")
     for note in found.notes:
         notice(note)

@@ -181,8 +181,10 @@ def read_config(file: Path, overrides: Sequence[str], registry: Registry) -> tup
 
     Raises:
         PluginError: no plugin reads it, or the one that should fails at it.
-        RecipeError: it describes what corefit doesn't do, or nothing that can be known.
+        RecipeError: no such file; it describes what corefit doesn't do, or nothing that can be known.
     """
+    if not file.is_file():
+        raise RecipeError(f"{file}: no such file")
     reader = registry.recipe_reader(file.suffix)
     try:
         found = reader.read(file, overrides)

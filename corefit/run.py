@@ -261,7 +261,8 @@ def _train(
     recipe, name, lines = resolve(str(source) if recipe_name is None and source else recipe_name, flags, sets, registry)
     if source is None and resume and recipe.run.out and (Path(recipe.run.out) / "run.json").is_file():
         source = Path(recipe.run.out)
-    quantizer, scheduler = registry.quantizer(recipe.model.quantizer), registry.scheduler(recipe.train.scheduler)
+    registry.quantizer(recipe.model.quantizer)  # a typo or a broken plugin first, whatever else is missing
+    registry.scheduler(recipe.train.scheduler)
     reporters = Reporters(recipe.run.reporters, recipe.run.options, registry)
     say(f"corefit {__version__}: {lines[0]}")
     for line in lines[1:]:
@@ -315,8 +316,7 @@ def _train(
     from corefit.session import Interrupts, Session
 
     if aside:
-        stop = Interrupts(say)
-        dry = Session(plan, folder, base, quantizer, scheduler, reporters, stop, say, try_micro_batch=tries)
+        dry = Session(plan, folder, base, reporters, Interrupts(say), say, try_micro_batch=tries)
         dry.check(None if source is None or fork else changes, probe=probe)
         return Run(folder)
     if ranks:
@@ -325,8 +325,7 @@ def _train(
         )
         ranks.tell(json.dumps({**told, "facts": facts, "changes": changes}))
     with Interrupts(say, own_process=own_process) as interrupts:
-        parts = (quantizer, scheduler, reporters, interrupts, say, ranks)
-        session = Session(plan, folder, base, *parts, try_micro_batch=tries)
+        session = Session(plan, folder, base, reporters, interrupts, say, ranks, try_micro_batch=tries)
         facts["train.micro_batch"] = str(session.recipe.train.micro_batch)
         return Run(folder, session.play(identity=facts, resuming=source is not None, changes=changes))
 
@@ -364,15 +363,16 @@ def _follow(ranks: Ranks, own_process: bool) -> Run:
     from corefit.session import Interrupts, Session
 
     base = resolve_base(str(recipe.model.base), trust_remote_code=recipe.model.trust_remote_code)
-    spool_to = folder / "data"
-    plan = prepare(recipe, registry, tokenizer=base, spool_to=spool_to, again=True)
+    plan = prepare(recipe, registry, tokenizer=base, spool_to=folder / "data", again=True)
     if other := differences(told["facts"], identity(plan, model_fingerprint(str(base)))):
         raise RunError(f"not what rank 0 has: {words(other)}")
-    quantizer, scheduler = registry.quantizer(recipe.model.quantizer), registry.scheduler(recipe.train.scheduler)
-    with Interrupts(lambda line: None, own_process=own_process) as interrupts:
-        nobody = Reporters((), {}, registry)  # rank 0 tells the world
-        parts = (quantizer, scheduler, nobody, interrupts, lambda line: None, ranks)
-        session = Session(plan, folder, base, *parts, try_micro_batch=told["tries"])
+
+    def say(line: str) -> None:
+        """Rank 0 tells the world."""
+
+    with Interrupts(say, own_process=own_process) as interrupts:
+        nobody = Reporters((), {}, registry)
+        session = Session(plan, folder, base, nobody, interrupts, say, ranks, try_micro_batch=told["tries"])
         session.follow(resuming=told["resuming"], changes=told["changes"])
     return Run(folder)
 

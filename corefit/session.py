@@ -62,10 +62,8 @@ from corefit.types import (
     Item,
     Message,
     PacksReport,
-    Quantizer,
     Record,
     SampleReport,
-    Scheduler,
     StartReport,
     StepReport,
     Unrenderable,
@@ -184,8 +182,6 @@ class Session:
         plan: Prepared,
         folder: Path,
         base: Path,
-        quantizer: Quantizer,
-        scheduler: Scheduler,
         reporters: Reporters,
         interrupts: Interrupts,
         say: Say,
@@ -201,7 +197,7 @@ class Session:
         self.reporters = reporters
         self.plan, self.folder, self.base, self.say, self.interrupts = plan, folder, base, say, interrupts
         self.ranks = ranks or ALONE
-        self.recipe, self.scheduler = plan.recipe, scheduler
+        self.recipe, self.scheduler = plan.recipe, plan.registry.scheduler(plan.recipe.train.scheduler)
         self.proofs: dict[str, Any] = {}
         self.proved: dict[str, str] = {}
         self.stream, self.val_batches, self.prompts = self._data()
@@ -212,7 +208,7 @@ class Session:
         self.sampled: set[int] = set()
         self.first_packs: list[dict[str, Any]] = []
         self.ended = False
-        self._model(quantizer)
+        self._model()
         if self.device == "cpu" and not model.is_small(self.base, str(self.base)):
             model.reuse_memory()
         if try_micro_batch and not self.ranks.sharded:  # one rank can't try alone what all run together
@@ -279,9 +275,10 @@ class Session:
         more: dict[str, Any] = dict(threads=threads, world=self.ranks.world, rank=self.ranks.rank)
         return make_stream(self.plan, epochs=train.epochs, val_hashes=val_hashes, **more)
 
-    def _model(self, quantizer: Quantizer) -> None:
+    def _model(self) -> None:
         """Load the model and its adapter, and prove that packed documents don't see each other."""
         recipe, settings = self.recipe, self.recipe.train
+        quantizer = self.plan.registry.quantizer(recipe.model.quantizer)
         model.prepare_process(recipe.run.threads)
         self.device = model.choose_device(recipe.run.device)
         full = recipe.adapter.kind == "none"

@@ -628,13 +628,15 @@ def test_two_readers_of_one_suffix_are_told_apart_by_the_user(registry, monkeypa
         registry.recipe_reader(".yaml")
 
 
-def test_a_reader_that_fails_is_named_with_its_plugin(registry, tmp_path):
+def test_a_reader_that_fails_is_named_with_its_plugin(registry, tmp_path, monkeypatch):
     from corefit.types import RecipeReader
 
     def fails(path, overrides):
         raise KeyError("oops")
 
     broken = RecipeReader(name="xtuner", summary="", read=fails, suffixes=(".py",))
+    monkeypatch.chdir(tmp_path)
+    Path("x.py").touch()
     with pytest.raises(PluginError) as caught:
         read_config(
             Path("x.py"), [], Registry(registry.plugins, {**registry.entries, "recipe reader": {"xtuner": broken}})
