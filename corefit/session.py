@@ -198,8 +198,7 @@ class Session:
         self.plan, self.folder, self.base, self.say, self.interrupts = plan, folder, base, say, interrupts
         self.ranks = ranks or ALONE
         self.recipe, self.scheduler = plan.recipe, plan.registry.scheduler(plan.recipe.train.scheduler)
-        self.proofs: dict[str, Any] = {}
-        self.proved: dict[str, str] = {}
+        self.proofs: list[Proof] = []
         self.stream, self.val_batches, self.prompts = self._data()
         self.patience = Patience(self.recipe.val.patience)
         self.state, self.lengths = LoopState(), {"metrics.jsonl": 0, "samples.jsonl": 0}
@@ -218,11 +217,9 @@ class Session:
 
     # ------------------------------------------------------------------------------------------------------ the start
 
-    def _proved(self, *proofs: Proof) -> None:
-        for proof in proofs:
-            self.proofs[proof.name] = proof.facts
-            self.proved[proof.name] = proof.line
-            self.say(proof.line)
+    def _proved(self, proof: Proof) -> None:
+        self.proofs.append(proof)
+        self.say(proof.line)
 
     def _data(self) -> tuple[Stream, list[Batch], tuple[str, ...]]:
         """Give the stream, the validation batches and the questions for samples; prove and say what the run will be."""
@@ -758,7 +755,7 @@ class Session:
         ledger = Ledger.from_dict(self.state.as_dict()["stream"]["ledger"])
         ledger.add(self.val_ledger)
         differences = ledger.differences()
-        facts = {**ledger.as_dict(), "balanced": not differences, "proofs": self.proofs}
+        facts = {**ledger.as_dict(), "proofs": {proof.name: proof.facts for proof in self.proofs}}
         write_json(self.folder / "ledger.json", facts)
         interrupted = self.interrupts.exit_code or int(reason not in ENDS)  # 1: another rank was told to stop
         status = "interrupted" if interrupted else "complete"
@@ -824,7 +821,7 @@ class Session:
             "data": [file_facts(path) for s in (*plan.sources, *plan.val_sources) for path in s.sources.paths],
             "device": self.device,
             "precision": self.precision.name,
-            "proofs": self.proved,
+            "proofs": {proof.name: proof.line for proof in self.proofs},
         }
 
     def _write_run(self, status: str, **more: object) -> None:

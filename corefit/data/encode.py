@@ -81,7 +81,7 @@ class Encoder:
             ends.append(len(segments))
         notes = [self._look_alikes(item) if self.forgeable else () for item, _ in items]
         texts, supervised, control, turn = zip(*segments, strict=True) if segments else ((), (), (), ())
-        flags = _Flags(*(np.array(values, np.bool_) for values in (supervised, control, turn)))
+        flags = [np.array(values, np.bool_) for values in (supervised, control, turn)]
         tokens, sizes = self._ids(texts, control)
         return _samples(tokens, sizes, flags, np.array(ends, np.int64), drops, notes, self.forbidden)
 
@@ -335,24 +335,19 @@ def join_ids(parts: list[list[int] | int], ids: NDArray[np.int32], sizes: Table)
     return len(flat)
 
 
-class _Flags(NamedTuple):
-    """Of all segments, bool [S] each: as in ``Segment``."""
-
-    supervised: NDArray[np.bool_]
-    control: NDArray[np.bool_]
-    turn: NDArray[np.bool_]
-
-
 def _samples(
     tokens: NDArray[np.int32],
     sizes: Table,
-    flags: _Flags,
+    flags: Sequence[NDArray[np.bool_]],
     item_ends: Table,
     drops: list[str | None],
     notes: list[tuple[str, ...]],
     forbidden: NDArray[np.bool_],
 ) -> Encoded:
-    """Cut the tokens of all segments into samples, one an item; drop what holds a forbidden id, or nothing to learn."""
+    """Cut the tokens of all segments into samples, one an item; drop what holds a forbidden id, or nothing to learn.
+
+    ``flags``: which of the segments are supervised, control text and the first of a turn, bool [S] each.
+    """
     n_items = len(item_ends)
     supervised, control, turn = flags
     segment_ends = np.cumsum(sizes)
