@@ -403,18 +403,8 @@ def _chat(args: argparse.Namespace) -> int:
     decoding = {name: value for name in names if (value := getattr(args, name)) is not None}
     if {"top_k", "top_p", "seed"} & set(decoding):
         decoding.setdefault("temperature", 1.0)  # who sets these wants to sample
-    chat_with(
-        args.target,
-        prompt=args.prompt,
-        system=args.system,
-        compare=args.compare,
-        model=args.model,
-        quantizer=args.quantizer,
-        max_tokens=args.max_tokens,
-        decoding=decoding,
-        device=args.device,
-        trust_remote_code=args.trust_remote_code,
-    )
+    more = ("prompt", "system", "compare", "model", "quantizer", "max_tokens", "device", "trust_remote_code")
+    chat_with(args.target, decoding=decoding, **{name: getattr(args, name) for name in more})
     return 0
 
 

@@ -507,19 +507,18 @@ def pack_from(
     *,
     out: str,
     tokenizer: str | None = None,
-    say: Say = terminal.say,
 ) -> None:
     """Encode the data of a recipe into the arena ``out``, unless that is there and still good."""
     plan = _plan(recipe_name, flags, sets, tokenizer)
     folder, key = Path(out), arena_key(plan)
     for line in plan.choices:
-        say(line)
+        terminal.say(line)
     try:
         Arena(folder, key).verify()
     except UserError:
         pass
     else:
-        say(f"{folder} is there and was made from just this: nothing to do")
+        terminal.say(f"{folder} is there and was made from just this: nothing to do")
         return
     began = time.monotonic()
     block = make_arena(plan, folder, key, watch=_counted)
@@ -527,9 +526,9 @@ def pack_from(
     dropped = gains(block, len(block.records)).records.dropped
     reasons = "".join(f", {n:,} dropped ({reason})" for reason, n in sorted(dropped.items()))
     size, n = sum(path.stat().st_size for path in folder.iterdir()), len(block.tokens)
-    say(f"{len(block.records):,} records -> {len(block.samples):,} samples{reasons}")
-    say(f"{n:,} tokens in {seconds:.1f} s ({n / max(seconds, 1e-9):,.0f} a second)")
-    say(f"arena: {folder}, {size / 2**20:,.1f} MiB; train from it: --set pack.arena={folder}")
+    terminal.say(f"{len(block.records):,} records -> {len(block.samples):,} samples{reasons}")
+    terminal.say(f"{n:,} tokens in {seconds:.1f} s ({n / max(seconds, 1e-9):,.0f} a second)")
+    terminal.say(f"arena: {folder}, {size / 2**20:,.1f} MiB; train from it: --set pack.arena={folder}")
 
 
 def _counted(blocks: Iterator[Block]) -> Iterator[Block]:

@@ -31,7 +31,6 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from io import BufferedReader, FileIO
 from itertools import groupby, islice
 from operator import attrgetter
@@ -89,10 +88,10 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-@lru_cache
-def _decoder(interpreter_limit: int) -> json.JSONDecoder:
+def _decoder() -> json.JSONDecoder:
     # A parse_int of our own costs 0.1 us an integer; the interpreter's limit is the same unless somebody moved it.
-    return json.JSONDecoder(parse_constant=_constant, parse_int=int if interpreter_limit == MAX_DIGITS else _integer)
+    parse_int = int if sys.get_int_max_str_digits() == MAX_DIGITS else _integer
+    return json.JSONDecoder(parse_constant=_constant, parse_int=parse_int)
 
 
 def _outside_strings(pattern: str, text: str) -> int | None:
@@ -498,7 +497,7 @@ def _place_in_list(refused: _Refused, raw: bytes | None, line: int) -> str:
 
 def _reading(f: _File, fields: tuple[str, ...] | None) -> Callable[[bytes, int, int, int], Record]:
     """Give what makes a record of its bytes."""
-    decode, name, number = _decoder(sys.get_int_max_str_digits()).raw_decode, str(f.path), f.number
+    decode, name, number = _decoder().raw_decode, str(f.path), f.number
 
     def record(raw: bytes, offset: int, line: int, size: int) -> Record:
         found = _parse(raw, decode)
@@ -577,7 +576,7 @@ class _Table:
         self.names = tuple(field.encode("utf-8", "surrogatepass") for field in self.fields)
         self.width = 3 + 3 * len(self.fields)
         self.cells = memoryview(bytearray(8 * self.width * room)).cast("q")
-        self.decode = _decoder(sys.get_int_max_str_digits()).raw_decode
+        self.decode = _decoder().raw_decode
         self.arena = bytearray()
         self.clear()
 
