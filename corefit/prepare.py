@@ -149,9 +149,7 @@ def resolve(
         if entry.map is not None:
             registry.map_function(entry.map)  # a typo or a broken plugin first, whatever else is missing
     has_path = any(d.path for d in resolved.data)
-    pathless = bool(resolved.data) and all(
-        d.map is not None and not _reader(d.reader, d.map, registry).needs_path for d in resolved.data
-    )
+    pathless = all(d.map is not None and not _reader(d.reader, d.map, registry).needs_path for d in resolved.data)
     if resolved.model.base is None and not has_path and recipe is None and need_model:
         embedded = load_recipe(EMBEDDED / "recipe.toml")
         if pathless:  # its data and questions belong to another format
@@ -161,7 +159,7 @@ def resolve(
         elif flags.get("plugin") not in (None, embedded.data[0].map):
             raise RecipeError(f"--plugin {flags['plugin']} without --data: the embedded data is in the oasst1 format")
         resolved = apply_overrides(embedded, flags, sets)
-        what = "its own records" if pathless else f"{Path(str(resolved.data[0].path)).name}"
+        what = "its own records" if pathless else Path(str(resolved.data[0].path)).name
         line = f"no --model and no --data: the embedded demonstration, a tiny InternLM-like model on {what}"
         return resolved, f"embedded-{name}" if flags.get("plugin") else "embedded", [line]
     if not has_path and not pathless and need_data:
@@ -171,7 +169,7 @@ def resolve(
     if resolved.model.base is not None and not Path(resolved.model.base).is_dir() and need_data:
         _check_paths(resolved)
     paths = [
-        ", ".join([d.path] if isinstance(d.path, str) else d.path or ["records of the reader"]) for d in resolved.data
+        d.path if isinstance(d.path, str) else ", ".join(d.path or ["records of the reader"]) for d in resolved.data
     ]
     return resolved, name, [f"{resolved.model.base} on {', '.join(paths)}", *found.notes]
 
