@@ -612,8 +612,8 @@ def used_entries(plan: Prepared) -> dict[str, list[str]]:
 
 def _plugins(plan: Prepared, kinds: Sequence[str]) -> dict[str, Any]:
     """Give version and code of the plugins that a run uses; corefit's own come with its version."""
-    found: dict[str, Any] = {}
-    for kind, name in [(kind, name) for kind, names in used_entries(plan).items() if kind in kinds for name in names]:
+    found, used = dict[str, Any](), used_entries(plan)
+    for kind, name in [(word, name) for word in kinds for name in used[word]]:
         plugin = plan.registry.provider(kind, name)
         if ":" in name:  # the user's own, wherever it lies
             found[f"code of {kind} {plugin.name}"] = plugin.version
