@@ -10,15 +10,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from corefit import __version__
-from corefit.errors import CorefitError, UserError
+from corefit.errors import CorefitError, UserError, unknown
 from corefit.terminal import notice, say, visible, write
-
-if TYPE_CHECKING:
-    from corefit.recipe import Recipe
-    from corefit.types import ImportedRecipe
 
 USAGE = """corefit <verb> [options]
 
@@ -89,19 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # a bug of corefit or of a plugin: one line unless asked for more
         if debug:
             notice(traceback.format_exc())
-        where = _innermost(error)
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        where = f"{frame.f_globals.get('__name__', '?')}:{line}"
         notice(f"corefit:{rank} error: {type(error).__name__}: {error} ({where}); --debug shows the traceback")
         return 1
-
-
-def _innermost(error: BaseException) -> str:
-    """Give module and line of the frame that raised."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None:
-        return "origin unknown"
-    return f"{trace.tb_frame.f_globals.get('__name__', '?')}:{trace.tb_lineno}"
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
@@ -128,8 +115,6 @@ class _Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:  # noqa: ANN401
         if action.choices is not None and value not in action.choices:
-            from corefit.errors import unknown
-
             verbs = [c for c in action.choices if c not in _ALIASES]
             raise UserError(unknown("verb" if action.dest == "verb" else str(action.dest), str(value), verbs))
 
@@ -139,8 +124,6 @@ class _Parser(argparse.ArgumentParser):
         if hasattr(parsed, "rest"):
             parsed.rest = rest
         elif rest:
-            from corefit.errors import unknown
-
             flag = rest[0].split("=")[0]
             known = [s for s in getattr(parsed, "flags", ()) if s.startswith("--")]
             if flag.startswith("-"):
@@ -164,10 +147,7 @@ def _parser() -> _Parser:
         return sub
 
     train = verb("train", _train, "Train as the recipe and the flags say; flags win over the recipe.")
-    train.add_argument(
-        "recipe", nargs="?", metavar="RECIPE", help="a .toml file, a name of `corefit recipes`, an XTuner config"
-    )
-    _recipe_flags(train)
+    _recipe_and_flags(train)
     train.add_argument("--quantizer", metavar="NAME", help="how base weights are stored: none, nf4, int8 or a plugin's")
     train.add_argument("--scheduler", metavar="NAME", help="constant, linear, cosine, wsd or a plugin's")
     train.add_argument("--out", "--work-dir", metavar="DIR", help="the run folder (default: runs/<recipe>-<n>)")
@@ -197,24 +177,19 @@ def _parser() -> _Parser:
         "Without a recipe and a model: what of the zoo fits."
     )
     plan = verb("plan", _plan, about)
-    plan.add_argument("recipe", nargs="?", metavar="RECIPE", help="a .toml or .py file, a recipe's name, a run folder")
-    _recipe_flags(plan)
+    _recipe_and_flags(plan)
     plan.add_argument("--quantizer", metavar="NAME", help="how base weights are stored: none, nf4, int8 or a plugin's")
     plan.add_argument("--gpu", metavar="24GB|NAME", help="a GPU that isn't here: its memory, or a name such as rtx4090")
     plan.add_argument("--probe", action="store_true", help="load all of it here and time three real steps; needs data")
 
     pack = verb("pack", _pack, "Encode the data once, ahead of time, for runs with pack.arena. No model is loaded.")
-    pack.add_argument("recipe", nargs="?", metavar="RECIPE", help="a .toml or .py file, a recipe's name, a run folder")
-    _recipe_flags(pack)
+    _recipe_and_flags(pack)
     pack.add_argument("--tokenizer", metavar="PATH", help="a tokenizer folder or a bare tokenizer.model")
     pack.add_argument("--out", required=True, metavar="DIR", help="the folder to write; an older arena is replaced")
 
     about = "Show samples as the model will see them. No model is loaded."
     inspect = verb("inspect", _inspect, about, aliases=["log-dataset", "check-custom-dataset"])
-    inspect.add_argument(
-        "recipe", nargs="?", metavar="RECIPE", help="a .toml or .py file, a recipe's name, a run folder"
-    )
-    _recipe_flags(inspect)
+    _recipe_and_flags(inspect)
     inspect.add_argument("--tokenizer", metavar="PATH", help="a tokenizer folder or a bare tokenizer.model")
     inspect.add_argument("--samples", type=int, default=3, metavar="N", help="random samples (default 3)")
     inspect.add_argument("--json", action="store_true", help="one JSON object a sample, all of them, in data order")
@@ -347,7 +322,9 @@ def _parser() -> _Parser:
     return parser
 
 
-def _recipe_flags(parser: argparse.ArgumentParser) -> None:
+def _recipe_and_flags(parser: argparse.ArgumentParser) -> None:
+    words = "a .toml file, a name of `corefit recipes`, an XTuner config, a run folder"
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=words)
     parser.add_argument(
         "--plugin", metavar="NAME", help="the map function, with the reader of the same name if there is one"
     )
@@ -426,18 +403,8 @@ def _chat(args: argparse.Namespace) -> int:
     decoding = {name: value for name in names if (value := getattr(args, name)) is not None}
     if {"top_k", "top_p", "seed"} & set(decoding):
         decoding.setdefault("temperature", 1.0)  # who sets these wants to sample
-    chat_with(
-        args.target,
-        prompt=args.prompt,
-        system=args.system,
-        compare=args.compare,
-        model=args.model,
-        quantizer=args.quantizer,
-        max_tokens=args.max_tokens,
-        decoding=decoding,
-        device=args.device,
-        trust_remote_code=args.trust_remote_code,
-    )
+    more = ("prompt", "system", "compare", "model", "quantizer", "max_tokens", "device", "trust_remote_code")
+    chat_with(args.target, decoding=decoding, **{name: getattr(args, name) for name in more})
     return 0
 
 
@@ -466,11 +433,13 @@ def _report(args: argparse.Namespace) -> int:
 
 def _safetensors(args: argparse.Namespace) -> int:
     from corefit.pickles import convert, to_adapter
+    from corefit.prepare import read_config
+    from corefit.registry import Registry
 
     if args.config:
         if not args.out:
             raise UserError("--config makes an adapter folder: --out DIR names it")
-        _, recipe = _config(args.config, [])
+        _, recipe = read_config(Path(args.config), [], Registry.load())
         lora, base = recipe.adapter, recipe.model.base
         folder = to_adapter(args.target, args.out, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, base=base)
         say(f"adapter: {folder}   train on: --set adapter.start={folder}   talk to it: corefit chat {folder}")
@@ -518,23 +487,12 @@ def _templates(args: argparse.Namespace) -> int:
     return 0
 
 
-def _config(name: str, overrides: Sequence[str]) -> tuple[ImportedRecipe, Recipe]:
-    """Give another program's configuration, as it was read and as a recipe."""
+def _import(args: argparse.Namespace) -> int:
     from corefit.prepare import read_config
-    from corefit.recipe import imported_recipe
+    from corefit.recipe import toml_dumps
     from corefit.registry import Registry
 
-    file = Path(name)
-    if not file.is_file():
-        raise UserError(f"{file}: no such file")
-    found = read_config(file, overrides, Registry.load())
-    return found, imported_recipe(found, name=name, base=Path.cwd())
-
-
-def _import(args: argparse.Namespace) -> int:
-    from corefit.recipe import toml_dumps
-
-    found, _ = _config(args.config, args.cfg_options)
+    found, _ = read_config(Path(args.config), args.cfg_options, Registry.load())
     write(f"# From {visible(args.config)}; paths are relative to this file\n\n{toml_dumps(found.tables)}", end="")
     for note in found.notes:
         notice(note)

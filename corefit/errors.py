@@ -118,7 +118,11 @@ def encoding_hint(raw: bytes) -> str:
 
 def in_words(error: BaseException) -> str:
     """Give kind and text of somebody else's exception, on one line, as far as a line has room."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # a plugin's own ``__str__`` may raise too
+        text = "(no text)"
+    return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

@@ -128,8 +128,8 @@ def resolve(
         if file.suffix in (".toml", "") or not file.is_file():
             read = named_recipe(str(file))
         else:
-            found = read_config(file, overrides, registry)
-            read, overrides = imported_recipe(found, name=str(file), base=Path.cwd()), []
+            found, read = read_config(file, overrides, registry)
+            overrides = []
         resolved = apply_overrides(read, flags, sets)
         if lost := [words for key, words in found.missing.items() if resolved.where(key) == "default"]:
             raise RecipeError("\n".join(lost))
@@ -140,18 +140,16 @@ def resolve(
             "--set SECTION.KEY=VALUE sets a recipe's"
         )
     text = to_toml(resolved)
-    for variable in [name for name, value in secrets().items() if value in text]:
+    if leaked := [name for name, value in secrets().items() if value in text]:
         raise RecipeError(
-            f"the value of ${variable} is part of a flag or of the recipe, which run folders and arenas keep; leave it "
-            "in the environment, where a plugin can read it"
+            f"the value of ${leaked[0]} is part of a flag or of the recipe, which run folders and arenas keep; leave "
+            "it in the environment, where a plugin can read it"
         )
     for entry in resolved.data:
         if entry.map is not None:
             registry.map_function(entry.map)  # a typo or a broken plugin first, whatever else is missing
     has_path = any(d.path for d in resolved.data)
-    pathless = bool(resolved.data) and all(
-        d.map is not None and not _reader(d.reader, d.map, registry).needs_path for d in resolved.data
-    )
+    pathless = all(d.map is not None and not _reader(d.reader, d.map, registry).needs_path for d in resolved.data)
     if resolved.model.base is None and not has_path and recipe is None and need_model:
         embedded = load_recipe(EMBEDDED / "recipe.toml")
         if pathless:  # its data and questions belong to another format
@@ -161,7 +159,7 @@ def resolve(
         elif flags.get("plugin") not in (None, embedded.data[0].map):
             raise RecipeError(f"--plugin {flags['plugin']} without --data: the embedded data is in the oasst1 format")
         resolved = apply_overrides(embedded, flags, sets)
-        what = "its own records" if pathless else f"{Path(str(resolved.data[0].path)).name}"
+        what = "its own records" if pathless else Path(str(resolved.data[0].path)).name
         line = f"no --model and no --data: the embedded demonstration, a tiny InternLM-like model on {what}"
         return resolved, f"embedded-{name}" if flags.get("plugin") else "embedded", [line]
     if not has_path and not pathless and need_data:
@@ -171,21 +169,23 @@ def resolve(
     if resolved.model.base is not None and not Path(resolved.model.base).is_dir() and need_data:
         _check_paths(resolved)
     paths = [
-        ", ".join([d.path] if isinstance(d.path, str) else d.path or ["records of the reader"]) for d in resolved.data
+        d.path if isinstance(d.path, str) else ", ".join(d.path or ["records of the reader"]) for d in resolved.data
     ]
     return resolved, name, [f"{resolved.model.base} on {', '.join(paths)}", *found.notes]
 
 
-def read_config(file: Path, overrides: Sequence[str], registry: Registry) -> ImportedRecipe:
-    """Give what a configuration of another program says, by the plugin that reads files which end as it does.
+def read_config(file: Path, overrides: Sequence[str], registry: Registry) -> tuple[ImportedRecipe, Recipe]:
+    """Give what a configuration of another program says, as the plugin for its suffix read it and as a recipe.
 
     Raises:
         PluginError: no plugin reads it, or the one that should fails at it.
-        RecipeError: it describes what corefit doesn't do, or nothing that can be known.
+        RecipeError: no such file; it describes what corefit doesn't do, or nothing that can be known.
     """
+    if not file.is_file():
+        raise RecipeError(f"{file}: no such file")
     reader = registry.recipe_reader(file.suffix)
     try:
-        return reader.read(file, overrides)
+        found = reader.read(file, overrides)
     except CorefitError:
         raise
     except Exception as error:
@@ -193,6 +193,7 @@ def read_config(file: Path, overrides: Sequence[str], registry: Registry) -> Imp
         raise PluginError(
             f"{file}: recipe reader {reader.name!r} of plugin {source} failed: {in_words(error)}"
         ) from error
+    return found, imported_recipe(found, name=str(file), base=Path.cwd())
 
 
 def _check_paths(recipe: Recipe) -> None:
@@ -329,11 +330,10 @@ def _sources(
 ) -> tuple[Source, tuple[Source, ...], list[str], list[Record | BadRecord]]:
     """Resolve one ``[[data]]`` table: training and validation sources, lines about what was chosen, first records."""
     entry = recipe.data[number]
-    specs = [entry.path] if isinstance(entry.path, str) else list(entry.path or ())
     train: tuple[Path, ...] = ()
     val: tuple[Path, ...] = ()
-    if specs:
-        found = find_files(specs, base=Path.cwd())
+    if entry.path:
+        found = find_files(entry.path, base=Path.cwd())
         train, val = tuple(_plain(path, recipe, entry, spool_to, again) for path in found.train), found.val
     limit = entry.max_record_mb * 2**20
     lines: list[str] = []
@@ -353,30 +353,28 @@ def _sources(
         raise RecipeError(f"reader {reader.name!r} needs data.path; --data names it")
     reader_options, map_options = _split_options(entry.options, reader, mapper)
 
-    def source(paths: tuple[Path, ...], *, shuffle: bool) -> Source:
-        return Source(
-            reader=reader,
-            reader_options=reader_options,
-            map_function=mapper,
-            map_options=map_options,
-            sources=as_found(Sources(paths, limit, mapper.fields)),
-            shuffle=shuffle,
-            ratio=entry.ratio,
-            repeat=entry.repeat or 1,
-            first=entry.first,
-            on_bad=entry.on_bad,
-        )
-
+    ordered = Source(
+        reader=reader,
+        reader_options=reader_options,
+        map_function=mapper,
+        map_options=map_options,
+        sources=as_found(Sources(train, limit, mapper.fields)),
+        shuffle=False,
+        ratio=entry.ratio,
+        repeat=entry.repeat,
+        first=entry.first,
+        on_bad=entry.on_bad,
+    )
     where = ", ".join(map(str, train)) if len(train) <= 3 else f"{len(train)} files"
     lines.append(f"data: {where or 'made by the reader'}; map function {mapper.name}, reader {reader.name}")
-    ordered = source(train, shuffle=False)
     whole = dataclasses.replace(ordered, sources=dataclasses.replace(ordered.sources, fields=None))
     first = list(islice(whole.read(), SNIFFED))
     lines += _check_format(whole, first, registry)
     if recipe.val.data is not None and not val:
         found = find_files(recipe.val.data, base=Path.cwd())
         val = (*found.train, *found.val)
-    return source(train, shuffle=entry.shuffle), (source(val, shuffle=False),) if val else (), lines, first
+    held_out = dataclasses.replace(ordered, sources=as_found(Sources(val, limit, mapper.fields)))
+    return dataclasses.replace(ordered, shuffle=entry.shuffle), (held_out,) if val else (), lines, first
 
 
 def _plain(path: Path, recipe: Recipe, entry: Data, spool_to: Path | None, again: bool) -> Path:
@@ -575,7 +573,7 @@ def make_stream(
 
 def arena_key(plan: Prepared) -> dict[str, Any]:
     """Give everything that the samples of a plan depend on; JSON-able."""
-    recipe, registry = plan.recipe, plan.registry
+    recipe = plan.recipe
     key: dict[str, Any] = {
         "tokenizer": plan.tokenizer.fingerprint,
         "template": plan.template.name,
@@ -586,7 +584,6 @@ def arena_key(plan: Prepared) -> dict[str, Any]:
     }
     if plan.template.chat_template is None and "strftime_now" in (plan.tokenizer.chat_template or ""):
         key["day"] = datetime.date.today().isoformat()  # the template writes it into every sample
-    used = {("template", plan.template.name)}
     for number, (entry, source) in enumerate(zip(recipe.data, plan.sources, strict=True)):
         where = f"data.{number}"
         stats = [(str(path.resolve()), path.stat()) for path in source.sources.paths]
@@ -597,15 +594,27 @@ def arena_key(plan: Prepared) -> dict[str, Any]:
         for name in ("first", "on_bad", "max_record_mb"):
             key[f"{where}.{name}"] = getattr(entry, name)
         key[f"{where}.options"] = dict(entry.options)
-        used |= {("reader", source.reader.name), ("map function", source.map_function.name)}
-    return key | _plugins(registry, used)
+    return key | _plugins(plan, ("reader", "map function", "template"))
 
 
-def _plugins(registry: Registry, used: set[tuple[str, str]]) -> dict[str, Any]:
-    """Give version and code of the plugins behind (kind, name); corefit's own come with its version."""
-    found: dict[str, Any] = {}
-    for kind, name in sorted(used - {("map function", FIELDS)}):
-        plugin = registry.provider(kind, name)
+def used_entries(plan: Prepared) -> dict[str, list[str]]:
+    """Give the names of the entries that a run uses, by kind."""
+    maps = {source.map_function.name for source in plan.sources} - {FIELDS}
+    return {
+        "reader": sorted({source.reader.name for source in plan.sources}),
+        "map function": sorted(maps),
+        "template": [plan.template.name],
+        "quantizer": [plan.recipe.model.quantizer],
+        "scheduler": [plan.recipe.train.scheduler],
+        "reporter": list(plan.recipe.run.reporters),
+    }
+
+
+def _plugins(plan: Prepared, kinds: Sequence[str]) -> dict[str, Any]:
+    """Give version and code of the plugins that a run uses; corefit's own come with its version."""
+    found, used = dict[str, Any](), used_entries(plan)
+    for kind, name in [(word, name) for word in kinds for name in used[word]]:
+        plugin = plan.registry.provider(kind, name)
         if ":" in name:  # the user's own, wherever it lies
             found[f"code of {kind} {plugin.name}"] = plugin.version
             continue
@@ -637,12 +646,8 @@ def identity(plan: Prepared, base_fingerprint: str) -> dict[str, str]:
             for i, path in enumerate(source.sources.paths):
                 facts = file_facts(path)
                 found[f"file {i} of {word} {number}"] = f"{path.name}, {facts['bytes']:,} bytes, {facts['sha256'][:16]}"
-    used = {("template", plan.template.name), ("quantizer", recipe.model.quantizer)}
-    used.add(("scheduler", recipe.train.scheduler))
-    used |= {("reader", s.reader.name) for s in plan.sources} | {
-        ("map function", s.map_function.name) for s in plan.sources
-    }
-    return found | {key: str(value) for key, value in _plugins(plan.registry, used).items()}
+    kinds = ("reader", "map function", "template", "quantizer", "scheduler")
+    return found | {key: str(value) for key, value in _plugins(plan, kinds).items()}
 
 
 def file_facts(path: Path) -> dict[str, Any]:

@@ -280,17 +280,9 @@ class Recipe:
 
 
 SECTIONS: Mapping[str, Any] = {
-    "model": Model,
-    "adapter": Adapter,
-    "data": Data,
-    "template": Template,
-    "pack": Pack,
-    "train": Train,
-    "val": Val,
-    "sample": Sampling,
-    "checkpoint": Checkpoint,
-    "run": RunSettings,
+    title: Data if title == "data" else type(section) for title, section in vars(Recipe()).items() if title != "origins"
 }
+"""Title -> class, in the order of the recipe's fields."""
 _FLAGS = {
     "plugin": "data.map",
     "template": "template.name",
@@ -342,7 +334,7 @@ def _convert(hint: Any, value: object) -> Any:  # noqa: ANN401, annotations and 
             args = (args[0],) * len(value)
         if len(args) == len(value):
             return origin(_convert(each, item) for each, item in zip(args, value, strict=True))
-    elif hint in (dict, Mapping) or origin in (dict, _MAPPING):
+    elif hint in (dict, Mapping) or origin in (dict, Mapping):
         if isinstance(value, Mapping):
             return dict(value)
     elif hint is float and type(value) in (int, float):
@@ -361,9 +353,6 @@ def _convert(hint: Any, value: object) -> Any:  # noqa: ANN401, annotations and 
     raise _Mismatch
 
 
-_MAPPING = get_origin(Mapping[str, Any])
-
-
 def _expected(hint: Any) -> str:  # noqa: ANN401
     """Give an annotation in words."""
     origin, args = get_origin(hint), get_args(hint)
@@ -376,7 +365,7 @@ def _expected(hint: Any) -> str:  # noqa: ANN401
     if origin in (tuple, list):
         size = "" if origin is list or args[-1] is ... else f"{len(args)} of "
         return f"a list of {size}({_expected(args[0])})"
-    if hint is Mapping or origin in (dict, _MAPPING):
+    if hint is Mapping or origin in (dict, Mapping):
         return "a table"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     return words.get(hint, str(hint))
@@ -552,16 +541,21 @@ def recipe_from(raw: Mapping[str, Any], at: Callable[[tuple[str | int, ...]], st
     return recipe
 
 
-def _setting(key: str, value: object, base: Path) -> Any:  # noqa: ANN401
-    """Convert the value of ``section.key``, paths relative to ``base``, or raise ``RecipeError`` without a place."""
-    title, _, name = key.partition(".")
+def _hint(title: str, name: str) -> Any:  # noqa: ANN401
+    """Give the annotation of a key, or raise ``RecipeError`` with the nearest one."""
     hints = _hints(SECTIONS[title])
     if name not in hints:
         raise RecipeError(f"{unknown(f'[{title}] key', name, hints)}{_elsewhere(name, title)}")
+    return hints[name]
+
+
+def _setting(key: str, value: object, base: Path) -> Any:  # noqa: ANN401
+    """Convert the value of ``section.key``, paths relative to ``base``, or raise ``RecipeError`` without a place."""
+    hint = _hint(*key.split(".", 1))
     try:
-        value = _convert(hints[name], value)
+        value = _convert(hint, value)
     except _Mismatch:
-        raise RecipeError(_mismatch(key, hints[name], value)) from None
+        raise RecipeError(_mismatch(key, hint, value)) from None
     if key == "data.map" and isinstance(value, str) and (file := own_file(value)):
         return f"{_absolute(str(file), base)}:{value.rpartition(':')[2]}"
     if key not in _PATHS or value is None:
@@ -696,15 +690,13 @@ def _parts(name: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ flags
 
 
-def apply_overrides(
-    recipe: Recipe, flags: Mapping[str, str | Sequence[str] | None], sets: Sequence[str] = ()
-) -> Recipe:
+def apply_overrides(recipe: Recipe, flags: Mapping[str, str], sets: Sequence[str] = ()) -> Recipe:
     """Give the recipe with flags applied, then the ``--set`` arguments in order; both win over the recipe.
 
     Args:
         recipe: what to start from.
         flags: ``plugin``, ``template``, ``model``, ``data``, ``quantizer``, ``scheduler``, ``out`` or ``seed`` -> the
-            text given; None: not given. Paths are relative to the current folder. ``plugin`` also unsets the reader.
+            text given. Paths are relative to the current folder. ``plugin`` also unsets the reader.
         sets: ``section.key=value``, the value in TOML; a bare word is text, ``a,b`` a list of words where the key wants
             one, nothing at all is the default.
             ``data.KEY`` means every source, ``section.options.NAME`` one option, ``data.fields.NAME`` one field.
@@ -714,19 +706,15 @@ def apply_overrides(
     """
     problems = []
     for flag, given in flags.items():
-        if given is None:
-            continue
-        words = given if isinstance(given, str) else " ".join(given)
         try:
             if flag == "data" and len(recipe.data) > 1:
                 raise RecipeError(f"the recipe has {len(recipe.data)} [[data]] sources; edit it, or leave --data out")
-            tries = [given, _toml(given)] if isinstance(given, str) else [list(given)]
-            recipe = _assign(recipe, _FLAGS[flag], tries, f"--{flag} {words}")
+            recipe = _assign(recipe, _FLAGS[flag], [given, _toml(given)], f"--{flag} {given}")
             if flag == "plugin":
                 sources = (dataclasses.replace(source, reader=None, fields={}) for source in recipe.data)
                 recipe = dataclasses.replace(recipe, data=tuple(sources))
         except RecipeError as error:
-            problems.append(f"--{flag} {words}: {error}")
+            problems.append(f"--{flag} {given}: {error}")
     for argument in sets:
         key, equals, given = argument.partition("=")
         key = key.strip()
@@ -758,9 +746,8 @@ def _toml(text: str) -> object:
 def _assign(recipe: Recipe, key: str, tries: Sequence[object], origin: str) -> Recipe:
     """Set ``section.key`` or ``section.options.name`` to the first of ``tries`` that fits; none: to the default."""
     title, name, *inner = key.split(".", 2)
-    if inner and not (name in ("options", "fields") and name in _hints(SECTIONS[title])):
-        if name not in _hints(SECTIONS[title]):
-            raise RecipeError(f"{unknown(f'[{title}] key', name, _hints(SECTIONS[title]))}")
+    _hint(title, name)
+    if inner and name not in ("options", "fields"):
         raise RecipeError(f"{title}.{name} has no keys of its own")
 
     def changed(section: Any) -> Any:  # noqa: ANN401, one of the section classes
@@ -768,7 +755,7 @@ def _assign(recipe: Recipe, key: str, tries: Sequence[object], origin: str) -> R
             kept = {k: v for k, v in getattr(section, name).items() if k != inner[0]}
             return dataclasses.replace(section, **{name: {**kept, inner[0]: tries[0]} if tries else kept})
         first: RecipeError | None = None
-        for value in tries or [getattr(type(section)(), name, None)]:
+        for value in tries or [getattr(type(section)(), name)]:
             try:
                 return dataclasses.replace(section, **{name: _setting(f"{title}.{name}", value, Path.cwd())})
             except RecipeError as error:

@@ -10,17 +10,17 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import pluggy
 
 from corefit import __version__, hookspecs
 from corefit.deprecated import GOING, warn
-from corefit.errors import PluginError, unknown
+from corefit.errors import PluginError, in_words, unknown
 from corefit.own import own_code, own_map_function
 from corefit.types import (
     DatasetReader,
@@ -59,7 +59,6 @@ KINDS: Mapping[str, _Kind] = MappingProxyType(
 """The words for the seven kinds of entry, as they stand in errors and in ``PluginInfo.entries``."""
 
 _HOOKS = tuple(kind.hook for kind in KINDS.values())
-_E = TypeVar("_E")
 
 
 @dataclass(frozen=True)
@@ -168,50 +167,35 @@ class Registry:
         return cast(Mapping[str, PromptTemplate], self.entries["template"])
 
     @property
-    def quantizers(self) -> Mapping[str, Quantizer]:
-        """Quantizers by name."""
-        return cast(Mapping[str, Quantizer], self.entries["quantizer"])
-
-    @property
-    def schedulers(self) -> Mapping[str, Scheduler]:
-        """Schedulers by name."""
-        return cast(Mapping[str, Scheduler], self.entries["scheduler"])
-
-    @property
     def recipe_readers(self) -> Mapping[str, RecipeReader]:
         """Recipe readers by name."""
         return cast(Mapping[str, RecipeReader], self.entries["recipe reader"])
 
-    @property
-    def reporters(self) -> Mapping[str, Reporter]:
-        """Reporters by name."""
-        return cast(Mapping[str, Reporter], self.entries["reporter"])
-
     def reader(self, name: str) -> DatasetReader:
         """Give the reader of this name; raises ``PluginError`` where there is none that can be used."""
-        return self._get("reader", self.readers, name)
+        return cast(DatasetReader, self._get("reader", name))
 
     def map_function(self, name: str) -> MapFunction:
         """Give the map function of this name, or the user's own; ``PluginError`` where there is none to be used."""
         if ":" in name:
             return own_map_function(name, self.map_functions)
-        return self._get("map function", self.map_functions, name)
+        return cast(MapFunction, self._get("map function", name))
 
     def template(self, name: str) -> PromptTemplate:
         """Give the template of this name; raises ``PluginError`` where there is none that can be used."""
-        return self._get("template", self.templates, name)
+        return cast(PromptTemplate, self._get("template", name))
 
     def quantizer(self, name: str) -> Quantizer:
         """Give the quantizer of this name; raises ``PluginError`` where there is none that can be used."""
-        return self._get("quantizer", self.quantizers, name)
+        return cast(Quantizer, self._get("quantizer", name))
 
     def scheduler(self, name: str) -> Scheduler:
         """Give the scheduler of this name; raises ``PluginError`` where there is none that can be used."""
-        return self._get("scheduler", self.schedulers, name)
+        return cast(Scheduler, self._get("scheduler", name))
 
     def reporter(self, name: str) -> Reporter:
         """Give the reporter of this name; raises ``PluginError`` where there is none that can be used."""
-        return self._get("reporter", self.reporters, name)
+        return cast(Reporter, self._get("reporter", name))
 
     def recipe_reader(self, suffix: str) -> RecipeReader:
         """Give the recipe reader of files that end so; raises ``PluginError`` where there is none, or more than one."""
@@ -234,11 +218,12 @@ class Registry:
         if ":" in name:
             short, digest = own_code(name)
             return PluginInfo(short, "own code", digest, name)
-        self._get(kind, self.entries[kind], name)
+        self._get(kind, name)
         return next(info for info in self.plugins if name in info.entries.get(kind, ()))
 
-    def _get(self, kind: str, entries: Mapping[str, _E], name: str) -> _E:
+    def _get(self, kind: str, name: str) -> Entry:
         """Give the entry, or raise why it can't be used. A broken plugin of that name may have meant to claim it."""
+        entries = self.entries[kind]
         claimants = [str(info) for info in self.plugins if name in info.entries.get(kind, ())]
         if len(claimants) > 1:
             raise PluginError(
@@ -288,7 +273,7 @@ def _find() -> list[tuple[PluginInfo, metadata.EntryPoint | None]]:
             for point in set(distribution.entry_points.select(group=GROUP)):
                 found.append((PluginInfo(point.name, name, version, point.value), point))
         except Exception as error:
-            reason = f"its entry_points.txt can't be read: {_words(error)}"
+            reason = f"its entry_points.txt can't be read: {in_words(error)}"
             found.append((PluginInfo(name, name, version, "", error=reason, cause=error), None))
     return sorted(found, key=lambda pair: (pair[0].name, pair[0].distribution, pair[0].module))
 
@@ -347,7 +332,7 @@ def _load(info: PluginInfo, point: metadata.EntryPoint | None) -> tuple[PluginIn
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # also SystemExit: nobody asked for this plugin yet
-        reason = str(error) if isinstance(error, PluginError) else f"{doing} raised {_words(error)}"
+        reason = str(error) if isinstance(error, PluginError) else f"{doing} raised {in_words(error)}"
         if newer := _needs_newer(info.distribution):
             reason = f"it needs corefit {newer}, this is {__version__}: pip install -U corefit ({reason})"
         return dataclasses.replace(info, error=reason, cause=error), []
@@ -393,19 +378,9 @@ def _check(entry: object, hook: str, type_: type[Any], function: str) -> None:
         raise PluginError(f"{hook}() yields {name!r} with options {_short(options)}; expected a frozen dataclass")
 
 
-def _guarded(words: Callable[[], str]) -> str:
-    """A plugin's own ``__str__`` or ``__repr__`` may raise too."""
-    try:
-        return " ".join(words().split())
-    except Exception:
-        return "(no text)"
-
-
 def _short(value: object) -> str:
-    text = _guarded(lambda: repr(value))
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a plugin's own ``__repr__`` may raise too
+        text = "(no text)"
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _words(error: BaseException) -> str:
-    text = _guarded(lambda: str(error))
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,19 +221,19 @@ def train_from(
     ``dry_run``: do all that comes before step 1, and leave nothing; with ``probe``, three steps more, to time them.
     ``own_process``: a second ctrl-C may end the process at once.
     """
+    run = partial(
+        _train, recipe_name, flags, sets, allow_changes=allow_changes, own_process=own_process, say=_unfailing(say)
+    )
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="corefit-") as aside:
-            return _train(recipe_name, flags, sets, resume, allow_changes, own_process, Path(aside), say, probe=probe)
+            return run(resume, aside=Path(aside), probe=probe)
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return _train(recipe_name, flags, sets, resume, allow_changes, own_process, None, say)
+        return run(resume)
     from corefit.engine.ranks import joined
 
     with joined() as ranks:
-        if ranks.rank:
-            return _follow(ranks, own_process)
-        resume = resume or ranks.again
-        return _train(recipe_name, flags, sets, resume, allow_changes, own_process, None, say, ranks)
+        return _follow(ranks, own_process) if ranks.rank else run(resume or ranks.again, ranks=ranks)
 
 
 def _train(
@@ -240,16 +241,16 @@ def _train(
     flags: Mapping[str, str],
     sets: Sequence[str],
     resume: bool | str,
+    *,
     allow_changes: bool,
     own_process: bool,
-    aside: Path | None,
     say: Say,
-    ranks: Ranks | None = None,
-    *,
+    aside: Path | None = None,
     probe: bool = False,
+    ranks: Ranks | None = None,
 ) -> Run:
     """Train; with ``aside``, where standard input may be spooled to, stop before step 1."""
-    registry, say = Registry.load(), _unfailing(say)
+    registry = Registry.load()
     source, which = _named(resume)  # the run that is to go on, where one is named
     if isinstance(resume, str) and source is None:
         if recipe_name is not None or not Path(resume).is_file():
@@ -260,7 +261,8 @@ def _train(
     recipe, name, lines = resolve(str(source) if recipe_name is None and source else recipe_name, flags, sets, registry)
     if source is None and resume and recipe.run.out and (Path(recipe.run.out) / "run.json").is_file():
         source = Path(recipe.run.out)
-    quantizer, scheduler = registry.quantizer(recipe.model.quantizer), registry.scheduler(recipe.train.scheduler)
+    registry.quantizer(recipe.model.quantizer)  # a typo or a broken plugin first, whatever else is missing
+    registry.scheduler(recipe.train.scheduler)
     reporters = Reporters(recipe.run.reporters, recipe.run.options, registry)
     say(f"corefit {__version__}: {lines[0]}")
     for line in lines[1:]:
@@ -314,8 +316,7 @@ def _train(
     from corefit.session import Interrupts, Session
 
     if aside:
-        stop = Interrupts(say)
-        dry = Session(plan, folder, base, quantizer, scheduler, reporters, stop, say, try_micro_batch=tries)
+        dry = Session(plan, folder, base, reporters, Interrupts(say), say, try_micro_batch=tries)
         dry.check(None if source is None or fork else changes, probe=probe)
         return Run(folder)
     if ranks:
@@ -324,8 +325,7 @@ def _train(
         )
         ranks.tell(json.dumps({**told, "facts": facts, "changes": changes}))
     with Interrupts(say, own_process=own_process) as interrupts:
-        parts = (quantizer, scheduler, reporters, interrupts, say, ranks)
-        session = Session(plan, folder, base, *parts, try_micro_batch=tries)
+        session = Session(plan, folder, base, reporters, interrupts, say, ranks, try_micro_batch=tries)
         facts["train.micro_batch"] = str(session.recipe.train.micro_batch)
         return Run(folder, session.play(identity=facts, resuming=source is not None, changes=changes))
 
@@ -363,15 +363,16 @@ def _follow(ranks: Ranks, own_process: bool) -> Run:
     from corefit.session import Interrupts, Session
 
     base = resolve_base(str(recipe.model.base), trust_remote_code=recipe.model.trust_remote_code)
-    spool_to = folder / "data"
-    plan = prepare(recipe, registry, tokenizer=base, spool_to=spool_to, again=True)
+    plan = prepare(recipe, registry, tokenizer=base, spool_to=folder / "data", again=True)
     if other := differences(told["facts"], identity(plan, model_fingerprint(str(base)))):
         raise RunError(f"not what rank 0 has: {words(other)}")
-    quantizer, scheduler = registry.quantizer(recipe.model.quantizer), registry.scheduler(recipe.train.scheduler)
-    with Interrupts(lambda line: None, own_process=own_process) as interrupts:
-        nobody = Reporters((), {}, registry)  # rank 0 tells the world
-        parts = (quantizer, scheduler, nobody, interrupts, lambda line: None, ranks)
-        session = Session(plan, folder, base, *parts, try_micro_batch=told["tries"])
+
+    def say(line: str) -> None:
+        """Rank 0 tells the world."""
+
+    with Interrupts(say, own_process=own_process) as interrupts:
+        nobody = Reporters((), {}, registry)
+        session = Session(plan, folder, base, nobody, interrupts, say, ranks, try_micro_batch=told["tries"])
         session.follow(resuming=told["resuming"], changes=told["changes"])
     return Run(folder)
 
@@ -506,19 +507,18 @@ def pack_from(
     *,
     out: str,
     tokenizer: str | None = None,
-    say: Say = terminal.say,
 ) -> None:
     """Encode the data of a recipe into the arena ``out``, unless that is there and still good."""
     plan = _plan(recipe_name, flags, sets, tokenizer)
     folder, key = Path(out), arena_key(plan)
     for line in plan.choices:
-        say(line)
+        terminal.say(line)
     try:
         Arena(folder, key).verify()
     except UserError:
         pass
     else:
-        say(f"{folder} is there and was made from just this: nothing to do")
+        terminal.say(f"{folder} is there and was made from just this: nothing to do")
         return
     began = time.monotonic()
     block = make_arena(plan, folder, key, watch=_counted)
@@ -526,9 +526,9 @@ def pack_from(
     dropped = gains(block, len(block.records)).records.dropped
     reasons = "".join(f", {n:,} dropped ({reason})" for reason, n in sorted(dropped.items()))
     size, n = sum(path.stat().st_size for path in folder.iterdir()), len(block.tokens)
-    say(f"{len(block.records):,} records -> {len(block.samples):,} samples{reasons}")
-    say(f"{n:,} tokens in {seconds:.1f} s ({n / max(seconds, 1e-9):,.0f} a second)")
-    say(f"arena: {folder}, {size / 2**20:,.1f} MiB; train from it: --set pack.arena={folder}")
+    terminal.say(f"{len(block.records):,} records -> {len(block.samples):,} samples{reasons}")
+    terminal.say(f"{n:,} tokens in {seconds:.1f} s ({n / max(seconds, 1e-9):,.0f} a second)")
+    terminal.say(f"arena: {folder}, {size / 2**20:,.1f} MiB; train from it: --set pack.arena={folder}")
 
 
 def _counted(blocks: Iterator[Block]) -> Iterator[Block]:

@@ -47,7 +47,7 @@ from corefit.errors import (
 )
 from corefit.own import own_file
 from corefit.plan import gib, read_shape, setting_of
-from corefit.prepare import FIELDS, Prepared, encoding_threads, file_facts, make_stream, without_out
+from corefit.prepare import Prepared, encoding_threads, file_facts, make_stream, used_entries, without_out
 from corefit.proofs import Proof, data_proofs, first_records
 from corefit.recipe import Train, flat, to_toml
 from corefit.report import JsonLines, answers_table, duration, finite, note, perplexity, read_lines, summary
@@ -59,12 +59,11 @@ from corefit.types import (
     CheckpointReport,
     Conversation,
     EndReport,
+    Item,
     Message,
     PacksReport,
-    Quantizer,
     Record,
     SampleReport,
-    Scheduler,
     StartReport,
     StepReport,
     Unrenderable,
@@ -183,8 +182,6 @@ class Session:
         plan: Prepared,
         folder: Path,
         base: Path,
-        quantizer: Quantizer,
-        scheduler: Scheduler,
         reporters: Reporters,
         interrupts: Interrupts,
         say: Say,
@@ -200,9 +197,8 @@ class Session:
         self.reporters = reporters
         self.plan, self.folder, self.base, self.say, self.interrupts = plan, folder, base, say, interrupts
         self.ranks = ranks or ALONE
-        self.recipe, self.scheduler = plan.recipe, scheduler
-        self.proofs: dict[str, Any] = {}
-        self.proved: dict[str, str] = {}
+        self.recipe, self.scheduler = plan.recipe, plan.registry.scheduler(plan.recipe.train.scheduler)
+        self.proofs: list[Proof] = []
         self.stream, self.val_batches, self.prompts = self._data()
         self.patience = Patience(self.recipe.val.patience)
         self.state, self.lengths = LoopState(), {"metrics.jsonl": 0, "samples.jsonl": 0}
@@ -211,8 +207,8 @@ class Session:
         self.sampled: set[int] = set()
         self.first_packs: list[dict[str, Any]] = []
         self.ended = False
-        self._model(quantizer)
-        if self.device == "cpu" and 2 * self.counts.total >= model.SMALL:
+        self._model()
+        if self.device == "cpu" and not model.is_small(self.base, str(self.base)):
             model.reuse_memory()
         if try_micro_batch and not self.ranks.sharded:  # one rank can't try alone what all run together
             packs = int(self.ranks.tell(str(self._tried() if not self.ranks.rank else "")))
@@ -221,11 +217,9 @@ class Session:
 
     # ------------------------------------------------------------------------------------------------------ the start
 
-    def _proved(self, *proofs: Proof) -> None:
-        for proof in proofs:
-            self.proofs[proof.name] = proof.facts
-            self.proved[proof.name] = proof.line
-            self.say(proof.line)
+    def _proved(self, proof: Proof) -> None:
+        self.proofs.append(proof)
+        self.say(proof.line)
 
     def _data(self) -> tuple[Stream, list[Batch], tuple[str, ...]]:
         """Give the stream, the validation batches and the questions for samples; prove and say what the run will be."""
@@ -265,8 +259,9 @@ class Session:
                 f"scheduler {self.scheduler.name!r} must know how long the run is, the size of the data isn't known: "
                 "--set train.max_steps=N, or --scheduler constant"
             )
-        self.system = common_system(first)
-        block = encode_items(items_of(first, plan.encoder.supervise), plan.encoder)[0]
+        items = items_of(first, plan.encoder.supervise)
+        self.system = common_system([item for item, _ in items])
+        block, _ = encode_items(items, plan.encoder)
         block = fit(block, recipe.pack.max_length, recipe.pack.overlong)
         self.sample_lengths: list[int] = block.samples[:, LENGTH].tolist()
         return stream, batches, recipe.sample.prompts or questions(held_out or first)
@@ -277,9 +272,10 @@ class Session:
         more: dict[str, Any] = dict(threads=threads, world=self.ranks.world, rank=self.ranks.rank)
         return make_stream(self.plan, epochs=train.epochs, val_hashes=val_hashes, **more)
 
-    def _model(self, quantizer: Quantizer) -> None:
+    def _model(self) -> None:
         """Load the model and its adapter, and prove that packed documents don't see each other."""
         recipe, settings = self.recipe, self.recipe.train
+        quantizer = self.plan.registry.quantizer(recipe.model.quantizer)
         model.prepare_process(recipe.run.threads)
         self.device = model.choose_device(recipe.run.device)
         full = recipe.adapter.kind == "none"
@@ -317,8 +313,8 @@ class Session:
             r=recipe.adapter.r,
             alpha=recipe.adapter.alpha,
             dropout=recipe.adapter.dropout,
-            targets=tuple(recipe.adapter.targets or ()),
-            modules_to_save=tuple(recipe.adapter.modules_to_save or ()),
+            targets=recipe.adapter.targets,
+            modules_to_save=recipe.adapter.modules_to_save,
             dora=recipe.adapter.dora,
             rslora=recipe.adapter.rslora,
             start=recipe.adapter.start,
@@ -395,7 +391,7 @@ class Session:
             settings.optimizer,
             self.parameters,
             lr=settings.lr,
-            betas=(settings.betas[0], settings.betas[1]),
+            betas=settings.betas,
             weight_decay=settings.weight_decay,
             lr_mult=settings.lr_mult,
         )
@@ -759,7 +755,7 @@ class Session:
         ledger = Ledger.from_dict(self.state.as_dict()["stream"]["ledger"])
         ledger.add(self.val_ledger)
         differences = ledger.differences()
-        facts = {**ledger.as_dict(), "balanced": not differences, "proofs": self.proofs}
+        facts = {**ledger.as_dict(), "proofs": {proof.name: proof.facts for proof in self.proofs}}
         write_json(self.folder / "ledger.json", facts)
         interrupted = self.interrupts.exit_code or int(reason not in ENDS)  # 1: another rank was told to stop
         status = "interrupted" if interrupted else "complete"
@@ -800,15 +796,11 @@ class Session:
     def _facts(self) -> dict[str, Any]:
         """Give what ``run.json`` holds for the whole run: command line, versions, plugins, fingerprints."""
         plan = self.plan
-        used = {
-            "reader": [s.reader.name for s in plan.sources],
-            "map function": [s.map_function.name for s in plan.sources if s.map_function.name != FIELDS],
-            "template": [plan.template.name],
-            "quantizer": [self.recipe.model.quantizer],
-            "scheduler": [self.scheduler.name],
-            "reporter": list(self.recipe.run.reporters),
-        }
-        providers = {kind: {name: plan.registry.provider(kind, name) for name in names} for kind, names in used.items()}
+
+        def provider(kind: str, name: str) -> dict[str, str]:
+            plugin = plan.registry.provider(kind, name)
+            return {"plugin": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
+
         return {
             "corefit": __version__,
             "command": sys.argv,
@@ -816,11 +808,7 @@ class Session:
             "platform": platform.platform(),
             "versions": checkpoint.versions(),
             "plugins": {
-                kind: {
-                    name: {"plugin": p.name, "distribution": p.distribution, "version": p.version}
-                    for name, p in of.items()
-                }
-                for kind, of in providers.items()
+                kind: {name: provider(kind, name) for name in names} for kind, names in used_entries(plan).items()
             },
             "model": {
                 "base": self.recipe.model.base,
@@ -833,7 +821,7 @@ class Session:
             "data": [file_facts(path) for s in (*plan.sources, *plan.val_sources) for path in s.sources.paths],
             "device": self.device,
             "precision": self.precision.name,
-            "proofs": self.proved,
+            "proofs": {proof.name: proof.line for proof in self.proofs},
         }
 
     def _write_run(self, status: str, **more: object) -> None:
@@ -922,9 +910,8 @@ def questions(records: Sequence[tuple[Source, Record | BadRecord]]) -> tuple[str
     return tuple(found)
 
 
-def common_system(records: Sequence[tuple[Source, Record | BadRecord]]) -> str:
-    """Give the system message with which all conversations of these records begin; empty: not all do."""
-    items = [item for source, record in records if isinstance(record, Record) for item in map_record(source, record)]
+def common_system(items: Sequence[Item]) -> str:
+    """Give the system message with which all conversations among these items begin; empty: not all do."""
     first = [item.messages[0] for item in items if isinstance(item, Conversation) and item.messages]
     found = {message.content if message.role == "system" else "" for message in first}
     return found.pop() if len(found) == 1 else ""

@@ -12,7 +12,7 @@ import numpy as np
 
 from corefit.data import kernel
 from corefit.data.block import LENGTH, RECORD, SAMPLE_COLUMNS, SPAN, SPANS, START, STOP, SUPERVISED
-from corefit.errors import DataError, ModelError, PluginError
+from corefit.errors import DataError, ModelError, PluginError, in_words
 from corefit.templates import markers
 from corefit.types import Conversation, Document, Item, Message, PromptTemplate, Segment, Unrenderable
 
@@ -81,7 +81,7 @@ class Encoder:
             ends.append(len(segments))
         notes = [self._look_alikes(item) if self.forgeable else () for item, _ in items]
         texts, supervised, control, turn = zip(*segments, strict=True) if segments else ((), (), (), ())
-        flags = _Flags(*(np.array(values, np.bool_) for values in (supervised, control, turn)))
+        flags = [np.array(values, np.bool_) for values in (supervised, control, turn)]
         tokens, sizes = self._ids(texts, control)
         return _samples(tokens, sizes, flags, np.array(ends, np.int64), drops, notes, self.forbidden)
 
@@ -118,9 +118,8 @@ class Encoder:
             except DataError as error:
                 raise DataError(f"{origin}: {error}") from error
             except Exception as error:
-                raise PluginError(
-                    f"{origin}: template {self.template.name!r} failed with {type(error).__name__}: {error}"
-                ) from error
+                what = f"template {self.template.name!r} failed with {in_words(error)}"
+                raise PluginError(f"{origin}: {what}") from error
             if segments and not any(segment.turn for segment in segments):
                 segments[0] = segments[0]._replace(turn=True)  # without a turn it would be a document
             if self.rewrites:
@@ -336,24 +335,19 @@ def join_ids(parts: list[list[int] | int], ids: NDArray[np.int32], sizes: Table)
     return len(flat)
 
 
-class _Flags(NamedTuple):
-    """Of all segments, bool [S] each: as in ``Segment``."""
-
-    supervised: NDArray[np.bool_]
-    control: NDArray[np.bool_]
-    turn: NDArray[np.bool_]
-
-
 def _samples(
     tokens: NDArray[np.int32],
     sizes: Table,
-    flags: _Flags,
+    flags: Sequence[NDArray[np.bool_]],
     item_ends: Table,
     drops: list[str | None],
     notes: list[tuple[str, ...]],
     forbidden: NDArray[np.bool_],
 ) -> Encoded:
-    """Cut the tokens of all segments into samples, one an item; drop what holds a forbidden id, or nothing to learn."""
+    """Cut the tokens of all segments into samples, one an item; drop what holds a forbidden id, or nothing to learn.
+
+    ``flags``: which of the segments are supervised, control text and the first of a turn, bool [S] each.
+    """
     n_items = len(item_ends)
     supervised, control, turn = flags
     segment_ends = np.cumsum(sizes)

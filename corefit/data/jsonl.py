@@ -31,7 +31,6 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from io import BufferedReader, FileIO
 from itertools import groupby, islice
 from operator import attrgetter
@@ -89,10 +88,10 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-@lru_cache
-def _decoder(interpreter_limit: int) -> json.JSONDecoder:
+def _decoder() -> json.JSONDecoder:
     # A parse_int of our own costs 0.1 us an integer; the interpreter's limit is the same unless somebody moved it.
-    return json.JSONDecoder(parse_constant=_constant, parse_int=int if interpreter_limit == MAX_DIGITS else _integer)
+    parse_int = int if sys.get_int_max_str_digits() == MAX_DIGITS else _integer
+    return json.JSONDecoder(parse_constant=_constant, parse_int=parse_int)
 
 
 def _outside_strings(pattern: str, text: str) -> int | None:
@@ -496,9 +495,9 @@ def _place_in_list(refused: _Refused, raw: bytes | None, line: int) -> str:
     return f"{refused.reason}{place}{'; the rest of the list is not read' if refused.broken else ''}"
 
 
-def _reading(f: _File, fields: tuple[str, ...] | None) -> Callable[[bytes, int, int, int], Record | BadRecord]:
+def _reading(f: _File, fields: tuple[str, ...] | None) -> Callable[[bytes, int, int, int], Record]:
     """Give what makes a record of its bytes."""
-    decode, name, number = _decoder(sys.get_int_max_str_digits()).raw_decode, str(f.path), f.number
+    decode, name, number = _decoder().raw_decode, str(f.path), f.number
 
     def record(raw: bytes, offset: int, line: int, size: int) -> Record:
         found = _parse(raw, decode)
@@ -506,16 +505,7 @@ def _reading(f: _File, fields: tuple[str, ...] | None) -> Callable[[bytes, int, 
             found = {key: found[key] for key in fields if key in found}
         return Record(found, path=name, line=line, offset=offset, size=size, file=number)
 
-    if fields is None or f.is_list or kernel.compiled is None:
-        return record
-    table = _Table(f, fields, 1)
-
-    def record_by_kernel(raw: bytes, offset: int, line: int, size: int) -> Record | BadRecord:
-        table.clear()
-        table.take_lines(raw, offset, line, size)
-        return next(table.records())
-
-    return record_by_kernel
+    return record
 
 
 def read_jsonl(sources: Sources, options: object = None, start: Position | None = None) -> Iterator[Record | BadRecord]:
@@ -586,7 +576,7 @@ class _Table:
         self.names = tuple(field.encode("utf-8", "surrogatepass") for field in self.fields)
         self.width = 3 + 3 * len(self.fields)
         self.cells = memoryview(bytearray(8 * self.width * room)).cast("q")
-        self.decode = _decoder(sys.get_int_max_str_digits()).raw_decode
+        self.decode = _decoder().raw_decode
         self.arena = bytearray()
         self.clear()
 
@@ -743,7 +733,7 @@ def fetch_jsonl(sources: Sources, options: object, positions: Sequence[Position]
 
 
 def _fetch_lines(
-    f: _File, wanted: Sequence[Position], fields: tuple[str, ...] | None, make: Callable[..., Record | BadRecord]
+    f: _File, wanted: Sequence[Position], fields: tuple[str, ...] | None, make: Callable[..., Record]
 ) -> dict[Position, Record | BadRecord]:
     """Find the lines that are not long, each by a read of its own; the kernel takes them as one buffer."""
     file, lines = f.file.fileno(), dict[Position, bytes]()

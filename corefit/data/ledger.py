@@ -19,8 +19,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from corefit.errors import LedgerError
-
 _Counts = TypeVar("_Counts", "Records", "Tokens", "Slots", "Messages")
 
 
@@ -123,11 +121,6 @@ class Ledger:
                 terms = " + ".join(f"{key} {values[key]:,}" for key in right)
                 found.append(f"{name}: {left} {values[left]:,} = {terms} does not hold")
         return found
-
-    def check(self) -> None:
-        """Raise a LedgerError that names the equations that do not hold, if there are any."""
-        if found := self.differences():
-            raise LedgerError(f"the ledger does not balance: {'; '.join(found)}")
 
     def as_dict(self) -> dict[str, Any]:
         """Give JSON-able objects ``records``, ``tokens``, ``slots``, ``messages``, and ``balanced``."""

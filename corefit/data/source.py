@@ -190,7 +190,7 @@ def _encoded(items: Sequence[tuple[Item, str]], encoder: Encoder) -> Encoded:
         raise
     except BaseException as error:  # the tokenizer's panics are no Exceptions
         where = f"{items[0][1]} to {items[-1][1]}"
-        raise DataError(f"{where}: tokenising failed: {type(error).__name__}: {error}") from error
+        raise DataError(f"{where}: tokenising failed: {in_words(error)}") from error
 
 
 def refused(record: BadRecord) -> DataError:

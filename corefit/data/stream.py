@@ -130,6 +130,15 @@ class _Group(NamedTuple):
     flush: bool = False
 
 
+class _Known(NamedTuple):
+    """All records of all sources, encoded already, as an ``Arena`` holds them."""
+
+    block: Block
+    take: Callable[[Table], Block]
+    firsts: list[int]
+    """The first row of each source."""
+
+
 @dataclass(slots=True, eq=False)
 class _Taken:
     """A block and the packs that closed while its samples were taken in; everything that a state is made from."""
@@ -265,18 +274,14 @@ class Stream:
         self._by_ratio = any(source.ratio is not None for source in sources)
         self._names: dict[str, int] = {}
         self._listed: list[str] = []
-        # where all records of all sources are encoded: them, what gives some of them, and the first row of each source
-        self._known: Block | None = None if arena is None else arena.block
-        self._pick: Callable[[Table], Block] | None = None if arena is None else arena.take
-        self._firsts: list[int] = [] if arena is None else arena.firsts
-        # before what is mapped is used
-        self._look: Callable[[], None] = arena.check if arena is not None else lambda: None
+        self._arena = arena
+        self._known: Arena | _Known | None = arena
         self._groups_a_step = 0
         self._reset()
 
     def _reset(self) -> None:
         self.ledger = Ledger()  # of the blocks taken in
-        self._window = Window(self._known)
+        self._window = Window(None if self._known is None else self._known.block)
         self._rows = np.empty((0, SAMPLE_COLUMNS), np.int64)  # the samples held
         self._records = np.empty((0, RECORD_COLUMNS), np.int64)  # theirs
         self._cursor = _Cursor(0, None, (At(),) * len(self._inputs))
@@ -425,7 +430,7 @@ class Stream:
             if not one.size.known:
                 one.size = one.size._replace(total=weight, known=True)
 
-    def _known_blocks(self, pick: Callable[[Table], Block]) -> Iterator[tuple[_Group, Block]]:
+    def _known_blocks(self, known: Arena | _Known) -> Iterator[tuple[_Group, Block]]:
         """Give what ``_groups`` would read and ``_encode`` make of it, from what is encoded already, many at a time."""
         cursor, at_once = self._cursor, 128
         while not self.epochs or cursor.epoch < self.epochs:
@@ -438,23 +443,23 @@ class Stream:
                     at = sources[one.number] = At(min(at.passes + 1, one.source.repeat), 0, at.records, at.weight)
                 if at.passes < one.source.repeat and n:
                     number, stop = cursor.epoch * one.source.repeat + at.passes, min(at.taken + at_once, n)
-                    found.append(self._firsts[one.number] + one.order(number, at.taken, stop))
+                    found.append(known.firsts[one.number] + one.order(number, at.taken, stop))
             cursor = cursor._replace(sources=tuple(sources))
             if found:
-                block = pick(found[0] if len(found) == 1 else self._mixed(cursor, found, pick))
+                block = known.take(found[0] if len(found) == 1 else self._mixed(cursor, found, known.take))
                 yield _Group(cursor, [], []), block
                 cursor = _advance(cursor, block.records, self._shuffled)
             elif all(at.passes >= one.source.repeat for one, at in zip(self._inputs, sources, strict=True)):
                 weight = sum(at.weight for at in sources)
                 cursor = _Cursor(cursor.epoch + 1, weight, (At(),) * len(sources))
-                yield self._epoch_end(cursor), pick(np.empty(0, np.int64))
-        yield _Group(cursor, [], [], flush=True), pick(np.empty(0, np.int64))
+                yield self._epoch_end(cursor), known.take(np.empty(0, np.int64))
+        yield _Group(cursor, [], [], flush=True), known.take(np.empty(0, np.int64))
 
-    def _mixed(self, cursor: _Cursor, found: list[Table], pick: Callable[[Table], Block]) -> Table:
+    def _mixed(self, cursor: _Cursor, found: list[Table], take: Callable[[Table], Block]) -> Table:
         """Merge the next records of several sources by their shares, as far as all of them are known."""
         shares, numbers = [], []
         for rows in found:
-            records = pick(rows).records
+            records = take(rows).records
             number = int(records[0, SOURCE])
             at = cursor.sources[number]
             weights = at.weight + np.cumsum(records[:, WEIGHT]) - records[:, WEIGHT]
@@ -468,17 +473,18 @@ class Stream:
 
     def _blocks(self) -> Iterator[tuple[_Group, Block]]:
         """Give all blocks from the cursor on, their samples fitted to the packs."""
-        empty = np.empty(0, np.int64)
-        hashes = np.array(sorted(self.val_hashes), np.int64)
-        pick = self._pick
-        blocks = self._ahead(self._watched(self._groups()), self._encode) if pick is None else self._known_blocks(pick)
+        hashes, known = np.array(sorted(self.val_hashes), np.int64), self._known
+        if known is None:
+            blocks = self._ahead(self._watched(self._groups()), self._encode)
+        else:
+            blocks = self._known_blocks(known)
         if len(self._rows):  # resumed: packs that were about to close, or all of an epoch's
             closing = self.algorithm == "best_fit_decreasing" and not any(at.records for at in self._cursor.sources)
             group = _Group(self._cursor, [], [], flush=closing)
-            yield group, self._encode(group) if pick is None else pick(empty)
+            yield group, self._encode(group) if known is None else known.take(np.empty(0, np.int64))
         waiting: list[tuple[_Group, Block]] = []  # where no pack closes before the end of the epoch
         for group, block in blocks:
-            block = hold_out(block, hashes) if pick is not None and len(hashes) else block
+            block = hold_out(block, hashes) if known is not None and len(hashes) else block
             block = fit(block, self.max_length, self.overlong)
             if self.algorithm == "best_fit_decreasing" and not group.flush:
                 waiting.append((group, block))
@@ -606,7 +612,7 @@ class Stream:
         self._slots = [slots.total, slots.supervised, slots.masked, slots.padding]
         while step := list(islice(packs, packs_per_step)):
             self._groups_a_step = len(_by_block(step))
-            self._look()
+            self._check_arena()
             yield tuple(self._step([step[i : i + at_once] for i in range(0, len(step), at_once)]))
 
     def _step(self, rounds: list[list[tuple[_Taken, int]]]) -> Iterator[Batch]:
@@ -631,12 +637,17 @@ class Stream:
                 )
 
     def _state(self, taken: _Taken, k: int, slots: Sequence[int]) -> dict[str, Any]:
-        self._look()
+        self._check_arena()
         return taken.state(k, slots, self._shuffled)
+
+    def _check_arena(self) -> None:
+        """To be called before what is mapped is used."""
+        if self._arena is not None:
+            self._arena.check()
 
     def _gathered(self, packs: Sequence[tuple[_Taken, int]]) -> tuple[Rows, int, int]:
         """Write packs as rows, those of one block by one call; also give how many tokens and samples they are."""
-        tokens, _ = _sizes(packs)
+        tokens = [taken.tokens[k] for taken, k in packs]
         width, parts, n = padded(max(tokens)), [], 0
         for taken, numbers in _by_block(packs):
             first, last = numbers[0], numbers[-1] + 1
@@ -652,8 +663,9 @@ class Stream:
 
     def _count_slots(self, packs: list[tuple[_Taken, int]], own: int | None) -> None:
         for rank in range(min(self.world, len(packs))):
-            tokens, supervised = _sizes(packs[rank :: self.world])
-            used, targets, total = sum(tokens), sum(supervised), padded(max(tokens)) * len(tokens)
+            tokens = [taken.tokens[k] for taken, k in packs[rank :: self.world]]
+            targets = sum(taken.supervised[k] for taken, k in packs[rank :: self.world])
+            used, total = sum(tokens), padded(max(tokens)) * len(tokens)
             counted = own if own is not None and rank == self.rank else targets
             gained = (total, counted, used - targets, total - used)
             self._slots = [a + b for a, b in zip(self._slots, gained, strict=True)]
@@ -691,12 +703,12 @@ class Stream:
 
     def _again(self, held: Sequence[Sequence[Any]]) -> Block:
         """Read and encode again the records of a state, or pick them."""
-        if self._pick is not None:
+        if self._known is not None:
             table = np.array([row[:6] for row in held], np.int64).reshape(-1, 6)
             sizes = np.array([one.size.records or 0 for one in self._inputs])
             if (table[:, INDEX] >= sizes[table[:, SOURCE]]).any():
                 raise CheckpointError(CHANGED)
-            block = self._pick(np.array(self._firsts, np.int64)[table[:, SOURCE]] + table[:, INDEX])
+            block = self._known.take(np.array(self._known.firsts, np.int64)[table[:, SOURCE]] + table[:, INDEX])
             if not np.array_equal(block.records[:, : WEIGHT + 1], table):
                 raise CheckpointError(CHANGED)
             return block
@@ -731,8 +743,8 @@ class Stream:
         repeats = np.array([one.source.repeat for one in self._inputs])
         if small:
             twin = copy.copy(self)
-            twin.epochs, twin._known, twin._pick = min(self.epochs or 1, 50), block, partial(select, block)
-            twin._firsts = [0, *np.cumsum(list(map(len, heads))).tolist()]
+            firsts = [0, *np.cumsum(list(map(len, heads))).tolist()]
+            twin.epochs, twin._known = min(self.epochs or 1, 50), _Known(block, partial(select, block), firsts)
             twin._inputs = [copy.copy(one) for one in self._inputs]
             for one, head in zip(twin._inputs, heads, strict=True):
                 one.size = one.size._replace(records=len(head))
@@ -756,25 +768,9 @@ class Stream:
         return Estimate(n_records, n_samples, n, n * self.epochs or None, exact=False)
 
 
-def _sizes(packs: Sequence[tuple[_Taken, int]]) -> tuple[list[int], list[int]]:
-    """Give the tokens and the supervised tokens of each pack."""
-    (taken, first), (other, last) = packs[0], packs[-1]
-    if taken is other and last - first + 1 == len(packs):
-        return taken.tokens[first : last + 1], taken.supervised[first : last + 1]
-    return [taken.tokens[k] for taken, k in packs], [taken.supervised[k] for taken, k in packs]
-
-
-def _by_block(packs: Sequence[tuple[_Taken, int]]) -> Sequence[tuple[_Taken, Sequence[int]]]:
+def _by_block(packs: Sequence[tuple[_Taken, int]]) -> list[tuple[_Taken, list[int]]]:
     """Give which packs of which block follow each other."""
-    (taken, first), (other, last) = packs[0], packs[-1]
-    if taken is other and last - first + 1 == len(packs):
-        return [(taken, range(first, last + 1))]
-    found: list[tuple[_Taken, list[int]]] = []
-    for taken, k in packs:
-        if not found or found[-1][0] is not taken:
-            found.append((taken, []))
-        found[-1][1].append(k)
-    return found
+    return [(taken, [k for _, k in some]) for taken, some in groupby(packs, key=lambda pack: pack[0])]
 
 
 def _origins(packs: Sequence[tuple[_Taken, int]]) -> tuple[str, ...]:

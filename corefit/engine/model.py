@@ -77,6 +77,11 @@ def prepare_process(threads: int | None = None) -> None:
         torch.set_num_threads(threads)
 
 
+def is_small(folder: Path, base: str) -> bool:
+    """Whether the weights of a base are so few that memory does not matter; ``base`` is its name in errors."""
+    return sum(path.stat().st_size for path in weight_files(folder, base)) < SMALL
+
+
 def give_memory_back() -> None:
     """Let tensors of 1 MiB and more go back to the system once they are freed, where the C library is glibc.
 
@@ -470,8 +475,7 @@ def load_base(
                 "you trust its source: train --set model.trust_remote_code=true, chat --trust-remote-code"
             )
         raise ModelError(f"{base}: config.json: {unknown('model type', str(kind), _near(str(kind), CONFIG_MAPPING))}")
-    size = sum(path.stat().st_size for path in weight_files(folder, base))
-    if device == "cpu" and size >= SMALL:
+    if device == "cpu" and not is_small(folder, base):
         give_memory_back()
     if (folder / "adapter_config.json").exists():  # transformers would load the base that it names, not this folder
         raise ModelError(

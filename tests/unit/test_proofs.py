@@ -430,7 +430,7 @@ def test_an_answer_left_out_as_nothing_to_learn_fails_the_mask_proof(tiny_tokeni
     whole = encode._samples
 
     def nothing(tokens, sizes, flags, *rest):
-        return whole(tokens, sizes, flags._replace(supervised=np.zeros_like(flags.supervised)), *rest)
+        return whole(tokens, sizes, [np.zeros_like(flags[0]), *flags[1:]], *rest)
 
     monkeypatch.setattr(encode, "_samples", nothing)
     said = fails_first(tiny_tokenizer, CHATML, MaskError)

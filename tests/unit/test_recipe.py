@@ -315,11 +315,6 @@ def test_flags_win_over_the_recipe_and_sets_over_flags(monkeypatch, tmp_path):
     assert recipe.train.seed == 1 and recipe.where("train.seed") == "my.toml:2"
 
 
-def test_flags_that_were_not_given_change_nothing():
-    recipe = parse("[train]\nseed = 1\n")
-    assert apply_overrides(recipe, {"seed": None, "data": None}) == recipe
-
-
 @pytest.mark.parametrize(
     ("argument", "key", "value"),
     [

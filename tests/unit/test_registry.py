@@ -71,7 +71,7 @@ def test_nothing_depends_on_the_order_of_installation(site):
     registry = Registry.load()
     names = [plugin.name for plugin in registry.plugins]
     assert names == sorted(names) and set("qzbya") < set(names)
-    assert list(registry.schedulers) == sorted(registry.schedulers)
+    assert list(registry.entries["scheduler"]) == sorted(registry.entries["scheduler"])
 
 
 def test_a_marked_implementation_may_have_another_name(site):
@@ -79,7 +79,7 @@ def test_a_marked_implementation_may_have_another_name(site):
         "\n        from corefit import hookimpl\n        mine = hookimpl(specname='corefit_schedulers')(mine)\n"
     )
     write_plugin(site, "corefit-x", code)
-    assert "half" in Registry.load().schedulers
+    assert "half" in Registry.load().entries["scheduler"]
 
 
 def test_an_entry_point_may_name_an_object(site):
@@ -93,7 +93,7 @@ def test_an_entry_point_may_name_an_object(site):
         plugin = Plugin()
     """
     write_plugin(site, "corefit-x", code, points={"x": "corefit_x:plugin"})
-    assert "half" in Registry.load().schedulers
+    assert "half" in Registry.load().entries["scheduler"]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_broken_plugin_is_listed_and_fatal_only_when_asked_for(site, code, rea
 def test_a_plugin_that_yields_a_good_entry_and_then_a_bad_one_contributes_nothing(site):
     write_plugin(site, "corefit-bad", textwrap.dedent(scheduler("half")) + "    yield None\n")
     registry = Registry.load()
-    assert "half" not in registry.schedulers
+    assert "half" not in registry.entries["scheduler"]
     assert "corefit-bad 1.0" in refusal(registry.scheduler, "half")
 
 
@@ -184,7 +184,7 @@ def test_a_name_claimed_twice_is_refused_whatever_the_order(site):
     for ask in (registry.scheduler, lambda name: registry.provider("scheduler", name)):
         words = refusal(ask, "half")
         assert "'a' (corefit-a 1.1)" in words and "'z' (zzz-other 2.2)" in words
-    assert "half" not in registry.schedulers
+    assert "half" not in registry.entries["scheduler"]
     assert info(registry, "a").clashes == ("scheduler 'half' is claimed by plugin 'z' (zzz-other 2.2) too",)
     assert info(registry, "z").clashes == ("scheduler 'half' is claimed by plugin 'a' (corefit-a 1.1) too",)
 
@@ -230,7 +230,7 @@ def test_a_distribution_twice_on_the_path_counts_once(site, tmp_path, monkeypatc
     finally:
         sys.path.remove(str(tmp_path / "old"))
     assert info(registry, "x").source == "corefit-x 1.1"
-    assert "new" in registry.schedulers and "old" not in registry.schedulers
+    assert "new" in registry.entries["scheduler"] and "old" not in registry.entries["scheduler"]
 
 
 def test_a_torn_entry_points_file_hurts_its_owner_alone(site):
@@ -238,7 +238,7 @@ def test_a_torn_entry_points_file_hurts_its_owner_alone(site):
     write_plugin(site, "corefit-torn", entry_points_txt="[corefit]\nno equals sign\n")
     write_plugin(site, "corefit-x", scheduler("half"))
     registry = Registry.load()
-    assert "half" in registry.schedulers
+    assert "half" in registry.entries["scheduler"]
     assert "entry_points.txt can't be read" in str(info(registry, "corefit-torn").error)
     assert not [plugin for plugin in registry.plugins if plugin.distribution == "someone-else"]
 

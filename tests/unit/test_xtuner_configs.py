@@ -17,7 +17,7 @@ from xtuner_configs import V0_1_9, V0_1_23, edited
 from corefit.cli import main
 from corefit.errors import PluginError, RecipeError
 from corefit.prepare import read_config, resolve
-from corefit.recipe import Recipe, flat, imported_recipe, load_recipe, parse_recipe, toml_dumps
+from corefit.recipe import Recipe, flat, load_recipe, parse_recipe, toml_dumps
 from corefit.registry import Registry
 
 NAME = "internlm_chat_7b_qlora_oasst1_e3"
@@ -41,9 +41,9 @@ def read(registry):
     def read(text: str, *overrides: str, name: str = "config.py") -> Recipe:
         Path(name).write_text(text, "utf-8")
         read.said, read.missing = "", {}
-        found = read_config(Path(name), overrides, registry)
+        found, recipe = read_config(Path(name), overrides, registry)
         read.said, read.missing, read.found = "\n".join(found.notes), dict(found.missing), found
-        return imported_recipe(found, name=name, base=Path.cwd())
+        return recipe
 
     return read
 
@@ -628,13 +628,15 @@ def test_two_readers_of_one_suffix_are_told_apart_by_the_user(registry, monkeypa
         registry.recipe_reader(".yaml")
 
 
-def test_a_reader_that_fails_is_named_with_its_plugin(registry, tmp_path):
+def test_a_reader_that_fails_is_named_with_its_plugin(registry, tmp_path, monkeypatch):
     from corefit.types import RecipeReader
 
     def fails(path, overrides):
         raise KeyError("oops")
 
     broken = RecipeReader(name="xtuner", summary="", read=fails, suffixes=(".py",))
+    monkeypatch.chdir(tmp_path)
+    Path("x.py").touch()
     with pytest.raises(PluginError) as caught:
         read_config(
             Path("x.py"), [], Registry(registry.plugins, {**registry.entries, "recipe reader": {"xtuner": broken}})
