@@ -15,13 +15,15 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from corefit.engine import internlm
@@ -41,6 +43,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 """Of glibc's malloc.h."""
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+"""What ``train.precision`` can be, beside ``auto``."""
 SMALL = 16 * 2**20
 """Bytes of weights below which memory does not matter, and the time to give it back would."""
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
@@ -106,20 +110,25 @@ def import_bitsandbytes() -> bool:
 
     With the package ``kernels`` at hand its import downloads and runs code from the hub: hidden from it here.
     """
-    if "bitsandbytes" in sys.modules:
-        return True
-    hidden = sys.modules.get("kernels")
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    try:
+    with _hidden("kernels"), contextlib.suppress(ImportError):
         import bitsandbytes  # noqa: F401
-    except ImportError:
-        return False
+
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Make imports of a package fail, installed or not."""
+    before = sys.modules.get(package)
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
     finally:
-        if hidden is None:
-            del sys.modules["kernels"]
+        if before is None:
+            del sys.modules[package]
         else:
-            sys.modules["kernels"] = hidden
-    return True
+            sys.modules[package] = before
 
 
 # --------------------------------------------------------------------------------------------- device and precision
@@ -153,21 +162,17 @@ def choose_device(wanted: str = "auto") -> str:
     device = "cuda" if wanted == "auto" else wanted
     if index and int(index) >= torch.cuda.device_count():
         raise UserError(f"run.device: no {wanted!r}: torch sees {torch.cuda.device_count()} GPU(s), {ways}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns about what the next line finds out
-            total = float((torch.ones(8, device=device) * 2).sum())
-        if total != 16.0:
-            raise RuntimeError(f"8 x 2 = {total}")
-    except RuntimeError as error:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about what is found out here
+        try:
+            torch.ones(8, device=device).sum().item()
+        except RuntimeError as error:
             major, minor = torch.cuda.get_device_capability(device)
-        raise UserError(
-            f"run.device: the GPU (capability {major}.{minor}) can't run torch {torch.__version__}, which has code for "
-            f"{' '.join(torch.cuda.get_arch_list()) or 'no GPU'} ({first_line(error)}); install a torch built for it, "
-            f"{ways}"
-        ) from error
+            codes = " ".join(torch.cuda.get_arch_list()) or "no GPU"
+            raise UserError(
+                f"run.device: the GPU (capability {major}.{minor}) can't run torch {torch.__version__}, which has code "
+                f"for {codes} ({first_line(error)}); install a torch built for it, {ways}"
+            ) from error
     return device
 
 
@@ -191,7 +196,8 @@ def _gpu_is_there() -> bool:
 class Precision:
     """In which number format the run multiplies; trainable weights and optimizer state are fp32 in any case."""
 
-    name: Literal["fp16", "bf16", "fp32"]
+    name: str
+    """One of ``DTYPES``."""
     compute_dtype: torch.dtype
     use_scaler: bool
     """True: dynamic loss scaling, which fp16's narrow range needs."""
@@ -205,6 +211,8 @@ def choose_precision(wanted: str = "auto", *, device: str, base_dtype: str) -> P
     ``auto``: fp16 where the base is stored in fp16 or the GPU has no bf16; else bf16 on a GPU. On a CPU bf16 where it
     multiplies bf16 natively, else fp32: fp16 takes 12 to 15 times as long there.
     """
+    if wanted not in ("auto", *DTYPES):
+        raise UserError(f"train.precision: {unknown('precision', wanted, ['auto', *DTYPES])}")
     cpu = torch.device(device).type == "cpu"
     native = _cpu_has_bf16() if cpu else torch.cuda.is_bf16_supported(including_emulation=False)
     name, reason = wanted, "asked for"
@@ -221,21 +229,14 @@ def choose_precision(wanted: str = "auto", *, device: str, base_dtype: str) -> P
     elif wanted == "bf16" and not native:
         reason = f"asked for; this {'CPU' if cpu else 'GPU'} has no native bf16, so it will be slow"
     if name == "fp16":
-        return Precision("fp16", torch.float16, True, f"{reason}; dynamic loss scaling")
-    if name == "bf16":
-        return Precision("bf16", torch.bfloat16, False, reason)
-    if name == "fp32":
-        return Precision("fp32", torch.float32, False, reason)
-    raise UserError(f"train.precision: {unknown('precision', wanted, ['auto', 'fp16', 'bf16', 'fp32'])}")
+        reason += "; dynamic loss scaling"
+    return Precision(name, DTYPES[name], use_scaler=name == "fp16", reason=reason)
 
 
 def _cpu_has_bf16() -> bool:
     """Whether the CPU has AVX512-BF16 or AMX instructions."""
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        ask = getattr(torch.cpu, name, None)
-        if ask is not None and ask():
-            return True
-    return False
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # which torch may rename
+    return any(getattr(torch.cpu, name, bool)() for name in asked)
 
 
 # --------------------------------------------------------------------------------------------------------- the base
@@ -402,13 +403,12 @@ def base_dtype_of(base: str) -> str:
     Read from the weights themselves: ``config.json`` may say something else.
     """
     folder = resolve_base(base, say=unsaid)
-    sizes: dict[str, int] = {}
+    sizes = Counter[str]()
     for path in weight_files(folder, base):
         for entry in read_header(path)[0].values():
-            if entry["dtype"] in _FLOATS:
+            if dtype := _FLOATS.get(entry["dtype"]):
                 begin, end = entry["data_offsets"]
-                dtype = _FLOATS[entry["dtype"]]
-                sizes[dtype] = sizes.get(dtype, 0) + end - begin
+                sizes[dtype] += end - begin
     return max(sizes, key=lambda dtype: (sizes[dtype], dtype)) if sizes else "float32"
 
 
@@ -469,7 +469,8 @@ def load_base(
                 f"{base}: model type {kind!r} comes with its own Python code, which corefit doesn't run unasked; if "
                 "you trust its source: train --set model.trust_remote_code=true, chat --trust-remote-code"
             )
-        raise ModelError(f"{base}: config.json: {unknown('model type', str(kind), _near(str(kind), CONFIG_MAPPING))}")
+        near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3, cutoff=0.4)  # of very many
+        raise ModelError(f"{base}: config.json: {unknown('model type', str(kind), near)}")
     size = sum(path.stat().st_size for path in weight_files(folder, base))
     if device == "cpu" and size >= SMALL:
         give_memory_back()
@@ -536,10 +537,8 @@ def load_base(
         raise ModelError(f"{base}: doesn't fit into the memory of {device}; {ways}") from error
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(f"{base}: can't be loaded: {first_line(error)}") from error
-    except Exception as error:
-        if type(error).__module__.startswith("safetensors"):
-            raise ModelError(f"{base}: broken weights file: {first_line(error)}; fetch it again") from error
-        raise
+    except SafetensorError as error:
+        raise ModelError(f"{base}: broken weights file: {first_line(error)}; fetch it again") from error
     _check_loaded(base, info, say)
     _protect_4bit(model)
     if quantizer.after_load is not None:
@@ -661,12 +660,8 @@ def _protect_4bit(model: nn.Module) -> None:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether some weights are stored in a quantizer's own form."""
-    return any(_quantized_weight(module) is not None for module in model.modules())
-
-
-def _quantized_weight(module: nn.Module) -> torch.Tensor | None:
-    weight = getattr(module, "weight", None)
-    return weight if isinstance(module, nn.Linear) and weight is not None and not weight.is_floating_point() else None
+    weights = [getattr(layer, "weight", None) for layer in linear_layers(model).values()]
+    return any(weight is not None and not weight.is_floating_point() for weight in weights)
 
 
 # ------------------------------------------------------------------------------------------------------ the adapter
@@ -726,11 +721,8 @@ def _taken_for_experts(model: PreTrainedModel, targets: list[str]) -> set[str]:
     It would adapt those in the place of layers, or beside them, and so would whoever loads the adapter with it.
     """
     from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as convert
 
-    try:
-        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as convert
-    except ImportError:
-        return set()
     trial = LoraConfig(target_modules=targets)
     with contextlib.suppress(ValueError):  # some of them without others, with which they are one
         convert(trial, model, None)
@@ -832,15 +824,14 @@ def without_bitsandbytes(model: PreTrainedModel) -> Iterator[None]:
         import_bitsandbytes()
         yield
         return
-    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     try:
-        yield
+        with _hidden("bitsandbytes"):
+            yield
     finally:
-        del sys.modules["bitsandbytes"]
-        from peft import import_utils
+        from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 
-        for name in ("is_bnb_available", "is_bnb_4bit_available"):  # what it found out now isn't so
-            getattr(getattr(import_utils, name, None), "cache_clear", bool)()
+        for answer in (is_bnb_available, is_bnb_4bit_available):  # what it found out now isn't so
+            answer.cache_clear()
 
 
 def _load_adapter(adapted: Any, folder: Path) -> None:  # noqa: ANN401, a PeftModel
@@ -1002,12 +993,10 @@ def enable_gradient_checkpointing(model: Any, share: float = 1.0) -> None:  # no
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     base = causal_lm(model)
-    kwargs = {"use_reentrant": False}
+    # the first name is that since transformers 5.2x
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     try:
-        if hasattr(base, "activation_checkpointing_enable"):  # the name since transformers 5.2x
-            base.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
-        else:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        enable({"use_reentrant": False})
     except ValueError as error:
         raise ModelError(
             f"{first_line(error)} --set train.gradient_checkpointing=false does without, at the price of memory"
@@ -1033,11 +1022,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         torch.clear_autocast_cache()
         for module, mode in modes:
             module.training = mode
-
-
-def _near(name: str, known: Any) -> list[str]:  # noqa: ANN401, a lazy mapping of transformers
-    """The few nearest of very many names."""
-    return difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
 
 
 def first_line(error: BaseException) -> str:
