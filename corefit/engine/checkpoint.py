@@ -27,6 +27,7 @@ from torch import nn
 
 from corefit.durable import make_folder, sync, write_whole
 from corefit.engine.export import entries_of, write_tensors
+from corefit.engine.model import misfit
 from corefit.engine.nonfinite import require_finite
 from corefit.engine.optimizer import load_optimizer_state, optimizer_state
 from corefit.engine.ranks import ALONE, Ranks, shared_as
@@ -211,14 +212,8 @@ def restore(
     Raises:
         CheckpointError: the trained weights differ in name or shape: the adapter or the model is another one.
     """
-    have = {name: tuple(tensor.shape) for name, tensor in checkpoint.trainable.items()}
-    want = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    if differ := sorted(name for name in have | want if have.get(name) != want.get(name)):
-        name = differ[0]
-        raise CheckpointError(
-            f"{checkpoint.path}: holds {have.get(name, 'nothing')} for {name}, the model trains "
-            f"{want.get(name, 'nothing')} ({len(differ)} such weights): made with another [adapter] or model.base?"
-        )
+    if found := misfit(checkpoint.trainable, parameters):
+        raise CheckpointError(f"{checkpoint.path}: holds {found}: made with another [adapter] or model.base?")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(shared_as(parameter, checkpoint.trainable[name]))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from corefit.engine.loss import CACHED, CHUNK
+from corefit.engine.model import BITS
 
 MIB = 2**20
 PROCESS, LOADING = 550 * MIB, 365 * MIB
@@ -32,7 +33,7 @@ OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_32bit": 8
 """Bytes of state for a number that trains; of 8 bits, 256 numbers share two fp32 scales."""
 SHARING = re.compile(r"(k_proj|v_proj|up_proj|w3)$")
 """Linear layers that read what another one reads too."""
-STORED_BITS = {"nf4": 4 + 8 / 64 + 32 / 64 / 256, "int8": 8.0}
+STORED_BITS = {"nf4": BITS[4], "int8": BITS[8]}
 """Bits of a quantised weight, scales included."""
 
 

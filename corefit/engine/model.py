@@ -45,6 +45,8 @@ M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 """Of glibc's malloc.h."""
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 """What ``train.precision`` can be, beside ``auto``."""
+BITS = {4: 4 + 8 / 64 + 32 / 64 / 256, 8: 8.0}
+"""Of a weight that bitsandbytes stores: 64 of 4 bits have a scale of 8 bits, and 256 of those one of 32."""
 SMALL = 16 * 2**20
 """Bytes of weights below which memory does not matter, and the time to give it back would."""
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
@@ -495,19 +497,18 @@ def load_base(
         raise ModelError(
             f"{base}: stored quantised already; --quantizer none uses it as it is, or give the unquantised base"
         )
-    if quantization is not None and not has_bitsandbytes and "itsAndBytes" in type(quantization).__name__:
+    of_bitsandbytes = type(quantization).__name__ == "BitsAndBytesConfig"
+    if of_bitsandbytes and not has_bitsandbytes:
         raise ModelError(f"quantizer {quantizer.name!r}: bitsandbytes is not installed; pip install bitsandbytes")
     dtype = getattr(torch, weights_dtype or compute_dtype)
     more: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if quantization is not None:
         more["quantization_config"] = quantization
-    if type(quantization).__name__ == "BitsAndBytesConfig" and not trust_remote_code and say is not unsaid:
-        # of 4 bits, 64 weights have a scale of 8 bits, and 256 of those one of 32
-        bits = 4 + 8 / 64 + 32 / 64 / 256 if quantization.load_in_4bit else 8
+    if of_bitsandbytes and not trust_remote_code and say is not unsaid:
         with contextlib.suppress(OSError, ValueError, KeyError):  # loading says it better
             skeleton, _, names = _skeleton(config, str(folder), quantization)
-            by = f"{base}: {quantizer.name}"
-            say(f"{by} {_said_storage(skeleton, names, by=by, bits=bits, dtype=dtype, device=device)}")
+            bits = BITS[4 if quantization.load_in_4bit else 8]
+            say(_said_storage(skeleton, names, by=f"{base}: {quantizer.name}", bits=bits, dtype=dtype, device=device))
     if device != "cpu":
         more["device_map"] = {"": device}
 
@@ -571,8 +572,8 @@ def _said_storage(
 ) -> str:
     """Say how much of a base a quantizer will store, and the memory that all of it will take.
 
-    ``by``: which base and quantizer, for errors. ``names``: the weights that it takes; ``bits``: to one of them, scales
-    included; ``dtype``: of all others.
+    ``by``: which base and quantizer. ``names``: the weights that it takes; ``bits``: to one of them, scales included;
+    ``dtype``: of all others.
 
     Raises:
         ModelError: the GPU has less.
@@ -582,11 +583,11 @@ def _said_storage(
     fused = sum(n for name, n in sizes.items() if skeleton.get_parameter(name).dim() == 3 and name not in names)
     size = (stored * bits / 8 + (total - stored) * dtype.itemsize) / 2**30
     share, other = f"{stored / 1e6:,.1f}M of {total / 1e6:,.1f}M weights", str(dtype).removeprefix("torch.")
-    line = f"stores {share} ({stored / total:.0%}), the others are {other}: {size:,.2f} GiB"
+    line = f"{by} stores {share} ({stored / total:.0%}), the others are {other}: {size:,.2f} GiB"
     if fused > stored:
         line += f"; {fused / 1e6:,.1f}M are fused experts, which it can't store: have that memory, or take a dense base"
     if device != "cpu" and size > (memory := torch.cuda.get_device_properties(device).total_memory / 2**30):
-        raise ModelError(f"{by} {line}; {device} has {memory:,.1f} GiB: take a smaller base or a larger GPU")
+        raise ModelError(f"{line}; {device} has {memory:,.1f} GiB: take a smaller base or a larger GPU")
     return line
 
 
@@ -844,15 +845,19 @@ def _load_adapter(adapted: Any, folder: Path) -> None:  # noqa: ANN401, a PeftMo
     if layout := internlm.layout_in(adapted):
         config = json.loads((folder / "adapter_config.json").read_bytes())
         _, tensors = layout.adapter_to_llama(config, tensors, str(folder))
-    have = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    want = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    if differ := sorted(name for name in have | want if have.get(name) != want.get(name)):
-        raise ModelError(
-            f"adapter.start: {folder} has {have.get(differ[0], 'nothing')} for {differ[0]}, this base takes "
-            f"{want.get(differ[0], 'nothing')}: an adapter of another base?"
-        )
+    if found := misfit(tensors, get_peft_model_state_dict(adapted, save_embedding_layers=False)):
+        raise ModelError(f"adapter.start: {folder} has {found}: an adapter of another base?")
     set_peft_model_state_dict(adapted, tensors)
+
+
+def misfit(have: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]) -> str:
+    """Say which tensor, the first by name, has another shape than the model's or is on one side only; empty: none."""
+    shapes, wanted = ({name: tuple(tensor.shape) for name, tensor in side.items()} for side in (have, want))
+    differ = sorted(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))
+    if not differ:
+        return ""
+    of, to = (side.get(differ[0], "nothing") for side in (shapes, wanted))
+    return f"{of} for {differ[0]}, the model trains {to} ({len(differ)} such weights)"
 
 
 def with_adapter(model: PreTrainedModel, folder: Path) -> Any:  # noqa: ANN401, a PeftModel

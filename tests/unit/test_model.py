@@ -533,7 +533,7 @@ def test_an_adapter_of_another_base_or_pickled_is_no_start(tiny_model, tmp_path)
     start = AdapterSpec(r=4, alpha=8, dropout=0.0, start=str(folder))
     other = write_model(tmp_path / "other", hidden_size=96)
     with pytest.raises(
-        ModelError, match=r"adapter.start: .* has \(64, 4\) for .*lora_B.weight, this base takes \(96, 4\)"
+        ModelError, match=r"adapter.start: .* has \(64, 4\) for .*lora_B.weight, the model trains \(96, 4\)"
     ):
         attach_adapter(load(other), start, seed=1)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
