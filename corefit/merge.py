@@ -61,16 +61,14 @@ def merge(
     from corefit.engine.export import (
         Provenance,
         base_files,
-        read_header,
         rewrite_weights,
         serving_files,
-        weight_files,
         with_keys,
         with_vocabulary,
         write_files,
         written_aside,
     )
-    from corefit.engine.model import as_stored, model_fingerprint
+    from corefit.engine.model import as_stored, model_fingerprint, read_header, weight_files
 
     if into not in BASES:
         raise ModelError(f"--base: {unknown('base', into, BASES)}")
@@ -255,7 +253,7 @@ def divergence(trained: Any, merged: Any, texts: Sequence[Sequence[int]]) -> str
 def _cost(found: Found, merged: Path, limit: int) -> str:
     """Say how far the merged model's answers are from those of the model that was trained, where that costs little."""
     from corefit.chat import find
-    from corefit.engine.export import weight_files
+    from corefit.engine.model import weight_files
 
     if sum(path.stat().st_size for path in weight_files(found.base)) > limit or not found.facts.get("compute_dtype"):
         return "corefit selftest measures the difference on a small model"
