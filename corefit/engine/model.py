@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import warnings
@@ -184,12 +183,9 @@ def _gpu_is_there() -> bool:
         return False
     if any(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia*")):
         return True
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return False
     try:
-        found = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # there is no such program, or it hangs
         return False
     return found.returncode == 0 and "GPU " in found.stdout
 
@@ -221,11 +217,12 @@ def choose_precision(wanted: str = "auto", *, device: str, base_dtype: str) -> P
     if wanted == "auto" and cpu:
         name = "bf16" if native else "fp32"
         reason = "this CPU multiplies bf16 natively" if native else "this CPU has no native bf16"
+    elif wanted == "auto" and not native:
+        name, reason = "fp16", "this GPU has no bf16"
+    elif wanted == "auto" and base_dtype == "float16":
+        name, reason = "fp16", "the base is stored in fp16"
     elif wanted == "auto":
-        name = "fp16" if base_dtype == "float16" or not native else "bf16"
-        reason = "this GPU has no bf16"
-        if native:
-            reason = "the base is stored in fp16" if name == "fp16" else "this GPU has bf16 and the base isn't fp16"
+        name, reason = "bf16", "this GPU has bf16 and the base isn't fp16"
     elif wanted == "fp16" and cpu:
         reason = "asked for; real fp16 takes 12-15 times as long as fp32 on a CPU, train.precision=auto is faster"
     elif wanted == "bf16" and not native:
@@ -750,7 +747,6 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
                 "adapter.kind: full fine-tuning can't train quantised weights; --quantizer none, or kind=lora"
             )
         return model.float().requires_grad_(True).train()
-    quiet()
     with without_bitsandbytes(model):
         return _attach_lora(model, spec, seed=seed)
 
@@ -758,7 +754,6 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
 def _attach_lora(model: PreTrainedModel, spec: AdapterSpec, *, seed: int) -> Any:  # noqa: ANN401, a PeftModel
     from peft import LoraConfig, TaskType, get_peft_model
 
-    model.requires_grad_(False)
     for module in model.modules():
         if "norm" in type(module).__name__.lower():
             fuse_norm(module.float())

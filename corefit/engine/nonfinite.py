@@ -139,7 +139,7 @@ def explain(
         in_a_row: steps skipped one after another, this one included.
         ranks: that run the step together; each looks at its own micro-batches.
     """
-    total, now = ranks.sum(sum(batch.n_supervised for batch in batches))[0], random_state(device)
+    now = random_state(device)
     bad: dict[int, dict[str, Any]] = {}
     records: list[str] = []
     together: list[str] = []
@@ -149,7 +149,7 @@ def explain(
         with Watch(loss_fn) as watch:
             loss = nats(batch)
             if (is_finite := finite(loss)) or ranks.sharded:
-                (loss / total * report.loss_scale).backward()  # type: ignore[no-untyped-call]
+                (loss / report.supervised_tokens * report.loss_scale).backward()  # type: ignore[no-untyped-call]
         # what isn't finite on the way and leaves no trace in loss or gradients is meant so (a mask)
         return next(iter(watch.first.values())) if "backward" in watch.first or not is_finite else None
 
