@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -278,8 +277,7 @@ def write_tensors(
 
 def _size_of(entry: Mapping[str, Any]) -> int:
     """Give the bytes of a tensor."""
-    numbers: int = prod(entry["shape"])
-    return numbers * _DTYPES[entry["dtype"]].itemsize
+    return torch.Size(entry["shape"]).numel() * _DTYPES[entry["dtype"]].itemsize
 
 
 def entries_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -143,8 +144,7 @@ def choose_device(wanted: str = "auto") -> str:
     """
     if wanted == "cpu":
         return "cpu"
-    kind, _, index = wanted.partition(":")
-    if wanted != "auto" and (kind != "cuda" or (":" in wanted and not index.isdigit())):
+    if not re.fullmatch(r"auto|cuda(:\d+)?", wanted):
         raise UserError(f"run.device: {unknown('device', wanted, ['auto', 'cpu', 'cuda', 'cuda:0'])}")
     ways = "or choose the CPU: --set run.device=cpu, chat --device cpu"
     if not torch.cuda.is_available():
@@ -161,7 +161,7 @@ def choose_device(wanted: str = "auto") -> str:
             f"CUDA {build} (see nvidia-smi) or install a torch built for an older CUDA, {ways}"
         )
     device = "cuda" if wanted == "auto" else wanted
-    if index and int(index) >= torch.cuda.device_count():
+    if (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise UserError(f"run.device: no {wanted!r}: torch sees {torch.cuda.device_count()} GPU(s), {ways}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about what is found out here
@@ -209,8 +209,6 @@ def choose_precision(wanted: str = "auto", *, device: str, base_dtype: str) -> P
     ``auto``: fp16 where the base is stored in fp16 or the GPU has no bf16; else bf16 on a GPU. On a CPU bf16 where it
     multiplies bf16 natively, else fp32: fp16 takes 12 to 15 times as long there.
     """
-    if wanted not in ("auto", *DTYPES):
-        raise UserError(f"train.precision: {unknown('precision', wanted, ['auto', *DTYPES])}")
     cpu = torch.device(device).type == "cpu"
     native = _cpu_has_bf16() if cpu else torch.cuda.is_bf16_supported(including_emulation=False)
     name, reason = wanted, "asked for"

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from corefit.engine.model import first_line
 from corefit.engine.ranks import ALONE, Ranks, is_sharded, own, whole
 from corefit.errors import NonFiniteError
 from corefit.types import IGNORE_INDEX, Batch, StepReport
@@ -168,7 +169,7 @@ def explain(
             records += [origin for origin in alone if origin != PADDING] or alone
             together += () if alone else batches[i].origins()
     except Exception as error:  # whatever it is, the step failed for a reason of its own, which must come through
-        outcome = f"the replay failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        outcome = f"the replay failed: {type(error).__name__}: {first_line(error)}"
     finally:
         set_random_state(now, device)
         for parameter in parameters.values():
