@@ -112,8 +112,35 @@ def public_name(base: str) -> str:
 
 
 @contextmanager
-def written_aside(out: Path, *, replace: bool = False) -> Iterator[Path]:
+def whole_folder(out: Path) -> Iterator[Path]:
     """Give a folder beside ``out`` to fill; it becomes ``out`` when the block ends, and goes if the block raises.
+
+    What was ``out`` stays until then. A killed process leaves ``.tmp-*`` behind.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    aside, old = out.with_name(f".tmp-{out.name}"), out.with_name(f".tmp-old-{out.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for path in sorted(aside.rglob("*")):
+            sync(path)
+        sync(aside)
+        if out.exists():
+            out.rename(old)
+        aside.rename(out)
+        sync(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def written_aside(out: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Give a folder to fill; see ``whole_folder``.
 
     Raises:
         ModelError: ``out`` holds something and ``replace`` is False, or it can't be written.
@@ -121,24 +148,11 @@ def written_aside(out: Path, *, replace: bool = False) -> Iterator[Path]:
     if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out}: is not empty; name a new folder")
     out = Path(os.path.abspath(out))  # "." and ".." have no name of their own
-    aside, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        for path in sorted(aside.rglob("*")):
-            sync(path)
-        sync(aside)
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.rename(old)
-        aside.rename(out)
-        sync(out.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with whole_folder(out) as aside:
+            yield aside
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{out}: can't be written: {system_words(error)}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def with_keys(data: bytes, keys: Mapping[str, Any]) -> bytes:
