@@ -68,7 +68,7 @@ def merge(
         write_files,
         written_aside,
     )
-    from corefit.engine.model import as_stored, model_fingerprint, read_header, weight_files
+    from corefit.engine.model import as_stored, model_fingerprint, stored_tensors
 
     if into not in BASES:
         raise ModelError(f"--base: {unknown('base', into, BASES)}")
@@ -95,7 +95,7 @@ def merge(
             else:
                 whole[name] = file.get_tensor(key)
 
-    shapes = {name: entry["shape"] for path in weight_files(base) for name, entry in read_header(path)[0].items()}
+    shapes = {name: entry["shape"] for name, entry in stored_tensors(base).items()}
     names, ids = set(shapes), {n: config["trainable_token_indices"][n.split(".")[-2]] for n in tokens}
     rows = {name: max(ids[name]) + 1 for name in tokens} | {name: len(tensor) for name, tensor in whole.items()}
     rows = {name: n for name, n in rows.items() if name in names and n > shapes[name][0]}

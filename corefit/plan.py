@@ -62,11 +62,9 @@ def read_shape(base: str) -> Shape:
     """
     folder = model.resolve_base(base, say=model.unsaid)
     config = model.config_of(folder, base)
-    tensors, width = dict[str, Sequence[int]](), 2
-    for path in model.weight_files(folder, base):
-        header = model.read_header(path)[0]
-        tensors |= {name: entry["shape"] for name, entry in header.items()}
-        width = 4 if {entry["dtype"] for entry in header.values()} == {"F32"} else width
+    stored = model.stored_tensors(folder, base)
+    tensors = {name: entry["shape"] for name, entry in stored.items()}
+    width = 4 if {entry["dtype"] for entry in stored.values()} == {"F32"} else 2
     try:
         return memory.shape_of(config, tensors, width)
     except (KeyError, StopIteration, IndexError, TypeError) as error:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from corefit import __version__
 from corefit.durable import sync
 from corefit.engine import internlm
-from corefit.engine.model import INDEX, hub_name, read_header, weight_files
+from corefit.engine.model import INDEX, hub_name, read_header, stored_tensors, weight_files
 from corefit.errors import ModelError, system_words
 
 EMBEDDED = "corefit-embedded"
@@ -425,7 +425,7 @@ def export_model(model: Any, out: Path, facts: Provenance) -> Path:  # noqa: ANN
 
 
 def _write_model(out: Path, facts: Provenance, state: internlm.Renamed) -> Path:
-    known = {name: entry for path in weight_files(facts.base_folder) for name, entry in read_header(path)[0].items()}
+    known = stored_tensors(facts.base_folder)
     if layout := internlm.layout_of_folder(facts.base_folder):
         state = layout.to_published(state)
     files = base_files(facts.base_folder) | serving_files(facts, "model")

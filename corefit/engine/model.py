@@ -394,18 +394,21 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
         raise ModelError(f"{path.name}: not a whole safetensors file ({first_line(error)}); fetch it again") from error
 
 
+def stored_tensors(folder: Path, base: str | None = None) -> dict[str, dict[str, Any]]:
+    """Give dtype, shape and offsets of all tensors of a model folder, by name; errors as of ``weight_files``."""
+    return {name: entry for path in weight_files(folder, base) for name, entry in read_header(path)[0].items()}
+
+
 def base_dtype_of(base: str) -> str:
     """Give the dtype that most weights of a base are stored in: float16, bfloat16 or float32.
 
     Read from the weights themselves: ``config.json`` may say something else.
     """
-    folder = resolve_base(base, say=unsaid)
     sizes = Counter[str]()
-    for path in weight_files(folder, base):
-        for entry in read_header(path)[0].values():
-            if dtype := _FLOATS.get(entry["dtype"]):
-                begin, end = entry["data_offsets"]
-                sizes[dtype] += end - begin
+    for entry in stored_tensors(resolve_base(base, say=unsaid), base).values():
+        if dtype := _FLOATS.get(entry["dtype"]):
+            begin, end = entry["data_offsets"]
+            sizes[dtype] += end - begin
     return max(sizes, key=lambda dtype: (sizes[dtype], dtype)) if sizes else "float32"
 
 
