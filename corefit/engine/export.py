@@ -398,8 +398,7 @@ def _write_adapter(
     if layout := internlm.layout_of_folder(facts.base_folder):
         config, tensors = layout.adapter_to_published(config, tensors)
     with written_aside(out, replace=True) as folder:
-        write_files(folder, serving_files(facts, "adapter"))
-        write_files(folder, {"adapter_config.json": _json(config)})
+        write_files(folder, serving_files(facts, "adapter") | {"adapter_config.json": _json(config)})
         weights = folder / "adapter_model.safetensors"
         write_tensors(weights, entries_of(tensors), tensors.__getitem__, {"format": "pt"})
     return out
