@@ -61,16 +61,14 @@ def merge(
     from corefit.engine.export import (
         Provenance,
         base_files,
-        read_header,
         rewrite_weights,
         serving_files,
-        weight_files,
         with_keys,
         with_vocabulary,
         write_files,
         written_aside,
     )
-    from corefit.engine.model import as_stored, model_fingerprint
+    from corefit.engine.model import as_stored, model_fingerprint, stored_tensors
 
     if into not in BASES:
         raise ModelError(f"--base: {unknown('base', into, BASES)}")
@@ -97,7 +95,7 @@ def merge(
             else:
                 whole[name] = file.get_tensor(key)
 
-    shapes = {name: entry["shape"] for path in weight_files(base) for name, entry in read_header(path)[0].items()}
+    shapes = {name: entry["shape"] for name, entry in stored_tensors(base).items()}
     names, ids = set(shapes), {n: config["trainable_token_indices"][n.split(".")[-2]] for n in tokens}
     rows = {name: max(ids[name]) + 1 for name in tokens} | {name: len(tensor) for name, tensor in whole.items()}
     rows = {name: n for name, n in rows.items() if name in names and n > shapes[name][0]}
@@ -245,7 +243,7 @@ def divergence(trained: Any, merged: Any, texts: Sequence[Sequence[int]]) -> str
 def _cost(found: Found, merged: Path, limit: int) -> str:
     """Say how far the merged model's answers are from those of the model that was trained, where that costs little."""
     from corefit.chat import find
-    from corefit.engine.export import weight_files
+    from corefit.engine.model import weight_files
 
     if sum(path.stat().st_size for path in weight_files(found.base)) > limit or not found.facts.get("compute_dtype"):
         return "corefit selftest measures the difference on a small model"

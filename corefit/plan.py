@@ -62,11 +62,9 @@ def read_shape(base: str) -> Shape:
     """
     folder = model.resolve_base(base, say=model.unsaid)
     config = model.config_of(folder, base)
-    tensors, width = dict[str, Sequence[int]](), 2
-    for path in model.weight_files(folder, base):
-        header = model.read_header(path)[0]
-        tensors |= {name: entry["shape"] for name, entry in header.items()}
-        width = 4 if {entry["dtype"] for entry in header.values()} == {"F32"} else width
+    stored = model.stored_tensors(folder, base)
+    tensors = {name: entry["shape"] for name, entry in stored.items()}
+    width = 4 if {entry["dtype"] for entry in stored.values()} == {"F32"} else 2
     try:
         return memory.shape_of(config, tensors, width)
     except (KeyError, StopIteration, IndexError, TypeError) as error:
@@ -161,7 +159,7 @@ def plan_lines(recipe: Recipe, *, room: int, device: str, where: str, here: bool
     full = f"{where}: {gib(room)}, of which {memory.KEPT_FREE:.0%} stay free"
     if found:
         yield f"{full}: fits up to train.micro_batch={found}"
-    if memory.needed(shape, setting) > room * (1 - memory.KEPT_FREE):
+    if not memory.fits(shape, setting, room):
         yield f"{full}: does not fit as it is"
         yield f"what needs less: {memory.advice(shape, setting)}"
     yield time_line(shape, setting, packs=packs, here=here and not cuda)
@@ -169,16 +167,13 @@ def plan_lines(recipe: Recipe, *, room: int, device: str, where: str, here: bool
 
 def time_line(shape: Shape, setting: Setting, *, packs: int, here: bool) -> str:
     """Give the least time of a step: of its matrix products alone, at the rate that a large one reaches on this CPU."""
-    passes: float = (
-        6 if setting.full else 4
-    )  # of each weight: forward, gradient of the input, and of the weight if it trains
-    passes += 2 * setting.checkpointing
+    # of each weight: forward, gradient of the input, and of the weight if it trains
+    passes = (6 if setting.full else 4) + 2 * setting.checkpointing
     head = shape.vocabulary * shape.hidden * 2 * (3 if setting.full else 2)
     work = packs * setting.slots * (sum(i * o for _, i, o in shape.linears) * passes + head)
+    tflop = f"{work / 1e12:,.1f} Tflop of products"
     if not here:
-        return (
-            f"time: a step of {packs} packs is {work / 1e12:,.1f} Tflop of products; --probe times three on the machine"
-        )
+        return f"time: a step of {packs} packs is {tflop}; --probe times three on the machine"
     n, dtype = 1024, {2: torch.bfloat16, 4: torch.float32}[setting.width]
     a, took = torch.ones(n, n, dtype=dtype), list[float]()
     for _ in range(5):
@@ -187,8 +182,8 @@ def time_line(shape: Shape, setting: Setting, *, packs: int, here: bool) -> str:
         took.append(time.perf_counter() - began)
     rate = 2 * n**3 / min(took)
     return (
-        f"time: at least {work / rate:,.1f} s a step of {packs} packs, if every one of its {work / 1e12:,.1f} Tflop of "
-        f"products ran at the {rate / 1e12:.2f} Tflop/s that {n} x {n} reaches here; --probe times three real steps"
+        f"time: at least {work / rate:,.1f} s a step of {packs} packs, if every one of its {tflop} ran at the "
+        f"{rate / 1e12:.2f} Tflop/s that {n} x {n} reaches here; --probe times three real steps"
     )
 
 
@@ -200,9 +195,8 @@ def zoo_lines(room: int, *, cuda: bool, where: str) -> Iterator[str]:
         shape, cells = known_shape(name), list[str]()
         for quantizer, full in METHODS.values():
             setting = Setting(slots=512, quantizer=quantizer, full=full, checkpointing=True, cuda=cuda)
-            sizes = [(n, memory.needed(shape, replace(setting, slots=n))) for n in LENGTHS]
-            fits = [n for n, size in sizes if size <= room * (1 - memory.KEPT_FREE)]
-            cells.append(f"{max(fits):,}" if fits else "-")
+            longest = max((n for n in LENGTHS if memory.fits(shape, replace(setting, slots=n), room)), default=None)
+            cells.append(f"{longest:,}" if longest else "-")
         rows.append((name, f"{shape.parameters / 1e9:.2f}B", *cells))
     yield from columns(rows, right=[1, 2, 3, 4])
     yield "LoRA r 64 on all linear layers, AdamW, train.gradient_checkpointing=true; -: not even 512"

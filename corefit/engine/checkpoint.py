@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import random
 import shutil
@@ -25,8 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from corefit.durable import make_folder, sync, write_whole
-from corefit.engine.export import entries_of, write_tensors
+from corefit.durable import make_folder, write_whole
+from corefit.engine.export import entries_of, whole_folder, write_tensors
+from corefit.engine.model import misfit
 from corefit.engine.nonfinite import require_finite
 from corefit.engine.optimizer import load_optimizer_state, optimizer_state
 from corefit.engine.ranks import ALONE, Ranks, shared_as
@@ -79,7 +79,6 @@ def save(
     """
     require_finite(step, parameters, ranks)
     target = folder / name_of(step)
-    aside, old = folder / f".tmp-{target.name}", folder / f".tmp-old-{target.name}"
     moments, scalars = optimizer_state(optimizer, parameters)
     bits, plain_rng = rng_state()
     state: dict[str, Any] = {
@@ -97,29 +96,21 @@ def save(
             for litter in folder.glob(".tmp-*"):
                 shutil.rmtree(litter) if litter.is_dir() else litter.unlink()
             make_folder(folder)
-            aside.mkdir()
-            state["lengths"] = lengths()
-            write_tensors(aside / "trainable.safetensors", entries_of(parameters), tensor_of)
-            write_tensors(aside / "optimizer.safetensors", entries_of(moments), tensor_of)
-        write_tensors(aside / "rng.safetensors", entries_of(bits), bits.__getitem__)
-        (aside / "state.json").write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
-        files = {name: {"size": (aside / name).stat().st_size, "sha256": sha256(aside / name)} for name in FILES}
-        for name in FILES:
-            sync(aside / name)
-        (aside / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
-        sync(aside / "manifest.json")
-        sync(aside)
-        if target.exists():  # left torn, or saved before by a run that came here again
-            os.rename(target, old)
-        os.rename(aside, target)
-        sync(folder)
+            # one may be there: left torn, or saved before by a run that came here again
+            with whole_folder(target) as aside:
+                state["lengths"] = lengths()
+                write_tensors(aside / "trainable.safetensors", entries_of(parameters), tensor_of)
+                write_tensors(aside / "optimizer.safetensors", entries_of(moments), tensor_of)
+                write_tensors(aside / "rng.safetensors", entries_of(bits), bits.__getitem__)
+                (aside / "state.json").write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
+                files = {n: {"size": (aside / n).stat().st_size, "sha256": sha256(aside / n)} for n in FILES}
+                manifest = json.dumps({"format": FORMAT, "files": files}, indent=1)
+                (aside / "manifest.json").write_text(manifest, encoding="utf-8")
         mark(folder, "latest", step)
         if best:
             mark(folder, "best", step)
     except (OSError, SafetensorError, TypeError, ValueError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(f"{target}: not saved: {error}") from error
-    shutil.rmtree(old, ignore_errors=True)
     whole = [path for path in steps_in(folder) if step_of(path) <= step and not torn(path, hashes=False)]
     kept = {*whole[-max(keep, 1) :], marked(folder, "best")}
     for path in steps_in(folder):
@@ -211,14 +202,8 @@ def restore(
     Raises:
         CheckpointError: the trained weights differ in name or shape: the adapter or the model is another one.
     """
-    have = {name: tuple(tensor.shape) for name, tensor in checkpoint.trainable.items()}
-    want = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    if differ := sorted(name for name in have | want if have.get(name) != want.get(name)):
-        name = differ[0]
-        raise CheckpointError(
-            f"{checkpoint.path}: holds {have.get(name, 'nothing')} for {name}, the model trains "
-            f"{want.get(name, 'nothing')} ({len(differ)} such weights): made with another [adapter] or model.base?"
-        )
+    if found := misfit(checkpoint.trainable, parameters):
+        raise CheckpointError(f"{checkpoint.path}: holds {found}: made with another [adapter] or model.base?")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(shared_as(parameter, checkpoint.trainable[name]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from corefit.engine.loop import autocast, on_device
+from corefit.engine.loop import autocast, nats
 from corefit.engine.model import causal_lm, evaluating
 from corefit.engine.ranks import ALONE, Ranks
 from corefit.errors import RunError, UserError
@@ -106,13 +106,12 @@ def validation_loss(
     total, supervised = torch.zeros((), dtype=torch.float64, device=device), 0
     with undisturbed(loss_fn):
         for batch in ranks.in_step(batches):
-            with autocast(device, compute_dtype):
-                total += loss_fn(*on_device(batch, device)).double()
+            total += nats(loss_fn, batch, device, compute_dtype).double()
             supervised += batch.n_supervised
-    nats, tokens = ranks.sum(total.item(), supervised)
+    loss, tokens = ranks.sum(total.item(), supervised)
     if not tokens:
         raise RunError("validation: no record has a supervised token; other val.data, or --set val.records=0, goes on")
-    return nats / tokens, int(tokens)
+    return loss / tokens, int(tokens)
 
 
 def generate(
@@ -124,10 +123,9 @@ def generate(
     device: str = "cpu",
     compute_dtype: torch.dtype = torch.float32,
     decoding: Decoding = GREEDY,
-    on_token: Callable[[int], object] | None = None,
     ranks: Ranks = ALONE,
 ) -> Generated:
-    """Answer a prompt; see ``stream``. Fit to be called in the middle of a training run. ``on_token`` sees each id."""
+    """Answer a prompt; see ``stream``. Fit to be called in the middle of a training run."""
     ids: list[int] = []
     stops = frozenset(stop_ids)
     with undisturbed(model):
@@ -144,8 +142,6 @@ def generate(
             if token in stops:
                 return Generated(tuple(ids), stopped=True)
             ids.append(token)
-            if on_token is not None:
-                on_token(token)
     return Generated(tuple(ids), stopped=False)
 
 

@@ -11,21 +11,17 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from math import prod
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from corefit import __version__
 from corefit.durable import sync
 from corefit.engine import internlm
-from corefit.engine.model import INDEX, hub_name
-from corefit.engine.model import read_header as read_header
-from corefit.engine.model import weight_files as weight_files
+from corefit.engine.model import INDEX, hub_name, read_header, stored_tensors, weight_files
 from corefit.errors import ModelError, system_words
 
 EMBEDDED = "corefit-embedded"
@@ -84,9 +80,9 @@ class Provenance:
 
     def as_dict(self) -> dict[str, Any]:
         """Give a JSON-able object without the folder and the files, which are the base's."""
-        found = {item.name: getattr(self, item.name) for item in fields(self)}
+        found = asdict(self) | {"base": self.name}
         del found["base_folder"], found["tokenizer_files"]
-        return found | {"base": self.name}
+        return found
 
     @classmethod
     def from_dict(
@@ -117,8 +113,35 @@ def public_name(base: str) -> str:
 
 
 @contextmanager
-def written_aside(out: Path, *, replace: bool = False) -> Iterator[Path]:
+def whole_folder(out: Path) -> Iterator[Path]:
     """Give a folder beside ``out`` to fill; it becomes ``out`` when the block ends, and goes if the block raises.
+
+    What was ``out`` stays until then. A killed process leaves ``.tmp-*`` behind.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    aside, old = out.with_name(f".tmp-{out.name}"), out.with_name(f".tmp-old-{out.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for path in sorted(aside.rglob("*")):
+            sync(path)
+        sync(aside)
+        if out.exists():
+            out.rename(old)
+        aside.rename(out)
+        sync(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def written_aside(out: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Give a folder to fill; see ``whole_folder``.
 
     Raises:
         ModelError: ``out`` holds something and ``replace`` is False, or it can't be written.
@@ -126,24 +149,11 @@ def written_aside(out: Path, *, replace: bool = False) -> Iterator[Path]:
     if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out}: is not empty; name a new folder")
     out = Path(os.path.abspath(out))  # "." and ".." have no name of their own
-    aside, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        for path in sorted(aside.rglob("*")):
-            sync(path)
-        sync(aside)
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.rename(old)
-        aside.rename(out)
-        sync(out.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with whole_folder(out) as aside:
+            yield aside
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{out}: can't be written: {system_words(error)}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def with_keys(data: bytes, keys: Mapping[str, Any]) -> bytes:
@@ -184,23 +194,11 @@ def serving_files(facts: Provenance, kind: str) -> dict[str, bytes]:
     own = own if isinstance(own, list) else [] if own is None else [own]
     stops = list(dict.fromkeys([*facts.stop_ids, *own]))  # the base's own stops still end an answer
     files["generation_config.json"] = with_keys(generation, {"eos_token_id": stops}) if stops != own else generation
-    files["corefit.json"] = _json(
-        {
-            "corefit": __version__,
-            "kind": kind,
-            "base": facts.name,
-            "base_fingerprint": facts.fingerprint,
-            "template": facts.template,
-            "stop": list(facts.stop),
-            "stop_ids": list(facts.stop_ids),
-            **({"add_tokens": list(facts.add_tokens)} if facts.add_tokens else {}),
-            **({"system": facts.system} if facts.system else {}),
-            "supervise": facts.supervise,
-            "quantizer": facts.quantizer,
-            "compute_dtype": facts.compute_dtype,
-            "device": facts.device,
-        }
-    )
+    known = {"corefit": __version__, "kind": kind, "base": facts.name, "base_fingerprint": facts.fingerprint}
+    for key, value in facts.as_dict().items():
+        if key not in ("base", "fingerprint", "chat_template") and (value or key not in ("add_tokens", "system")):
+            known[key] = value
+    files["corefit.json"] = _json(known)
     files["README.md"] = _readme(facts, kind, stops).encode()
     return files
 
@@ -280,7 +278,7 @@ def write_tensors(
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, entry in entries.items():
-        begin, end = end, end + prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize
+        begin, end = end, end + _size_of(entry)
         header[name] = {"dtype": entry["dtype"], "shape": entry["shape"], "data_offsets": [begin, end]}
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
@@ -290,6 +288,11 @@ def write_tensors(
             tensor = tensor_of(name).detach().to("cpu", _DTYPES[entry["dtype"]]).contiguous()
             assert list(tensor.shape) == list(entry["shape"]), f"{name}: {list(tensor.shape)} for {entry['shape']}"
             file.write(tensor.flatten().view(torch.uint8).numpy().data)
+
+
+def _size_of(entry: Mapping[str, Any]) -> int:
+    """Give the bytes of a tensor."""
+    return torch.Size(entry["shape"]).numel() * _DTYPES[entry["dtype"]].itemsize
 
 
 def entries_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
@@ -369,7 +372,7 @@ def export(out: Path, layout: Mapping[str, Any], tensor_of: Callable[[str], torc
     """
     names: dict[str, str] = layout["names"]
     if layout["adapter"] is None:
-        return _write_model(out, facts, internlm.Renamed(names, tensor_of), set(names.values()), same=names.__getitem__)
+        return _write_model(out, facts, internlm.Renamed(names, tensor_of))
     return _write_adapter(out, facts, layout["adapter"], {key: tensor_of(own) for key, own in names.items()})
 
 
@@ -395,12 +398,10 @@ def _write_adapter(
 ) -> Path:
     if layout := internlm.layout_of_folder(facts.base_folder):
         config, tensors = layout.adapter_to_published(config, tensors)
-    ordered = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     with written_aside(out, replace=True) as folder:
-        write_files(folder, serving_files(facts, "adapter"))
-        write_files(folder, {"adapter_config.json": _json(config)})
-        save_file(ordered, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        (folder / "adapter_model.safetensors").chmod(0o644)
+        write_files(folder, serving_files(facts, "adapter") | {"adapter_config.json": _json(config)})
+        weights = folder / "adapter_model.safetensors"
+        write_tensors(weights, entries_of(tensors), tensors.__getitem__, {"format": "pt"})
     return out
 
 
@@ -411,70 +412,52 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
     return getattr(value, "value", value)
 
 
-def export_model(model: Any, out: Path, facts: Provenance, *, shard_bytes: int = SHARD_BYTES) -> Path:  # noqa: ANN401
+def export_model(model: Any, out: Path, facts: Provenance) -> Path:  # noqa: ANN401
     """Write a fully fine-tuned model as a plain folder; weights in the base's stored dtypes, tied as the base has them.
 
     Where the model's names are not those of the base's files, weights are written under the model's own names, in files
-    of at most ``shard_bytes`` bytes (or one tensor).
+    of at most ``SHARD_BYTES`` bytes (or one tensor).
     """
-    parameters, state = {name for name, _ in model.named_parameters()}, model.state_dict()  # each tied tensor once
-    return _write_model(out, facts, state, parameters, shard_bytes, lambda name: state[name].data_ptr())
+    state = model.state_dict()
+    first = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}  # of those that are tied
+    names = {name: first[tensor.data_ptr()] for name, tensor in state.items()}
+    return export(out, {"adapter": None, "names": names}, state.__getitem__, facts)
 
 
-def _write_model(
-    out: Path,
-    facts: Provenance,
-    state: Mapping[str, torch.Tensor],
-    parameters: set[str],
-    shard_bytes: int = SHARD_BYTES,
-    same: Callable[[str], object] = str,
-) -> Path:
-    """Write a model folder; ``same`` gives for tied tensors the same, and nothing else does."""
-    known = {name: entry for path in weight_files(facts.base_folder) for name, entry in read_header(path)[0].items()}
+def _write_model(out: Path, facts: Provenance, state: internlm.Renamed) -> Path:
+    known = stored_tensors(facts.base_folder)
     if layout := internlm.layout_of_folder(facts.base_folder):
-        state, parameters = layout.to_published(state), set(map(internlm.published_name, parameters))
+        state = layout.to_published(state)
     files = base_files(facts.base_folder) | serving_files(facts, "model")
     rows = {name: len(state[name]) for name in known if name in state and len(state[name]) > known[name]["shape"][0]}
     if rows:  # of embeddings and head
         files["config.json"] = with_vocabulary(files["config.json"], max(rows.values()))
     with written_aside(out, replace=True) as folder:
         write_files(folder, files)
-        if parameters <= set(known):
+        if set(state.names.values()) <= set(known):
             change = lambda name, read: state[name] if name in state else read()  # noqa: E731
             rewrite_weights(facts.base_folder, folder, change, rows=rows)
         else:
             dtypes = [entry["dtype"] for entry in known.values()]
             usual = max(dtypes, key=dtypes.count)
-            seen: set[object] = set()
             entries = {}
             for name, tensor in state.items():
-                if same(name) not in seen:
-                    dtype = known.get(name, {}).get(
-                        "dtype", usual if tensor.is_floating_point() else _NAMES[tensor.dtype]
-                    )
-                    entries[name] = {"dtype": dtype, "shape": list(tensor.shape)}
-                    seen.add(same(name))
-            _write_shards(folder, entries, state.__getitem__, shard_bytes)
+                if state.names[name] == name:  # else it is tied to that one
+                    own = usual if tensor.is_floating_point() else _NAMES[tensor.dtype]
+                    entries[name] = {"dtype": known.get(name, {}).get("dtype", own), "shape": list(tensor.shape)}
+            _write_shards(folder, entries, state.__getitem__)
     return out
 
 
-def _write_shards(
-    folder: Path, entries: Mapping[str, Mapping[str, Any]], tensor_of: Callable[[str], torch.Tensor], limit: int
-) -> None:
-    shards: list[dict[str, Any]] = [{}]
-    used = total = 0
-    for name, entry in entries.items():
-        size = prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize
-        if shards[-1] and used + size > limit:
-            shards.append({})
-            used = 0
-        shards[-1][name] = entry
-        used, total = used + size, total + size
-    if len(shards) == 1:
-        write_tensors(folder / "model.safetensors", entries, tensor_of, {"format": "pt"})
-        return
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        write_tensors(folder / name, shard, tensor_of, {"format": "pt"})
-    where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    write_files(folder, {INDEX: _json({"metadata": {"total_size": total}, "weight_map": where})})
+def _write_shards(folder: Path, entries: dict[str, Any], tensor_of: Callable[[str], torch.Tensor]) -> None:
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    files = "model{suffix}.safetensors"
+    split = split_state_dict_into_shards_factory(
+        entries, get_storage_size=_size_of, filename_pattern=files, max_shard_size=SHARD_BYTES
+    )
+    for file, names in split.filename_to_tensors.items():
+        write_tensors(folder / file, {name: entries[name] for name in names}, tensor_of, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_files(folder, {INDEX: _json(index)})

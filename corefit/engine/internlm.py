@@ -257,7 +257,7 @@ class Layout:
         changed = [change(*pair) for pair in zip(names, parts, strict=True)]
         return changed[0] if len(names) == 1 else self.fuse(*changed)
 
-    def to_published(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def to_published(self, state: Mapping[str, Tensor]) -> Renamed:
         """Give a whole model's tensors by the published names; each ``wqkv`` is made when it is asked for."""
 
         def tensor_of(name: str) -> Tensor:

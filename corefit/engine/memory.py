@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from corefit.engine.loss import CACHED, CHUNK
+from corefit.engine.model import BITS
 
 MIB = 2**20
 PROCESS, LOADING = 550 * MIB, 365 * MIB
@@ -32,7 +33,7 @@ OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_32bit": 8
 """Bytes of state for a number that trains; of 8 bits, 256 numbers share two fp32 scales."""
 SHARING = re.compile(r"(k_proj|v_proj|up_proj|w3)$")
 """Linear layers that read what another one reads too."""
-STORED_BITS = {"nf4": 4 + 8 / 64 + 32 / 64 / 256, "int8": 8.0}
+STORED_BITS = {"nf4": BITS[4], "int8": BITS[8]}
 """Bits of a quantised weight, scales included."""
 
 
@@ -189,7 +190,7 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
     other = shape.other * (4 if s.full else c)
     base = linear * bits / 8 + other + 4 * shape.norm_weights
     trained = shape.parameters if s.full else sum(s.r * (i + o) for _, i, o in _adapted(shape, s))
-    trained += sum(i * o for n, i, o in shape.linears if not s.full and n.endswith(s.saved)) if s.saved else 0
+    trained += sum(i * o for n, i, o in shape.linears if not s.full and n.endswith(s.saved))
     if not s.full and any(name in ("lm_head", "embed_tokens", "output", "tok_embeddings") for name in s.saved):
         trained += len(s.saved) * shape.vocabulary * shape.hidden
     imported = BITSANDBYTES * (quantised or s.optimizer != "adamw")
@@ -222,18 +223,13 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
         "gradients": 4 * trained,
     }
     update = {**always, "gradients": 4 * trained, "optimizer's own": 4 * trained if s.cuda else 0}
-    load = {
-        "process and libraries": LOADING + imported,
-        "base weights": base,
-        "files": shape.parameters * shape.file_width,
-    }
-    found = {
-        "at the loss": begin,
-        "in the backward": end,
-        "in the optimizer": update,
-        **({} if s.cuda else {"while loading": load}),
-    }
+    found = {"at the loss": begin, "in the backward": end, "in the optimizer": update}
     if not s.cuda:
+        found["while loading"] = {
+            "process and libraries": LOADING + imported,
+            "base weights": base,
+            "files": shape.parameters * shape.file_width,
+        }
         within = [s.tokens * width * c <= 2**22 for width in (shape.hidden, shape.middle)]
         for terms in (begin, end):
             small = terms["activations"] * sum(within) / 2 + terms["weights in the products' format"]
@@ -257,11 +253,15 @@ def needed(shape: Shape, setting: Setting) -> int:
     return sum(peak(shape, setting)[1].values())
 
 
+def fits(shape: Shape, setting: Setting, room: int) -> bool:
+    """Whether so many bytes are enough, some of them left free."""
+    return needed(shape, setting) <= room * (1 - KEPT_FREE)
+
+
 def largest_micro_batch(shape: Shape, setting: Setting, *, room: int, packs: int) -> int:
     """Give the largest divisor of ``packs``, those of a step on a rank, with which ``room`` bytes are enough; or 0."""
     sizes = [n for n in range(1, packs + 1) if packs % n == 0]
-    fitting = [n for n in sizes if needed(shape, replace(setting, micro_batch=n)) <= room * (1 - KEPT_FREE)]
-    return max(fitting, default=0)
+    return max((n for n in sizes if fits(shape, replace(setting, micro_batch=n), room)), default=0)
 
 
 def advice(shape: Shape, setting: Setting, *, going_on: bool = False) -> str:
@@ -326,7 +326,7 @@ def cgroup(name: str) -> str:
 
 
 def _adapted(shape: Shape, setting: Setting) -> list[tuple[str, int, int]]:
-    ends = tuple(setting.targets)
+    ends = tuple(f".{end}" for end in setting.targets)
     if setting.full or not ends:
         return list(shape.linears)
-    return [linear for linear in shape.linears if f".{linear[0]}".endswith(tuple(f".{end}" for end in ends))]
+    return [linear for linear in shape.linears if f".{linear[0]}".endswith(ends)]

@@ -10,18 +10,20 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shlex
-import shutil
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from corefit.engine import internlm
@@ -41,6 +43,10 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 """Of glibc's malloc.h."""
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+"""What ``train.precision`` can be, beside ``auto``."""
+BITS = {4: 4 + 8 / 64 + 32 / 64 / 256, 8: 8.0}
+"""Of a weight that bitsandbytes stores: 64 of 4 bits have a scale of 8 bits, and 256 of those one of 32."""
 SMALL = 16 * 2**20
 """Bytes of weights below which memory does not matter, and the time to give it back would."""
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
@@ -111,20 +117,25 @@ def import_bitsandbytes() -> bool:
 
     With the package ``kernels`` at hand its import downloads and runs code from the hub: hidden from it here.
     """
-    if "bitsandbytes" in sys.modules:
-        return True
-    hidden = sys.modules.get("kernels")
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    try:
+    with _hidden("kernels"), contextlib.suppress(ImportError):
         import bitsandbytes  # noqa: F401
-    except ImportError:
-        return False
+
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Make imports of a package fail, installed or not."""
+    before = sys.modules.get(package)
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
     finally:
-        if hidden is None:
-            del sys.modules["kernels"]
+        if before is None:
+            del sys.modules[package]
         else:
-            sys.modules["kernels"] = hidden
-    return True
+            sys.modules[package] = before
 
 
 # --------------------------------------------------------------------------------------------- device and precision
@@ -138,8 +149,7 @@ def choose_device(wanted: str = "auto") -> str:
     """
     if wanted == "cpu":
         return "cpu"
-    kind, _, index = wanted.partition(":")
-    if wanted != "auto" and (kind != "cuda" or (":" in wanted and not index.isdigit())):
+    if not re.fullmatch(r"auto|cuda(:\d+)?", wanted):
         raise UserError(f"run.device: {unknown('device', wanted, ['auto', 'cpu', 'cuda', 'cuda:0'])}")
     ways = "or choose the CPU: --set run.device=cpu, chat --device cpu"
     if not torch.cuda.is_available():
@@ -156,23 +166,19 @@ def choose_device(wanted: str = "auto") -> str:
             f"CUDA {build} (see nvidia-smi) or install a torch built for an older CUDA, {ways}"
         )
     device = "cuda" if wanted == "auto" else wanted
-    if index and int(index) >= torch.cuda.device_count():
+    if (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise UserError(f"run.device: no {wanted!r}: torch sees {torch.cuda.device_count()} GPU(s), {ways}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns about what the next line finds out
-            total = float((torch.ones(8, device=device) * 2).sum())
-        if total != 16.0:
-            raise RuntimeError(f"8 x 2 = {total}")
-    except RuntimeError as error:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about what is found out here
+        try:
+            torch.ones(8, device=device).sum().item()
+        except RuntimeError as error:
             major, minor = torch.cuda.get_device_capability(device)
-        raise UserError(
-            f"run.device: the GPU (capability {major}.{minor}) can't run torch {torch.__version__}, which has code for "
-            f"{' '.join(torch.cuda.get_arch_list()) or 'no GPU'} ({first_line(error)}); install a torch built for it, "
-            f"{ways}"
-        ) from error
+            codes = " ".join(torch.cuda.get_arch_list()) or "no GPU"
+            raise UserError(
+                f"run.device: the GPU (capability {major}.{minor}) can't run torch {torch.__version__}, which has code "
+                f"for {codes} ({first_line(error)}); install a torch built for it, {ways}"
+            ) from error
     return device
 
 
@@ -182,12 +188,9 @@ def _gpu_is_there() -> bool:
         return False
     if any(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia*")):
         return True
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return False
     try:
-        found = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # there is no such program, or it hangs
         return False
     return found.returncode == 0 and "GPU " in found.stdout
 
@@ -196,7 +199,8 @@ def _gpu_is_there() -> bool:
 class Precision:
     """In which number format the run multiplies; trainable weights and optimizer state are fp32 in any case."""
 
-    name: Literal["fp16", "bf16", "fp32"]
+    name: str
+    """One of ``DTYPES``."""
     compute_dtype: torch.dtype
     use_scaler: bool
     """True: dynamic loss scaling, which fp16's narrow range needs."""
@@ -216,31 +220,25 @@ def choose_precision(wanted: str = "auto", *, device: str, base_dtype: str) -> P
     if wanted == "auto" and cpu:
         name = "bf16" if native else "fp32"
         reason = "this CPU multiplies bf16 natively" if native else "this CPU has no native bf16"
+    elif wanted == "auto" and not native:
+        name, reason = "fp16", "this GPU has no bf16"
+    elif wanted == "auto" and base_dtype == "float16":
+        name, reason = "fp16", "the base is stored in fp16"
     elif wanted == "auto":
-        name = "fp16" if base_dtype == "float16" or not native else "bf16"
-        reason = "this GPU has no bf16"
-        if native:
-            reason = "the base is stored in fp16" if name == "fp16" else "this GPU has bf16 and the base isn't fp16"
+        name, reason = "bf16", "this GPU has bf16 and the base isn't fp16"
     elif wanted == "fp16" and cpu:
         reason = "asked for; real fp16 takes 12-15 times as long as fp32 on a CPU, train.precision=auto is faster"
     elif wanted == "bf16" and not native:
         reason = f"asked for; this {'CPU' if cpu else 'GPU'} has no native bf16, so it will be slow"
     if name == "fp16":
-        return Precision("fp16", torch.float16, True, f"{reason}; dynamic loss scaling")
-    if name == "bf16":
-        return Precision("bf16", torch.bfloat16, False, reason)
-    if name == "fp32":
-        return Precision("fp32", torch.float32, False, reason)
-    raise UserError(f"train.precision: {unknown('precision', wanted, ['auto', 'fp16', 'bf16', 'fp32'])}")
+        reason += "; dynamic loss scaling"
+    return Precision(name, DTYPES[name], use_scaler=name == "fp16", reason=reason)
 
 
 def _cpu_has_bf16() -> bool:
     """Whether the CPU has AVX512-BF16 or AMX instructions."""
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        ask = getattr(torch.cpu, name, None)
-        if ask is not None and ask():
-            return True
-    return False
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # which torch may rename
+    return any(getattr(torch.cpu, name, bool)() for name in asked)
 
 
 # --------------------------------------------------------------------------------------------------------- the base
@@ -401,19 +399,21 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
         raise ModelError(f"{path.name}: not a whole safetensors file ({first_line(error)}); fetch it again") from error
 
 
+def stored_tensors(folder: Path, base: str | None = None) -> dict[str, dict[str, Any]]:
+    """Give dtype, shape and offsets of all tensors of a model folder, by name; errors as of ``weight_files``."""
+    return {name: entry for path in weight_files(folder, base) for name, entry in read_header(path)[0].items()}
+
+
 def base_dtype_of(base: str) -> str:
     """Give the dtype that most weights of a base are stored in: float16, bfloat16 or float32.
 
     Read from the weights themselves: ``config.json`` may say something else.
     """
-    folder = resolve_base(base, say=unsaid)
-    sizes: dict[str, int] = {}
-    for path in weight_files(folder, base):
-        for entry in read_header(path)[0].values():
-            if entry["dtype"] in _FLOATS:
-                begin, end = entry["data_offsets"]
-                dtype = _FLOATS[entry["dtype"]]
-                sizes[dtype] = sizes.get(dtype, 0) + end - begin
+    sizes = Counter[str]()
+    for entry in stored_tensors(resolve_base(base, say=unsaid), base).values():
+        if dtype := _FLOATS.get(entry["dtype"]):
+            begin, end = entry["data_offsets"]
+            sizes[dtype] += end - begin
     return max(sizes, key=lambda dtype: (sizes[dtype], dtype)) if sizes else "float32"
 
 
@@ -474,7 +474,8 @@ def load_base(
                 f"{base}: model type {kind!r} comes with its own Python code, which corefit doesn't run unasked; if "
                 "you trust its source: train --set model.trust_remote_code=true, chat --trust-remote-code"
             )
-        raise ModelError(f"{base}: config.json: {unknown('model type', str(kind), _near(str(kind), CONFIG_MAPPING))}")
+        near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3, cutoff=0.4)  # of very many
+        raise ModelError(f"{base}: config.json: {unknown('model type', str(kind), near)}")
     if device == "cpu" and not is_small(folder, base):
         give_memory_back()
     if (folder / "adapter_config.json").exists():  # transformers would load the base that it names, not this folder
@@ -498,19 +499,18 @@ def load_base(
         raise ModelError(
             f"{base}: stored quantised already; --quantizer none uses it as it is, or give the unquantised base"
         )
-    if quantization is not None and not has_bitsandbytes and "itsAndBytes" in type(quantization).__name__:
+    of_bitsandbytes = type(quantization).__name__ == "BitsAndBytesConfig"
+    if of_bitsandbytes and not has_bitsandbytes:
         raise ModelError(f"quantizer {quantizer.name!r}: bitsandbytes is not installed; pip install bitsandbytes")
     dtype = getattr(torch, weights_dtype or compute_dtype)
     more: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if quantization is not None:
         more["quantization_config"] = quantization
-    if type(quantization).__name__ == "BitsAndBytesConfig" and not trust_remote_code and say is not unsaid:
-        # of 4 bits, 64 weights have a scale of 8 bits, and 256 of those one of 32
-        bits = 4 + 8 / 64 + 32 / 64 / 256 if quantization.load_in_4bit else 8
+    if of_bitsandbytes and not trust_remote_code and say is not unsaid:
         with contextlib.suppress(OSError, ValueError, KeyError):  # loading says it better
             skeleton, _, names = _skeleton(config, str(folder), quantization)
-            by = f"{base}: {quantizer.name}"
-            say(f"{by} {_said_storage(skeleton, names, by=by, bits=bits, dtype=dtype, device=device)}")
+            bits = BITS[4 if quantization.load_in_4bit else 8]
+            say(_said_storage(skeleton, names, by=f"{base}: {quantizer.name}", bits=bits, dtype=dtype, device=device))
     if device != "cpu":
         more["device_map"] = {"": device}
 
@@ -540,10 +540,8 @@ def load_base(
         raise ModelError(f"{base}: doesn't fit into the memory of {device}; {ways}") from error
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(f"{base}: can't be loaded: {first_line(error)}") from error
-    except Exception as error:
-        if type(error).__module__.startswith("safetensors"):
-            raise ModelError(f"{base}: broken weights file: {first_line(error)}; fetch it again") from error
-        raise
+    except SafetensorError as error:
+        raise ModelError(f"{base}: broken weights file: {first_line(error)}; fetch it again") from error
     _check_loaded(base, info, say)
     _protect_4bit(model)
     if quantizer.after_load is not None:
@@ -576,8 +574,8 @@ def _said_storage(
 ) -> str:
     """Say how much of a base a quantizer will store, and the memory that all of it will take.
 
-    ``by``: which base and quantizer, for errors. ``names``: the weights that it takes; ``bits``: to one of them, scales
-    included; ``dtype``: of all others.
+    ``by``: which base and quantizer. ``names``: the weights that it takes; ``bits``: to one of them, scales included;
+    ``dtype``: of all others.
 
     Raises:
         ModelError: the GPU has less.
@@ -587,11 +585,11 @@ def _said_storage(
     fused = sum(n for name, n in sizes.items() if skeleton.get_parameter(name).dim() == 3 and name not in names)
     size = (stored * bits / 8 + (total - stored) * dtype.itemsize) / 2**30
     share, other = f"{stored / 1e6:,.1f}M of {total / 1e6:,.1f}M weights", str(dtype).removeprefix("torch.")
-    line = f"stores {share} ({stored / total:.0%}), the others are {other}: {size:,.2f} GiB"
+    line = f"{by} stores {share} ({stored / total:.0%}), the others are {other}: {size:,.2f} GiB"
     if fused > stored:
         line += f"; {fused / 1e6:,.1f}M are fused experts, which it can't store: have that memory, or take a dense base"
     if device != "cpu" and size > (memory := torch.cuda.get_device_properties(device).total_memory / 2**30):
-        raise ModelError(f"{by} {line}; {device} has {memory:,.1f} GiB: take a smaller base or a larger GPU")
+        raise ModelError(f"{line}; {device} has {memory:,.1f} GiB: take a smaller base or a larger GPU")
     return line
 
 
@@ -665,12 +663,8 @@ def _protect_4bit(model: nn.Module) -> None:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether some weights are stored in a quantizer's own form."""
-    return any(_quantized_weight(module) is not None for module in model.modules())
-
-
-def _quantized_weight(module: nn.Module) -> torch.Tensor | None:
-    weight = getattr(module, "weight", None)
-    return weight if isinstance(module, nn.Linear) and weight is not None and not weight.is_floating_point() else None
+    weights = [getattr(layer, "weight", None) for layer in linear_layers(model).values()]
+    return any(weight is not None and not weight.is_floating_point() for weight in weights)
 
 
 # ------------------------------------------------------------------------------------------------------ the adapter
@@ -730,11 +724,8 @@ def _taken_for_experts(model: PreTrainedModel, targets: list[str]) -> set[str]:
     It would adapt those in the place of layers, or beside them, and so would whoever loads the adapter with it.
     """
     from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as convert
 
-    try:
-        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as convert
-    except ImportError:
-        return set()
     trial = LoraConfig(target_modules=targets)
     with contextlib.suppress(ValueError):  # some of them without others, with which they are one
         convert(trial, model, None)
@@ -761,7 +752,6 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
                 "adapter.kind: full fine-tuning can't train quantised weights; --quantizer none, or kind=lora"
             )
         return model.float().requires_grad_(True).train()
-    quiet()
     with without_bitsandbytes(model):
         return _attach_lora(model, spec, seed=seed)
 
@@ -769,7 +759,6 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
 def _attach_lora(model: PreTrainedModel, spec: AdapterSpec, *, seed: int) -> Any:  # noqa: ANN401, a PeftModel
     from peft import LoraConfig, TaskType, get_peft_model
 
-    model.requires_grad_(False)
     for module in model.modules():
         if "norm" in type(module).__name__.lower():
             fuse_norm(module.float())
@@ -836,15 +825,14 @@ def without_bitsandbytes(model: PreTrainedModel) -> Iterator[None]:
         import_bitsandbytes()
         yield
         return
-    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     try:
-        yield
+        with _hidden("bitsandbytes"):
+            yield
     finally:
-        del sys.modules["bitsandbytes"]
-        from peft import import_utils
+        from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 
-        for name in ("is_bnb_available", "is_bnb_4bit_available"):  # what it found out now isn't so
-            getattr(getattr(import_utils, name, None), "cache_clear", bool)()
+        for answer in (is_bnb_available, is_bnb_4bit_available):  # what it found out now isn't so
+            answer.cache_clear()
 
 
 def _load_adapter(adapted: Any, folder: Path) -> None:  # noqa: ANN401, a PeftModel
@@ -857,15 +845,19 @@ def _load_adapter(adapted: Any, folder: Path) -> None:  # noqa: ANN401, a PeftMo
     if layout := internlm.layout_in(adapted):
         config = json.loads((folder / "adapter_config.json").read_bytes())
         _, tensors = layout.adapter_to_llama(config, tensors, str(folder))
-    have = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    want = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    if differ := sorted(name for name in have | want if have.get(name) != want.get(name)):
-        raise ModelError(
-            f"adapter.start: {folder} has {have.get(differ[0], 'nothing')} for {differ[0]}, this base takes "
-            f"{want.get(differ[0], 'nothing')}: an adapter of another base?"
-        )
+    if found := misfit(tensors, get_peft_model_state_dict(adapted, save_embedding_layers=False)):
+        raise ModelError(f"adapter.start: {folder} has {found}: an adapter of another base?")
     set_peft_model_state_dict(adapted, tensors)
+
+
+def misfit(have: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]) -> str:
+    """Say which tensor, the first by name, has another shape than the model's or is on one side only; empty: none."""
+    shapes, wanted = ({name: tuple(tensor.shape) for name, tensor in side.items()} for side in (have, want))
+    differ = sorted(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))
+    if not differ:
+        return ""
+    of, to = (side.get(differ[0], "nothing") for side in (shapes, wanted))
+    return f"{of} for {differ[0]}, the model trains {to} ({len(differ)} such weights)"
 
 
 def with_adapter(model: PreTrainedModel, folder: Path) -> Any:  # noqa: ANN401, a PeftModel
@@ -1006,12 +998,10 @@ def enable_gradient_checkpointing(model: Any, share: float = 1.0) -> None:  # no
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     base = causal_lm(model)
-    kwargs = {"use_reentrant": False}
+    # the first name is that since transformers 5.2x
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     try:
-        if hasattr(base, "activation_checkpointing_enable"):  # the name since transformers 5.2x
-            base.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
-        else:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        enable({"use_reentrant": False})
     except ValueError as error:
         raise ModelError(
             f"{first_line(error)} --set train.gradient_checkpointing=false does without, at the price of memory"
@@ -1037,11 +1027,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         torch.clear_autocast_cache()
         for module, mode in modes:
             module.training = mode
-
-
-def _near(name: str, known: Any) -> list[str]:  # noqa: ANN401, a lazy mapping of transformers
-    """The few nearest of very many names."""
-    return difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
 
 
 def first_line(error: BaseException) -> str:

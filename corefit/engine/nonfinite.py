@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from corefit.engine.model import first_line
 from corefit.engine.ranks import ALONE, Ranks, is_sharded, own, whole
 from corefit.errors import NonFiniteError
 from corefit.types import IGNORE_INDEX, Batch, StepReport
@@ -139,7 +140,7 @@ def explain(
         in_a_row: steps skipped one after another, this one included.
         ranks: that run the step together; each looks at its own micro-batches.
     """
-    total, now = ranks.sum(sum(batch.n_supervised for batch in batches))[0], random_state(device)
+    now = random_state(device)
     bad: dict[int, dict[str, Any]] = {}
     records: list[str] = []
     together: list[str] = []
@@ -149,7 +150,7 @@ def explain(
         with Watch(loss_fn) as watch:
             loss = nats(batch)
             if (is_finite := finite(loss)) or ranks.sharded:
-                (loss / total * report.loss_scale).backward()  # type: ignore[no-untyped-call]
+                (loss / report.supervised_tokens * report.loss_scale).backward()  # type: ignore[no-untyped-call]
         # what isn't finite on the way and leaves no trace in loss or gradients is meant so (a mask)
         return next(iter(watch.first.values())) if "backward" in watch.first or not is_finite else None
 
@@ -168,7 +169,7 @@ def explain(
             records += [origin for origin in alone if origin != PADDING] or alone
             together += () if alone else batches[i].origins()
     except Exception as error:  # whatever it is, the step failed for a reason of its own, which must come through
-        outcome = f"the replay failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        outcome = f"the replay failed: {type(error).__name__}: {first_line(error)}"
     finally:
         set_random_state(now, device)
         for parameter in parameters.values():

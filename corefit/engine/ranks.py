@@ -103,10 +103,8 @@ class Ranks:
             flat = torch.cat([tensor.flatten() for tensor in part])
             with together():
                 collective(flat)
-            first = 0
-            for tensor in part:
-                tensor.copy_(flat[first : first + tensor.numel()].view_as(tensor))
-                first += tensor.numel()
+            for tensor, values in zip(part, torch.split(flat, [t.numel() for t in part]), strict=True):
+                tensor.copy_(values.view_as(tensor))
 
     def tell(self, text: str = "") -> str:
         """Give rank 0's text; what the others pass is not looked at."""

@@ -144,7 +144,7 @@ def phase(calls: Sequence[Call], *, at_call: bool) -> str:
     """Say where a run was killed: loading, step, save, or end; ``at_call``: by the shim, in the last of these calls."""
     if not any(c.path == "metrics.jsonl" for c in calls):
         return "loading"
-    if any(c.path.split("/")[0] in ("adapter", ".adapter.partial") for c in calls):
+    if any(c.path.split("/")[0] in ("adapter", ".tmp-adapter") for c in calls):
         return "end"
     if at_call:
         return "save" if calls[-1].path.startswith("checkpoints") or calls[-1].op == "fsync" else "step"

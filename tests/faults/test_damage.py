@@ -31,7 +31,7 @@ FILES = ["manifest.json", "optimizer.safetensors", "rng.safetensors", "state.jso
 def unfinished(lab: Lab, straight: Any) -> Path:
     """A run with two checkpoints that was killed before its adapter was written."""
     run = lab.new()
-    k = find(lab.trace(straight[0]), "mkdir", r"\.adapter.*").k
+    k = find(lab.trace(straight[0]), "mkdir", r"\.tmp-adapter").k
     lab.run(run, sets=KEPT, at=k - 6, do="kill")  # the straight run also deletes a checkpoint: five files and a folder
     assert [p.name for p in sorted((run / "checkpoints").glob("step-*"))] == ["step-00000002", "step-00000003"]
     assert not (run / "adapter").exists()

@@ -71,7 +71,7 @@ def case(
         case("read-only from a save on", "rename", r"checkpoints/step-\d+", 1, errno.EROFS, 1, onwards=True),
         case("latest can't follow", "rename", r"checkpoints/latest", 1, errno.EIO, 0),
         case("an old one can't be deleted", "unlink", r"checkpoints/step-\d+/.*", 1, errno.EIO, 0),
-        case("full while exporting", "write", r"\.adapter.*/.*", -1, errno.ENOSPC, 1),
+        case("full while exporting", "write", r"\.tmp-adapter/.*", -1, errno.ENOSPC, 1),
         case("full for the ledger", "rename", r"ledger\.json", 0, errno.ENOSPC, 1, onwards=True),
     ],
 )

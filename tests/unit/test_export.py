@@ -122,7 +122,8 @@ def test_a_full_model_is_written_as_the_base_was(tmp_path, tied, sharded):
     assert AutoTokenizer.from_pretrained(out)("hello")["input_ids"]
 
 
-def test_a_model_whose_names_are_not_the_bases_is_still_saved_whole(tmp_path):
+def test_a_model_whose_names_are_not_the_bases_is_still_saved_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("corefit.engine.export.SHARD_BYTES", 60_000)
     base = write_model(tmp_path / "base", dtype="bfloat16")
     model = attach_adapter(load(base), None, seed=0)
     renamed = {
@@ -131,7 +132,7 @@ def test_a_model_whose_names_are_not_the_bases_is_still_saved_whole(tmp_path):
     from safetensors.torch import save_file
 
     save_file(renamed, base / "model.safetensors")
-    out = export_model(model, tmp_path / "model", facts(base), shard_bytes=60_000)
+    out = export_model(model, tmp_path / "model", facts(base))
     files = weight_files(out)
     assert len(files) > 2 and all(path.stat().st_size < 80_000 for path in files)
     again = load(out)

@@ -533,7 +533,7 @@ def test_an_adapter_of_another_base_or_pickled_is_no_start(tiny_model, tmp_path)
     start = AdapterSpec(r=4, alpha=8, dropout=0.0, start=str(folder))
     other = write_model(tmp_path / "other", hidden_size=96)
     with pytest.raises(
-        ModelError, match=r"adapter.start: .* has \(64, 4\) for .*lora_B.weight, this base takes \(96, 4\)"
+        ModelError, match=r"adapter.start: .* has \(64, 4\) for .*lora_B.weight, the model trains \(96, 4\)"
     ):
         attach_adapter(load(other), start, seed=1)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
@@ -628,9 +628,7 @@ def test_precision(monkeypatch, wanted, device, base, native, name):
     assert ("slow" in chosen.reason) == ((wanted, native) == ("bf16", False))
 
 
-def test_unknown_precisions_and_devices_name_the_nearest():
-    with pytest.raises(UserError, match="did you mean 'fp16'"):
-        choose_precision("f16", device="cpu", base_dtype="float32")
+def test_unknown_devices_name_the_nearest():
     for wanted in ("cudo", "cuda:x", "mps"):
         with pytest.raises(UserError, match=f"no device '{wanted}'.*known: auto"):
             choose_device(wanted)
@@ -682,12 +680,15 @@ def test_a_gpu_is_seen_by_its_device_file_or_by_nvidia_smi_unless_hidden(monkeyp
     assert not model_module._gpu_is_there()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([Path("/dev/nvidiactl")]))
-    monkeypatch.setattr(shutil, "which", lambda name: "/bin/nvidia-smi")
     for output, code, there in (("GPU 0: Tesla K80", 0, True), ("No devices were found", 6, False)):
         done = subprocess.CompletedProcess([], code, stdout=output)
         monkeypatch.setattr(subprocess, "run", lambda *_, done=done, **__: done)
         assert model_module._gpu_is_there() is there
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+
+    def no_program(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess, "run", no_program)
     assert not model_module._gpu_is_there()
 
 

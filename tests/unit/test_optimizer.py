@@ -78,11 +78,6 @@ def test_state_of_a_weight_that_is_not_trained_is_refused():
         load_optimizer_state(optimizer, parameters, {"b/exp_avg": torch.zeros(2)}, {"values": {}, "groups": [{}]})
 
 
-def test_an_unknown_name_gets_the_nearest():
-    with pytest.raises(RecipeError, match=r"no optimizer 'adamw8bit'; did you mean 'adamw_8bit'\?"):
-        make_optimizer("adamw8bit", {}, lr=0.1)
-
-
 def test_paging_that_does_not_happen_is_said():
     assert optimizer_notice("paged_adamw_8bit", "cpu") is not None
     assert optimizer_notice("paged_adamw_8bit", "cuda:0") is None
