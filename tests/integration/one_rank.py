@@ -13,17 +13,17 @@ def one_rank(rank: int, world: int, port: int, words: list[str], where: str, ful
     ``full_disk``: the first checkpoint can't be written.
     """
     from corefit.cli import main
-    from corefit.engine import checkpoint
+    from corefit.engine import export
 
     refusals = [OSError(28, "No space left on device")] if full_disk else []
-    really = checkpoint.sync
+    really = export.sync
 
     def sync(path: Path) -> None:
         if refusals:
             raise refusals.pop()
         really(path)
 
-    checkpoint.sync = sync
+    export.sync = sync
 
     os.chdir(where)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}

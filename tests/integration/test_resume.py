@@ -347,7 +347,7 @@ def test_weights_that_cant_be_exported_fail_the_run_and_resume_writes_them(here:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(export, "save_file", full)
+        patch.setattr(export, "write_tensors", full)
         with pytest.raises(RunError, match="adapter: can't be written: .*--resume goes on") as failure:
             here.train("checkpoint.keep_best=true", out="run")
     assert failure.value.exit_code == 1
