@@ -351,6 +351,8 @@ def chat_loop(
                     write("\n")
             except KeyboardInterrupt:
                 write("\n")
+                if not adapter:
+                    continue
             except UserError as error:
                 write(f"{error}: /new\n")
                 continue

@@ -25,7 +25,7 @@ from corefit.data import kernel
 from corefit.errors import CorefitError
 from corefit.registry import GROUP, Registry
 from corefit.report import columns, to_json
-from corefit.terminal import say, secrets, visible, write
+from corefit.terminal import say, secrets, visible, without_secrets, write
 
 VARIABLES = re.compile(
     r"(COREFIT|HF|TRANSFORMERS|CUDA|NVIDIA|NCCL|PYTORCH|TORCH|OMP|MKL|BNB|BITSANDBYTES|TOKENIZERS|LC)_\w+|LANG|"
@@ -60,7 +60,7 @@ def doctor(*, as_json: bool = False) -> int:
     """Look at the machine and print what was found; exit code 1 where something needed is broken."""
     report = examine()
     if as_json:
-        write(private(to_json(report)))
+        write(private(without_secrets(to_json(report))))
         return 1 if report.broken else 0
     for section, facts in report.facts.items():
         say(section)

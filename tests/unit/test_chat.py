@@ -277,3 +277,8 @@ def test_compare_shows_both_and_goes_on_with_the_adapters():
     assert [adapter for _, adapter in asked] == [False, True, False, True]
     assert asked[2][0] == ["one", "answer", "two"]
     assert written.startswith("adapter off: answer\nadapter on:  answer\n")
+
+
+def test_ctrl_c_at_the_bases_answer_leaves_the_question_out():
+    asked, _ = talk(["wait", "on", "/exit"], compare=True)
+    assert asked[1] == (["on"], False)

@@ -52,13 +52,13 @@ def test_no_secret_no_home_and_no_password_is_printed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("HF_TOKEN", "hf_verysecretvalue")
-    monkeypatch.setenv("COREFIT_HERE", f"{tmp_path}/models:hf_verysecretvalue")
+    monkeypatch.setenv("HF_TOKEN", 'hf_very"secretvalue')
+    monkeypatch.setenv("COREFIT_HERE", f'{tmp_path}/models:hf_very"secretvalue')
     monkeypatch.setenv("HF_ENDPOINT", "https://somebody:pw@mirror.example/")
     for as_json in (False, True):
         doctor(as_json=as_json)
         text = capsys.readouterr().out
-        assert str(tmp_path) not in text and "verysecret" not in text and "somebody" not in text
+        assert str(tmp_path) not in text and "secretvalue" not in text and "somebody" not in text
         assert "HF_TOKEN" in text and "set, not shown" in text
         assert "~/models:$HF_TOKEN" in text and "https://mirror.example/" in text
 
