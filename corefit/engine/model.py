@@ -189,10 +189,10 @@ def _gpu_is_there() -> bool:
     if any(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia*")):
         return True
     try:
-        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):  # there is no such program, or it hangs
         return False
-    return found.returncode == 0 and "GPU " in found.stdout
+    return found.returncode == 0 and b"GPU " in found.stdout
 
 
 @dataclass(frozen=True, slots=True)

@@ -680,7 +680,7 @@ def test_a_gpu_is_seen_by_its_device_file_or_by_nvidia_smi_unless_hidden(monkeyp
     assert not model_module._gpu_is_there()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([Path("/dev/nvidiactl")]))
-    for output, code, there in (("GPU 0: Tesla K80", 0, True), ("No devices were found", 6, False)):
+    for output, code, there in ((b"GPU 0: Tesla K80", 0, True), (b"No devices were found", 6, False)):
         done = subprocess.CompletedProcess([], code, stdout=output)
         monkeypatch.setattr(subprocess, "run", lambda *_, done=done, **__: done)
         assert model_module._gpu_is_there() is there
