@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 
 from corefit import terminal
-from corefit.engine.export import _DTYPES, _json, base_files, write_files, write_tensors, written_aside
+from corefit.engine.export import DTYPES, base_files, json_bytes, write_files, write_tensors, written_aside
 from corefit.engine.model import INDEX, PICKLES, read_index
 from corefit.errors import ModelError
 
@@ -39,7 +39,7 @@ _STORAGES = {
     **dict(Char="I8", Byte="U8", Bool="BOOL", Untyped="U8"),
 }
 _STORAGE = re.compile(r"torch\.(?:cuda\.|storage\.)?(\w+)Storage")
-_CODES = {str(dtype): code for code, dtype in _DTYPES.items()}
+_CODES = {str(dtype): code for code, dtype in DTYPES.items()}
 _DICT, _TENSOR = "collections.OrderedDict", "torch._utils._rebuild_tensor"
 _PARAMETER = "torch._utils._rebuild_parameter"
 _KNOWN = {_DICT, _TENSOR, f"{_TENSOR}_v2", f"{_TENSOR}_v3", _PARAMETER, f"{_PARAMETER}_with_state", *_CODES}
@@ -78,7 +78,7 @@ class Storage:
     @property
     def nbytes(self) -> int:
         """Bytes of its numbers."""
-        return self.numel * _DTYPES[self.dtype].itemsize
+        return self.numel * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,7 +99,7 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Bytes of its values, written out."""
-        return prod(self.size) * _DTYPES[self.dtype].itemsize
+        return prod(self.size) * DTYPES[self.dtype].itemsize
 
 
 class Machine:
@@ -183,7 +183,7 @@ class Machine:
         if any(rest[2:]) or len(size) != len(stride) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
             raise ValueError("a tensor that is not plain")
         made = Tensor(storage, code, offset, tuple(size), tuple(stride))
-        ends = (offset + made.span) * _DTYPES[code].itemsize
+        ends = (offset + made.span) * DTYPES[code].itemsize
         if len(size) > 64 or (made.span and ends > storage.nbytes):
             raise ValueError(f"a tensor of shape {list(size)[:64]} in a storage of {storage.nbytes:,} bytes")
         self.tensors.append(made)
@@ -317,7 +317,7 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """Give the values of a tensor, as it lies in its storage."""
         tensor = self.tensors[name]
-        dtype = _DTYPES[tensor.dtype]
+        dtype = DTYPES[tensor.dtype]
         if not tensor.span:
             return torch.empty(tensor.size, dtype=dtype)
         data = bytearray(tensor.span * dtype.itemsize)
@@ -391,7 +391,7 @@ def convert(target: str | Path, out: str | Path | None = None, *, say: Callable[
         if wanted:
             if missing := wanted.keys() - where.keys():
                 raise ModelError(f"{index}: names {min(missing)}, which no file holds")
-            write_files(aside, {INDEX: _json({"metadata": {"total_size": total}, "weight_map": where})})
+            write_files(aside, {INDEX: json_bytes({"metadata": {"total_size": total}, "weight_map": where})})
         for path in [] if out else sorted(aside.iterdir()):
             path.rename(folder / path.name)
     if not out:
@@ -450,7 +450,7 @@ def to_adapter(
         header = {name: {"dtype": t.dtype, "shape": list(t.size)} for name, t in sorted(entries.items())}
         read = lambda name: checkpoint.read(names[name])  # noqa: E731
         write_tensors(aside / "adapter_model.safetensors", header, read, {"format": "pt"})
-        write_files(aside, {"adapter_config.json": _json(config)})
+        write_files(aside, {"adapter_config.json": json_bytes(config)})
     say(f"{checkpoint.path.name} -> adapter_model.safetensors: LoRA r {r} on {len(lora):,} layers")
     return Path(out)
 

@@ -28,7 +28,7 @@ EMBEDDED = "corefit-embedded"
 """The name under which folders refer to the model that the package carries."""
 EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded" / "model"
 SHARD_BYTES = 2 * 10**9
-_DTYPES = {
+DTYPES = {  # by their names in safetensors files
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -42,7 +42,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +161,7 @@ def with_keys(data: bytes, keys: Mapping[str, Any]) -> bytes:
     content = json.loads(data)
     if all(key in content and content[key] == value for key, value in keys.items()):
         return data
-    return _json(content | dict(keys))
+    return json_bytes(content | dict(keys))
 
 
 def with_vocabulary(config: bytes, rows: int) -> bytes:
@@ -170,7 +170,8 @@ def with_vocabulary(config: bytes, rows: int) -> bytes:
     return with_keys(config, {"text_config": inner | {"vocab_size": rows}} if inner else {"vocab_size": rows})
 
 
-def _json(content: Mapping[str, Any]) -> bytes:
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """Give JSON as folders of models have it."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -198,7 +199,7 @@ def serving_files(facts: Provenance, kind: str) -> dict[str, bytes]:
     for key, value in facts.as_dict().items():
         if key not in ("base", "fingerprint", "chat_template") and (value or key not in ("add_tokens", "system")):
             known[key] = value
-    files["corefit.json"] = _json(known)
+    files["corefit.json"] = json_bytes(known)
     files["README.md"] = _readme(facts, kind, stops).encode()
     return files
 
@@ -285,14 +286,14 @@ def write_tensors(
     with path.open("wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for name, entry in entries.items():
-            tensor = tensor_of(name).detach().to("cpu", _DTYPES[entry["dtype"]]).contiguous()
+            tensor = tensor_of(name).detach().to("cpu", DTYPES[entry["dtype"]]).contiguous()
             assert list(tensor.shape) == list(entry["shape"]), f"{name}: {list(tensor.shape)} for {entry['shape']}"
             file.write(tensor.flatten().view(torch.uint8).numpy().data)
 
 
 def _size_of(entry: Mapping[str, Any]) -> int:
     """Give the bytes of a tensor."""
-    return torch.Size(entry["shape"]).numel() * _DTYPES[entry["dtype"]].itemsize
+    return torch.Size(entry["shape"]).numel() * DTYPES[entry["dtype"]].itemsize
 
 
 def entries_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
@@ -341,7 +342,7 @@ def rewrite_weights(
         index["weight_map"] |= {new: index["weight_map"][old] for new, old in added.items()}
         if added or rows:
             index.get("metadata", {}).pop("total_size", None)
-        (out / INDEX).write_bytes(_json(index) if added or rows else (base / INDEX).read_bytes())
+        (out / INDEX).write_bytes(json_bytes(index) if added or rows else (base / INDEX).read_bytes())
 
 
 # -------------------------------------------------------------------------------------------------------- exports
@@ -399,7 +400,7 @@ def _write_adapter(
     if layout := internlm.layout_of_folder(facts.base_folder):
         config, tensors = layout.adapter_to_published(config, tensors)
     with written_aside(out, replace=True) as folder:
-        write_files(folder, serving_files(facts, "adapter") | {"adapter_config.json": _json(config)})
+        write_files(folder, serving_files(facts, "adapter") | {"adapter_config.json": json_bytes(config)})
         weights = folder / "adapter_model.safetensors"
         write_tensors(weights, entries_of(tensors), tensors.__getitem__, {"format": "pt"})
     return out
@@ -460,4 +461,4 @@ def _write_shards(folder: Path, entries: dict[str, Any], tensor_of: Callable[[st
         write_tensors(folder / file, {name: entries[name] for name in names}, tensor_of, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_files(folder, {INDEX: _json(index)})
+        write_files(folder, {INDEX: json_bytes(index)})

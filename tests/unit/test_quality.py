@@ -80,6 +80,17 @@ def test_the_engine_stays_within_its_budget() -> None:
     assert sum(bool(line.strip()) for text in texts for line in text.splitlines()) <= C_LINES
 
 
+def test_no_module_takes_anothers_private_names() -> None:
+    private = re.compile(r"^from corefit[\w.]* import .*?\b(_[a-z]\w*)", re.M)
+    found = {
+        (path.name, name)
+        for folder in ("corefit", "plugins")
+        for path in (ROOT / folder).rglob("*.py")
+        for name in private.findall(path.read_text("utf-8"))
+    }
+    assert found <= {("__init__.py", "_kernel")}  # the compiled one
+
+
 def test_public_names_are_sorted_complete_and_importable() -> None:
     import corefit
 
