@@ -281,14 +281,13 @@ class Session:
         """Load the model and its adapter, and prove that packed documents don't see each other."""
         recipe, settings = self.recipe, self.recipe.train
         model.prepare_process(recipe.run.threads)
-        self.device = model.choose_device(recipe.run.device)
+        self.device = model.choose_device(self.ranks.device(recipe.run.device))
         full = recipe.adapter.kind == "none"
         if self.ranks.world > 1:
             self.say(f"ranks: {self.ranks.world}, each with its share of the packs of every step")
-            on_gpus = full and self.device == "cuda" and settings.optimizer == "adamw"
+            on_gpus = full and self.device != "cpu" and settings.optimizer == "adamw"
             sharding = recipe.run.sharding
             self.ranks = replace(self.ranks, sharded=sharding == "full" or (sharding == "auto" and on_gpus))
-            self.device = model.choose_device(f"{self.device}:{self.ranks.local}") if self.device == "cuda" else "cpu"
         stored = model.base_dtype_of(str(self.base))
         self.precision = model.choose_precision(settings.precision, device=self.device, base_dtype=stored)
         self.say(f"device: {self.device}; precision: {self.precision.name} ({self.precision.reason})")

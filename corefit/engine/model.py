@@ -126,7 +126,7 @@ def import_bitsandbytes() -> bool:
 
 
 def choose_device(wanted: str = "auto") -> str:
-    """Give ``"cuda"``, ``"cuda:N"`` or ``"cpu"``.
+    """Give ``"cuda"``, ``"cuda:N"``, from now on this process's current GPU, or ``"cpu"``.
 
     Raises:
         UserError: a GPU was asked for, or is there and was not ruled out, and this torch can't use it.
@@ -153,6 +153,8 @@ def choose_device(wanted: str = "auto") -> str:
     device = "cuda" if wanted == "auto" else wanted
     if index and int(index) >= torch.cuda.device_count():
         raise UserError(f"run.device: no {wanted!r}: torch sees {torch.cuda.device_count()} GPU(s), {ways}")
+    if index:  # pinned memory, and what bitsandbytes launches and waits for, go by the current one
+        torch.cuda.set_device(int(index))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about what the next line finds out

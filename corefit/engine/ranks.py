@@ -27,7 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from corefit.errors import RunError
+from corefit.errors import RecipeError, RunError
 from corefit.types import IGNORE_INDEX, Batch
 
 BUCKET = 2**25
@@ -63,6 +63,19 @@ class Ranks:
     """True: each holds a share of the weights."""
     again: bool = False
     """True: torchrun has started this run before. Rank 0 knows it."""
+
+    def device(self, wanted: str) -> str:
+        """Give this rank's own device for ``run.device``.
+
+        Raises:
+            RecipeError: it is one GPU, of several processes.
+        """
+        if self.world == 1:
+            return wanted
+        if wanted.startswith("cuda:"):
+            raise RecipeError(f"run.device: {wanted!r} is one GPU for {self.world} processes; 'cuda' is one for each")
+        gpus = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+        return f"cuda:{self.local}" if gpus else wanted
 
     def sum(self, *values: float) -> list[float]:
         """Give the sum over ranks of each number. It never waits for a GPU."""
@@ -200,8 +213,6 @@ def shard(
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     kind = torch.device(device).type
-    if kind == "cuda":
-        torch.cuda.set_device(device)
     for parameter in keep:
         parameter.data = parameter.data.to(device)
     divide = partial(fully_shard, mesh=init_device_mesh(kind, (dist.get_world_size(),)), ignored_params={*keep})
