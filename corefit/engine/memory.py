@@ -221,7 +221,7 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
         "activations": layer + passing + inputs * s.checkpointing,
         "gradients": 4 * trained,
     }
-    update = {**always, "gradients": 4 * trained, "optimizer's own": 4 * trained if s.cuda else 0}
+    update = {**always, "gradients": 4 * trained}
     load = {
         "process and libraries": LOADING + imported,
         "base weights": base,
