@@ -217,11 +217,27 @@ def shard(
         parameter.data = parameter.data.to(device)
     divide = partial(fully_shard, mesh=init_device_mesh(kind, (dist.get_world_size(),)), ignored_params={*keep})
     narrow = MixedPrecisionPolicy(dtype, dtype and torch.float32, cast_forward_inputs=False)
-    for layer in layers:
-        divide(layer, mp_policy=narrow)
-    # True: else what validation has gathered would still be there, and stale, after a checkpoint is read
-    divide(root, reshard_after_forward=True)
+    with _integers_divided():
+        for layer in layers:
+            divide(layer, mp_policy=narrow)
+        # True: else what validation has gathered would still be there, and stale, after a checkpoint is read
+        divide(root, reshard_after_forward=True)
     register_fsdp_forward_method(root, "within")
+
+
+@contextlib.contextmanager
+def _integers_divided() -> Iterator[None]:
+    """Let torch 2.11 divide 4-bit weights: it makes each share one that trains, for a moment, which integers can't."""
+    make = nn.Parameter.__new__
+
+    def made(kind: type[nn.Parameter], data: Tensor, requires_grad: bool = True) -> nn.Parameter:
+        return make(kind, data, requires_grad and data.is_floating_point())
+
+    nn.Parameter.__new__ = made  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Parameter.__new__ = make  # type: ignore[method-assign]
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:

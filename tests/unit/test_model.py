@@ -639,6 +639,7 @@ def test_unknown_precisions_and_devices_name_the_nearest():
 def test_without_a_gpu_auto_is_the_cpu_and_cuda_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(model_module, "_gpu_is_there", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
     assert choose_device("auto") == "cpu"
     with pytest.raises(UserError, match="'cuda' was asked for"):
         choose_device("cuda")
