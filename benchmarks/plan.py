@@ -41,7 +41,7 @@ def main() -> None:
     model = dict(default=str(common.SHARED / "smollm2"), metavar="DIR", help="what shared/real/make_smollm2.py made")
     args = common.options(__doc__, model=model, device=dict(default="cpu"))
     with tempfile.TemporaryDirectory() as folder:
-        base = larger(Path(folder) / "base") if args.quick else Path(args.model)
+        base = larger(Path(folder) / "base", args.device) if args.quick else Path(args.model)
         if not (base / "config.json").is_file():
             common.skip(f"no model in {base}")
         rows = []
@@ -85,8 +85,8 @@ def one(base: Path, sets: list[str], out: Path, device: str) -> dict[str, float 
     return found | {"planned / measured": planned / measured, "the most": when}
 
 
-def larger(folder: Path) -> Path:
-    """Write a random model that takes more memory than the process around it, with the embedded model's tokenizer."""
+def larger(folder: Path, device: str) -> Path:
+    """Write a random model that takes more memory than what is around it, with the embedded model's tokenizer."""
     import shutil
 
     import torch
@@ -95,6 +95,8 @@ def larger(folder: Path) -> Path:
     embedded = next(path.parent for path in (Path(common.__file__).parent.parent / "corefit").rglob("tokenizer.json"))
     shutil.copytree(embedded, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     sizes = dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6)
+    if device != "cpu":
+        sizes = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16)
     config = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=4096, tie_word_embeddings=True)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder

@@ -407,10 +407,11 @@ class Session:
 
     def _tried(self) -> int:
         """Give the largest micro-batch, from the planned one down, that goes forward and backward here."""
-        state = sum(8 * parameter.numel() for parameter in self.parameters.values())
+        trained = sum(parameter.numel() for parameter in self.parameters.values())
         packs, share = self.recipe.train.micro_packs, self.recipe.train.packs_per_step // self.ranks.world
         for n in [n for n in range(packs, 0, -1) if share % n == 0]:
-            if try_out(self.loss_fn, n, self.setting.slots, self.parameters, **self.context, state_bytes=state):
+            held = trained * (8 if n == share else 12)  # moments; gradients of the micro-batches before
+            if try_out(self.loss_fn, n, self.setting.slots, self.parameters, **self.context, state_bytes=held):
                 return n
             self.say(f"micro-batch: no memory for {n} packs, tried")
         raise RunError(f"out of memory with a single pack: {self._memory(1, self.setting.slots)}")
