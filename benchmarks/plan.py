@@ -42,11 +42,12 @@ def main() -> None:
     args = common.options(__doc__, model=model, device=dict(default="cpu"))
     with tempfile.TemporaryDirectory() as folder:
         base = larger(Path(folder) / "base", args.device) if args.quick else Path(args.model)
+        data = rows_in(Path(folder)) if args.quick else common.SHARED / "data" / "alpaca_en_demo.json"
         if not (base / "config.json").is_file():
             common.skip(f"no model in {base}")
         rows = []
         for name, words in (QUICK if args.quick else SETTINGS).items():
-            rows.append({"setting": name, **one(base, words.split(), Path(folder) / "run", args.device)})
+            rows.append({"setting": name, **one(base, data, words.split(), Path(folder) / "run", args.device)})
             common.show(rows[-1:])
             subprocess.run(["rm", "-rf", str(Path(folder) / "run")], check=True)
     worst = max(abs(row["planned / measured"] - 1) for row in rows)
@@ -62,12 +63,11 @@ def main() -> None:
     )
 
 
-def one(base: Path, sets: list[str], out: Path, device: str) -> dict[str, float | str]:
+def one(base: Path, data: Path, sets: list[str], out: Path, device: str) -> dict[str, float | str]:
     """Plan and train one setting, two steps, so that the optimizer's state is there in the second."""
     at_once = next(word.partition("=")[2] for word in sets if word.startswith("train.micro_batch="))
     sets = [*sets, f"train.packs_per_step={at_once}", "train.max_steps=2", "val.records=0", "sample.max_tokens=4"]
     sets += [f"run.device={device}", "train.precision=bf16"]
-    data = common.SHARED / "data" / "alpaca_en_demo.json"
     flags = {"model": str(base), "data": str(data), "plugin": "alpaca", "template": "chatml", "out": str(out)}
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
     command = [sys.executable, "-m", "corefit", "train", *words, "--set", *sets]
@@ -83,6 +83,13 @@ def one(base: Path, sets: list[str], out: Path, device: str) -> dict[str, float 
     planned, when = needed(shape, setting), peak(shape, setting)[0]
     found: dict[str, float | str] = {"planned MiB": planned / MIB, "measured MiB": measured / MIB}
     return found | {"planned / measured": planned / measured, "the most": when}
+
+
+def rows_in(folder: Path) -> Path:
+    """Write rows enough for two steps of any setting, short ones that fill a pack."""
+    rows = ({"instruction": f"Count on from {i}.", "output": " ".join(map(str, range(i, i + 9)))} for i in range(900))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return folder / "rows.jsonl"
 
 
 def larger(folder: Path, device: str) -> Path:
