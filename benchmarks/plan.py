@@ -42,7 +42,8 @@ def main() -> None:
     args = common.options(__doc__, model=model, device=dict(default="cpu"))
     with tempfile.TemporaryDirectory() as folder:
         base = larger(Path(folder) / "base", args.device) if args.quick else Path(args.model)
-        data = rows_in(Path(folder)) if args.quick else common.SHARED / "data" / "alpaca_en_demo.json"
+        there = common.SHARED / "data" / "alpaca_en_demo.json"
+        data = there if there.is_file() else rows_in(Path(folder))
         if not (base / "config.json").is_file():
             common.skip(f"no model in {base}")
         rows = []
