@@ -41,12 +41,14 @@ def main() -> None:
     model = dict(default=str(common.SHARED / "smollm2"), metavar="DIR", help="what shared/real/make_smollm2.py made")
     args = common.options(__doc__, model=model, device=dict(default="cpu"))
     with tempfile.TemporaryDirectory() as folder:
-        base = larger(Path(folder) / "base") if args.quick else Path(args.model)
+        base = larger(Path(folder) / "base", args.device) if args.quick else Path(args.model)
+        there = common.SHARED / "data" / "alpaca_en_demo.json"
+        data = there if there.is_file() else rows_in(Path(folder))
         if not (base / "config.json").is_file():
             common.skip(f"no model in {base}")
         rows = []
         for name, words in (QUICK if args.quick else SETTINGS).items():
-            rows.append({"setting": name, **one(base, words.split(), Path(folder) / "run", args.device)})
+            rows.append({"setting": name, **one(base, data, words.split(), Path(folder) / "run", args.device)})
             common.show(rows[-1:])
             subprocess.run(["rm", "-rf", str(Path(folder) / "run")], check=True)
     worst = max(abs(row["planned / measured"] - 1) for row in rows)
@@ -62,12 +64,11 @@ def main() -> None:
     )
 
 
-def one(base: Path, sets: list[str], out: Path, device: str) -> dict[str, float | str]:
+def one(base: Path, data: Path, sets: list[str], out: Path, device: str) -> dict[str, float | str]:
     """Plan and train one setting, two steps, so that the optimizer's state is there in the second."""
     at_once = next(word.partition("=")[2] for word in sets if word.startswith("train.micro_batch="))
     sets = [*sets, f"train.packs_per_step={at_once}", "train.max_steps=2", "val.records=0", "sample.max_tokens=4"]
     sets += [f"run.device={device}", "train.precision=bf16"]
-    data = common.SHARED / "data" / "alpaca_en_demo.json"
     flags = {"model": str(base), "data": str(data), "plugin": "alpaca", "template": "chatml", "out": str(out)}
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
     command = [sys.executable, "-m", "corefit", "train", *words, "--set", *sets]
@@ -85,8 +86,15 @@ def one(base: Path, sets: list[str], out: Path, device: str) -> dict[str, float 
     return found | {"planned / measured": planned / measured, "the most": when}
 
 
-def larger(folder: Path) -> Path:
-    """Write a random model that takes more memory than the process around it, with the embedded model's tokenizer."""
+def rows_in(folder: Path) -> Path:
+    """Write rows enough for two steps of any setting, short ones that fill a pack."""
+    rows = ({"instruction": f"Count on from {i}.", "output": " ".join(map(str, range(i, i + 9)))} for i in range(900))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return folder / "rows.jsonl"
+
+
+def larger(folder: Path, device: str) -> Path:
+    """Write a random model that takes more memory than what is around it, with the embedded model's tokenizer."""
     import shutil
 
     import torch
@@ -95,6 +103,8 @@ def larger(folder: Path) -> Path:
     embedded = next(path.parent for path in (Path(common.__file__).parent.parent / "corefit").rglob("tokenizer.json"))
     shutil.copytree(embedded, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     sizes = dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6)
+    if device != "cpu":
+        sizes = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16)
     config = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=4096, tie_word_embeddings=True)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder

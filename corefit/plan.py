@@ -77,6 +77,7 @@ def setting_of(recipe: Recipe, *, cuda: bool, width: int) -> Setting:
     return Setting(
         slots=-(-recipe.pack.max_length // 8) * 8,
         micro_batch=recipe.train.micro_packs,
+        packs=recipe.train.packs_per_step,
         quantizer=recipe.model.quantizer,
         full=recipe.adapter.kind == "none",
         r=recipe.adapter.r,
@@ -101,7 +102,7 @@ def choose_micro_batch(recipe: Recipe, base: str, *, world: int = 1, local_world
     room = memory.room_on(device) // (1 if cuda else local_world)
     shape, setting = read_shape(base), setting_of(recipe, cuda=cuda, width=precision.compute_dtype.itemsize)
     found = memory.largest_micro_batch(shape, setting, room=room, packs=packs)
-    setting = replace(setting, micro_batch=found or 1)
+    setting = replace(setting, micro_batch=found or 1, packs=packs)
     words = f"about {gib(memory.needed(shape, setting))} of the {gib(room)} that are free"
     return found or 1, f"micro-batch: {found or 1} packs (auto), {words}{'' if found else ': may not be enough'}"
 

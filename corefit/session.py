@@ -277,14 +277,13 @@ class Session:
         recipe, settings = self.recipe, self.recipe.train
         quantizer = self.plan.registry.quantizer(recipe.model.quantizer)
         model.prepare_process(recipe.run.threads)
-        self.device = model.choose_device(recipe.run.device)
+        self.device = model.choose_device(self.ranks.device(recipe.run.device))
         full = recipe.adapter.kind == "none"
         if self.ranks.world > 1:
             self.say(f"ranks: {self.ranks.world}, each with its share of the packs of every step")
-            on_gpus = full and self.device == "cuda" and settings.optimizer == "adamw"
+            on_gpus = full and self.device != "cpu" and settings.optimizer == "adamw"
             sharding = recipe.run.sharding
             self.ranks = replace(self.ranks, sharded=sharding == "full" or (sharding == "auto" and on_gpus))
-            self.device = model.choose_device(f"{self.device}:{self.ranks.local}") if self.device == "cuda" else "cpu"
         stored = model.base_dtype_of(str(self.base))
         self.precision = model.choose_precision(settings.precision, device=self.device, base_dtype=stored)
         self.say(f"device: {self.device}; precision: {self.precision.name} ({self.precision.reason})")
@@ -404,10 +403,11 @@ class Session:
 
     def _tried(self) -> int:
         """Give the largest micro-batch, from the planned one down, that goes forward and backward here."""
-        state = sum(8 * parameter.numel() for parameter in self.parameters.values())
+        trained = sum(parameter.numel() for parameter in self.parameters.values())
         packs, share = self.recipe.train.micro_packs, self.recipe.train.packs_per_step // self.ranks.world
         for n in [n for n in range(packs, 0, -1) if share % n == 0]:
-            if try_out(self.loss_fn, n, self.setting.slots, self.parameters, **self.context, state_bytes=state):
+            held = trained * (8 if n == share else 12)  # moments; gradients of the micro-batches before
+            if try_out(self.loss_fn, n, self.setting.slots, self.parameters, **self.context, state_bytes=held):
                 return n
             self.say(f"micro-batch: no memory for {n} packs, tried")
         raise RunError(f"out of memory with a single pack: {self._memory(1, self.setting.slots)}")

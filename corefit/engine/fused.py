@@ -116,6 +116,8 @@ def _norm(module: Any, epsilon: float, x: Tensor) -> Tensor:  # noqa: ANN401
     if module.weight.requires_grad:
         out: Tensor = type(module).forward(module, x)
         return out
+    if x.is_cuda:  # one kernel in place of eight; the weight has no more digits than its base had
+        return F.rms_norm(x, module.weight.shape, module.weight.to(x.dtype), epsilon)
     fused: Tensor = RMSNorm.apply(x, module.weight, epsilon)  # type: ignore[no-untyped-call]
     return fused
 

@@ -333,8 +333,9 @@ class HalfwayError(RunError):
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU, whose error has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether memory ran out: torch's own on a GPU, its libraries' there or pinned memory, or the CPU's."""
+    words = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def out_of_memory(

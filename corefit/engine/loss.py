@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from corefit.engine.attention import Layout, decoder, run_packed
+from corefit.engine.attention import Layout, decoder, run_packed, to_device
 from corefit.engine.model import causal_lm, evaluating
 from corefit.types import IGNORE_INDEX
 
@@ -32,14 +33,15 @@ class Head(NamedTuple):
     """[V, H]"""
     rows: Tensor | None
     """[R, H]: what stands in for the rows ``at`` of it; None: nothing does."""
-    at: Sequence[int]
+    at: Tensor | None
+    """int64 [R]"""
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         """Give the matrix [V, H] that hidden states are multiplied with."""
         weight = self.weight.to(dtype)
-        if self.rows is None:
+        if self.rows is None or self.at is None:
             return weight
-        return weight.index_copy(0, torch.tensor(self.at, device=weight.device), self.rows.to(dtype))
+        return weight.index_copy(0, self.at, self.rows.to(dtype))
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -60,7 +62,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         chunk: int,
         with_grad: bool,
         rows: Tensor | None = None,
-        at: Sequence[int] = (),
+        at: Tensor | None = None,
     ) -> Tensor:
         """Take hidden [N, H], weight [V, H], targets int64 [N]; give an fp32 scalar, in nats.
 
@@ -93,8 +95,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                     grad_hidden[i : i + chunk] = p @ w
                 if grad_weight is not None:
                     grad_weight += p.T @ h
-                if grad_rows is not None:
-                    grad_rows += p[:, list(at)].T @ h
+                if grad_rows is not None and at is not None:
+                    grad_rows += p.index_select(1, at).T @ h
         ctx.save_for_backward(grad_hidden, grad_weight, grad_rows)
         ctx.dtypes = hidden.dtype, weight.dtype, torch.float32
         return loss
@@ -224,13 +226,14 @@ def offloaded(weights: Iterable[Tensor], to: str = "cpu") -> AbstractContextMana
 def _linear_head(model: nn.Module) -> Head | None:
     """The head where it is a bare matrix, also inside peft's wrappers for what trains whole or row by row."""
     head: Any = causal_lm(model).get_output_embeddings()
-    rows, at = None, list[int]()
+    rows = at = None
     if hasattr(head, "token_adapter"):
         tokens = head.token_adapter
         head = tokens.base_layer
         if not tokens.disable_adapters and tokens.active_adapters:
             name = tokens.active_adapters[0]
-            rows, at = tokens.trainable_tokens_delta[name], tokens.token_indices[name]
+            rows = tokens.trainable_tokens_delta[name]
+            at = to_device(np.array(tokens.token_indices[name]), str(rows.device))
     if hasattr(head, "modules_to_save"):
         off = head.disable_adapters or not head.active_adapters
         head = head.original_module if off else head.modules_to_save[head.active_adapters[0]]

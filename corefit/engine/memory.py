@@ -22,6 +22,8 @@ MIB = 2**20
 PROCESS, LOADING = 550 * MIB, 365 * MIB
 """Resident in a process on a CPU that trains, or loads its base, without tensors: Python, torch, transformers, peft,
 their workspaces, small blocks. Fitted to runs of a model of 135M parameters (benchmarks/plan.py; torch 2.13, x86)."""
+WORKSPACES = 64 * MIB
+"""What torch allocates for cuBLAS on Hopper and later: 32 MiB for each thread, one of forward and one of backward."""
 BITSANDBYTES = 65 * MIB
 """What of that it adds once it is imported: 56 to 66 MiB measured."""
 HEAP = 0.3
@@ -126,6 +128,8 @@ class Setting:
     slots: int
     """Of a pack."""
     micro_batch: int = 1
+    packs: int = 1
+    """Of a step, on a rank."""
     quantizer: str = "nf4"
     full: bool = False
     r: int = 64
@@ -197,7 +201,7 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
     casts = 0 if c == 4 else (linear if s.full else trained) * c
     residual = 4 if s.full else c
     always = {
-        "process and libraries": 0 if s.cuda else PROCESS + imported,
+        "process and libraries": WORKSPACES if s.cuda else PROCESS + imported,
         "base weights": base,
         "adapter weights": 0 if s.full else 4 * trained,
         "optimizer state": trained * OPTIMIZER_BYTES[s.optimizer],
@@ -214,15 +218,17 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
         logits += 4 * s.tokens * shape.hidden
         logits += head * (4 + 2 * c) if s.full else 0
     biggest = max((i * o for _, i, o in shape.linears), default=0) * c * (2 if quantised or s.full else 0)
-    passing = s.tokens * 4 * max(shape.middle, shape.hidden) * 2
+    passing = s.tokens * (c if s.cuda else 4) * max(shape.middle, shape.hidden) * 2
     begin = {**always, "weights in the products' format": casts, "activations": kept, "loss": logits}
+    if s.packs > s.micro_batch:  # those of the micro-batches before
+        begin["gradients"] = 4 * trained
     end = {
         **always,
         "weights in the products' format": casts / shape.layers + biggest,
         "activations": layer + passing + inputs * s.checkpointing,
         "gradients": 4 * trained,
     }
-    update = {**always, "gradients": 4 * trained, "optimizer's own": 4 * trained if s.cuda else 0}
+    update = {**always, "gradients": 4 * trained}
     found = {"at the loss": begin, "in the backward": end, "in the optimizer": update}
     if not s.cuda:
         found["while loading"] = {
@@ -261,6 +267,7 @@ def fits(shape: Shape, setting: Setting, room: int) -> bool:
 def largest_micro_batch(shape: Shape, setting: Setting, *, room: int, packs: int) -> int:
     """Give the largest divisor of ``packs``, those of a step on a rank, with which ``room`` bytes are enough; or 0."""
     sizes = [n for n in range(1, packs + 1) if packs % n == 0]
+    setting = replace(setting, packs=packs)
     return max((n for n in sizes if fits(shape, replace(setting, micro_batch=n), room)), default=0)
 
 

@@ -142,7 +142,7 @@ def _hidden(package: str) -> Iterator[None]:
 
 
 def choose_device(wanted: str = "auto") -> str:
-    """Give ``"cuda"``, ``"cuda:N"`` or ``"cpu"``.
+    """Give ``"cuda"``, ``"cuda:N"``, from now on this process's current GPU, or ``"cpu"``.
 
     Raises:
         UserError: a GPU was asked for, or is there and was not ruled out, and this torch can't use it.
@@ -166,8 +166,11 @@ def choose_device(wanted: str = "auto") -> str:
             f"CUDA {build} (see nvidia-smi) or install a torch built for an older CUDA, {ways}"
         )
     device = "cuda" if wanted == "auto" else wanted
-    if (torch.device(device).index or 0) >= torch.cuda.device_count():
+    index = torch.device(device).index
+    if (index or 0) >= torch.cuda.device_count():
         raise UserError(f"run.device: no {wanted!r}: torch sees {torch.cuda.device_count()} GPU(s), {ways}")
+    if index is not None:  # pinned memory, and what bitsandbytes launches and waits for, go by the current one
+        torch.cuda.set_device(index)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about what is found out here
         try:

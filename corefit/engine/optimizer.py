@@ -54,7 +54,9 @@ def make_optimizer(
         by_mult.setdefault(mult, []).append(parameters[key])
     ordered: list[Any] = [{"params": group, "lr_mult": mult} for mult, group in sorted(by_mult.items())]
     if not OPTIMIZERS[name]:
-        return torch.optim.AdamW(ordered, lr=lr, betas=betas, weight_decay=weight_decay)
+        # None: several operations on many tensors at once, which hold a copy of all that trains
+        fused = all(parameter.is_cuda for parameter in parameters.values()) or None
+        return torch.optim.AdamW(ordered, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
     import_bitsandbytes()  # with precautions
     import bitsandbytes
 
@@ -130,9 +132,11 @@ def load_optimizer_state(
     for name, values in state.items():
         parameter = parameters[name]
         for key, value in values.items():
-            if not isinstance(value, torch.Tensor) or key == "step":  # torch keeps its step count on the CPU
+            if not isinstance(value, torch.Tensor):
                 continue
-            if key in ("state1", "state2"):  # bitsandbytes: only its own buffers are paged
+            if key == "step":  # torch keeps its count on the CPU, but for its one kernel
+                values[key] = value.to(parameter.device if optimizer.defaults.get("fused") else "cpu")
+            elif key in ("state1", "state2"):  # bitsandbytes: only its own buffers are paged
                 values[key] = optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)  # type: ignore[attr-defined]
             else:
                 values[key] = shared_as(parameter, value)
@@ -144,4 +148,5 @@ def load_optimizer_state(
     if len(scalars["groups"]) != len(optimizer.param_groups):
         raise CheckpointError("optimizer state of other groups: train.lr_mult is not what it was")
     for group, saved in zip(optimizer.param_groups, scalars["groups"], strict=True):
-        group |= {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+        same = {key: value for key, value in saved.items() if key != "fused"}  # which goes by this device
+        group |= {key: tuple(value) if isinstance(value, list) else value for key, value in same.items()}

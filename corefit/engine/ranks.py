@@ -27,7 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from corefit.errors import RunError
+from corefit.errors import RecipeError, RunError
 from corefit.types import IGNORE_INDEX, Batch
 
 BUCKET = 2**25
@@ -63,6 +63,19 @@ class Ranks:
     """True: each holds a share of the weights."""
     again: bool = False
     """True: torchrun has started this run before. Rank 0 knows it."""
+
+    def device(self, wanted: str) -> str:
+        """Give this rank's own device for ``run.device``.
+
+        Raises:
+            RecipeError: it is one GPU, of several processes.
+        """
+        if self.world == 1:
+            return wanted
+        if wanted.startswith("cuda:"):
+            raise RecipeError(f"run.device: {wanted!r} is one GPU for {self.world} processes; 'cuda' is one for each")
+        gpus = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+        return f"cuda:{self.local}" if gpus else wanted
 
     def sum(self, *values: float) -> list[float]:
         """Give the sum over ranks of each number. It never waits for a GPU."""
@@ -198,17 +211,31 @@ def shard(
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     kind = torch.device(device).type
-    if kind == "cuda":
-        torch.cuda.set_device(device)
     for parameter in keep:
         parameter.data = parameter.data.to(device)
     divide = partial(fully_shard, mesh=init_device_mesh(kind, (dist.get_world_size(),)), ignored_params={*keep})
     narrow = MixedPrecisionPolicy(dtype, dtype and torch.float32, cast_forward_inputs=False)
-    for layer in layers:
-        divide(layer, mp_policy=narrow)
-    # True: else what validation has gathered would still be there, and stale, after a checkpoint is read
-    divide(root, reshard_after_forward=True)
+    with _integers_divided():
+        for layer in layers:
+            divide(layer, mp_policy=narrow)
+        # True: else what validation has gathered would still be there, and stale, after a checkpoint is read
+        divide(root, reshard_after_forward=True)
     register_fsdp_forward_method(root, "within")
+
+
+@contextlib.contextmanager
+def _integers_divided() -> Iterator[None]:
+    """Let torch 2.11 divide 4-bit weights: it makes each share one that trains, for a moment, which integers can't."""
+    make = nn.Parameter.__new__
+
+    def made(kind: type[nn.Parameter], data: Tensor, requires_grad: bool = True) -> nn.Parameter:
+        return make(kind, data, requires_grad and data.is_floating_point())
+
+    nn.Parameter.__new__ = made  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Parameter.__new__ = make  # type: ignore[method-assign]
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:

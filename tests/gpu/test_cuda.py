@@ -1,4 +1,7 @@
-"""What only a GPU can show: run on the first one that comes along, skipped with a reason where there is none."""
+"""What only a GPU can show: run on the first one that comes along, skipped with a reason where there is none.
+
+``run.sh`` runs them, and the benchmark.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,9 @@ from tiny import write_model
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.filterwarnings(
+        "default"
+    ),  # torch says once that its search for waits is a prototype, cuBLAS this and that
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that this torch can use"),
 ]
 ROWS = "".join(
@@ -55,7 +62,25 @@ def test_activations_in_the_computers_memory_change_no_loss(tmp_path: Path, tiny
     assert away == pytest.approx(here, rel=1e-2)
 
 
-def test_what_is_planned_is_what_the_gpu_allocates(tmp_path: Path, shared: Path) -> None:
+def test_a_run_that_pages_its_optimizer_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", hidden_size=512)  # a matrix of the adapter is paged from 100,000 numbers on
+    same = ["adapter.r=256", "train.optimizer=paged_adamw_8bit", "run.device=cuda", "train.precision=bf16"]
+    same += ["adapter.dropout=0.0", "train.scheduler=constant", "train.lr=5e-4"]
+    straight = losses(tmp_path, base, "straight", *same)
+    losses(tmp_path, base, "run", *same, "train.max_steps=6")
+    done = corefit("train", "--resume", "run", "--set", "train.max_steps=12", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    resumed = [row["loss"] for row in rows if "loss" in row]
+    assert resumed == pytest.approx(straight, rel=0.01)
+
+
+def test_what_corefit_rests_on_holds_on_the_gpu(tmp_path: Path) -> None:
+    done = corefit("selftest", "--device", "cuda", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_is_planned_is_what_the_gpu_allocates(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     command = [sys.executable, Path(__file__).parents[2] / "benchmarks" / "plan.py", "--quick", "--device", "cuda"]
     done = subprocess.run([*map(str, command), "--out", str(out)], capture_output=True, text=True, check=False)
@@ -139,7 +164,7 @@ def test_documents_in_one_kernel_give_what_a_mask_gives(precision: str, checkpoi
     assert said.endswith("document by document, no mask") and "sdpa" not in said
     packed = loss_and_gradients(model, autocast)
     for ours, theirs in zip(packed, masked, strict=True):
-        assert float((ours - theirs).norm() / theirs.norm()) < 0.02
+        assert float((ours - theirs).norm() / theirs.norm()) < 0.05  # roundings; a mistake gives a tenth and more
     isolation_canary(model, vocab_size=512, device="cuda", autocast=autocast)
 
 
@@ -167,6 +192,32 @@ def test_a_micro_batch_runs_without_waiting_for_the_gpu(tmp_path: Path) -> None:
             nats(loss_fn, batch, "cuda", torch.bfloat16).backward()  # type: ignore[no-untyped-call]
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_step_waits_for_the_gpu_once(precision: str, tmp_path: Path) -> None:
+    from corefit.engine.attention import choose_route
+    from corefit.engine.loop import take_step
+    from corefit.engine.loss import CausalLoss
+    from corefit.engine.model import check_trainable
+    from corefit.engine.optimizer import make_optimizer, make_scaler
+
+    model, autocast = on_gpu(write_model(tmp_path), precision)
+    choose_route(model, vocab_size=512, device="cuda", autocast=autocast)
+    loss_fn, parameters = CausalLoss(model.train()), check_trainable(model)
+    optimizer, scaler = make_optimizer("adamw", parameters, lr=1e-4), make_scaler("cuda", enabled=precision == "fp16")
+    for _ in range(2):  # the first makes what is kept from then on
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                batches = [two_packs(), two_packs()]
+                take_step(loss_fn, batches, parameters, optimizer, scaler, "cuda", DTYPES[precision], 1.0)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    waits = [warning for warning in said if "called a synchronizing CUDA operation" in str(warning.message)]
+    assert len(waits) == 1, [(warning.filename, warning.lineno) for warning in waits]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -39,6 +39,7 @@ def test_it_says_term_by_term_what_a_run_takes(tmp_path: Path, tiny_model: Path)
     terms = {m[1]: float(m[2]) for line in lines if (m := re.match(r"  (\S.*?)  +([\d.,]+) MiB$", line))}
     assert list(terms) == [
         "process and libraries", "base weights", "adapter weights", "optimizer state", "activations", "loss",
+        "gradients",
         "free in the heap", "the most, at the loss",
     ]  # fmt: skip
     assert sum(list(terms.values())[:-1]) == pytest.approx(terms["the most, at the loss"], abs=4)

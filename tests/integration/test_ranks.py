@@ -337,6 +337,22 @@ def test_a_rank_that_would_begin_elsewhere_refuses(tmp_path: Path) -> None:
         Session._same_step(session)
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_each_process_of_a_machine_takes_a_gpu_of_its_own(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from corefit.engine.ranks import Ranks
+    from corefit.errors import RecipeError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    second = Ranks(rank=9, world=16, local=1)
+    own = "cuda:1" if there else "auto"
+    assert [second.device(wanted) for wanted in ("auto", "cuda", "cpu")] == [own, "cuda:1", "cpu"]
+    assert [ALONE.device(wanted) for wanted in ("auto", "cuda:3")] == ["auto", "cuda:3"]
+    with pytest.raises(RecipeError, match="'cuda:0' is one GPU for 16 processes; 'cuda' is one for each"):
+        second.device("cuda:0")
+
+
 def test_tensors_are_summed_in_parts() -> None:
     import torch
 

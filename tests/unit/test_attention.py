@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import numpy as np
@@ -124,7 +125,7 @@ def test_wrong_bounds_stop_the_run(tmp_path, monkeypatch, wrong):
 @pytest.mark.parametrize(
     "kind, why",
     [
-        ("gemma2", "the model was loaded with eager attention"),
+        ("gemma2", "the model was loaded with eager attention|its attention has softcap"),  # before transformers 5.2x
         ("stablelm", "doesn't hand cu_seq_lens_q on"),
     ],
 )
@@ -132,7 +133,8 @@ def test_what_it_can_not_serve_keeps_its_own_attention_and_says_why(tmp_path, ki
     model = family(tmp_path, kind)
     before = causal_lm(model).config._attn_implementation
     said = route(model)
-    assert said.startswith(f"attention: {before} with a mask of each pack") and why in said and "\n" not in said
+    assert said.startswith(f"attention: {before} with a mask of each pack") and "\n" not in said
+    assert re.search(why, said)
     assert causal_lm(model).config._attn_implementation == before != PACKED
     assert canary(model) == 0.0
 

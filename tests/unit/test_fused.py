@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import write_model
 from torch import nn
 
@@ -93,14 +94,24 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(run, (x, None, weight, None, a, b), atol=1e-5, rtol=1e-4)
 
 
-def test_gradients_of_the_norm_are_those_of_finite_differences():
+@pytest.mark.parametrize("norm", [RMSNorm.apply, lambda x, weight, e: F.rms_norm(x, weight.shape, weight, e)])
+def test_gradients_of_the_norm_are_those_of_finite_differences(norm):
     torch.manual_seed(0)
     x, weight = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64)
-    wide = RMSNorm.apply(x.float(), weight.float(), 1e-3)
-    wide.square().sum().backward()
+    norm(x.float(), weight.float(), 1e-3).square().sum().backward()
     ours, x.grad = x.grad, None
     (weight * x * (x.square().mean(-1, keepdim=True) + 1e-3).rsqrt()).square().sum().backward()
     assert float((ours - x.grad).abs().max()) < 1e-5
+
+
+def test_on_a_gpu_the_norm_is_one_operation(tmp_path, monkeypatch):
+    model, calls, rms_norm = network(tmp_path, dtype="bfloat16"), [], F.rms_norm
+    monkeypatch.setattr(F, "rms_norm", lambda *given: calls.append(given[2].dtype) or rms_norm(*given))
+    ours = logits_and_gradients(model, BF16)
+    assert not calls
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    same = logits_and_gradients(model, BF16)
+    assert calls == [torch.bfloat16] * 5 and difference(same, ours) < 0.02
 
 
 def test_gradients_of_the_mlp_are_those_of_finite_differences():

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_training import POISON_GRADIENT, POISON_LOSS, make_batch, make_run, make_steps
 
-from corefit.engine.loop import Every, LoopState, progress_at, take_step
+from corefit.engine.loop import Every, LoopState, progress_at, ran_out, take_step
 from corefit.errors import DataError, NonFiniteError, RunError
 
 
@@ -385,6 +385,18 @@ def test_a_full_memory_says_what_makes_the_step_smaller():
     with pytest.raises(RunError, match=said) as failed:
         run.train(make_steps(1), epochs=1, memory=lambda rows, slots: f"{rows} x {slots} is too much")
     assert "\n" not in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    "words, memory",
+    [
+        ("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'", True),  # of pinned memory too
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_memory_runs_out_in_libraries_too(words, memory):
+    assert ran_out(RuntimeError(words)) == memory
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "optimizer"])

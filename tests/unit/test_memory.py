@@ -137,6 +137,12 @@ def test_the_largest_micro_batch_is_a_divisor_that_leaves_room() -> None:
     assert memory.largest_micro_batch(shape, setting, room=sizes[1], packs=12) == 0
 
 
+def test_gradients_of_the_micro_batches_before_are_there_at_the_loss() -> None:
+    shape, setting = plan.known_shape("Qwen/Qwen3-0.6B"), Setting(512, quantizer="none", full=True, packs=4)
+    first, later = (memory.moments(shape, replace(setting, micro_batch=n))["at the loss"] for n in (4, 2))
+    assert "gradients" not in first and later["gradients"] == 4 * shape.parameters
+
+
 def test_advice_names_what_needs_less_and_how_much() -> None:
     shape, setting = plan.known_shape("Qwen/Qwen3-0.6B"), Setting(1024, quantizer="none", micro_batch=4)
     words = memory.advice(shape, setting)

@@ -637,6 +637,7 @@ def test_unknown_devices_name_the_nearest():
 def test_without_a_gpu_auto_is_the_cpu_and_cuda_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(model_module, "_gpu_is_there", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
     assert choose_device("auto") == "cpu"
     with pytest.raises(UserError, match="'cuda' was asked for"):
         choose_device("cuda")
@@ -668,8 +669,11 @@ def test_a_build_without_code_for_the_gpu_names_its_capability(monkeypatch):
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="torch sees 1 GPU"):
         choose_device("cuda:1")
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch, "ones", lambda n, device: torch.full((n,), 1.0))
-    assert choose_device("auto") == "cuda" and choose_device("cuda:0") == "cuda:0"
+    assert choose_device("auto") == "cuda" and not current
+    assert choose_device("cuda:0") == "cuda:0" and current == [0]
 
 
 def test_a_gpu_is_seen_by_its_device_file_or_by_nvidia_smi_unless_hidden(monkeypatch):

@@ -61,6 +61,24 @@ def test_state_goes_to_the_parameter_of_its_name_whatever_the_order():
     assert fresh.param_groups[0]["weight_decay"] == 0.01
 
 
+@pytest.mark.parametrize("here", ["a GPU", "a CPU"])
+def test_on_a_gpu_adamw_is_one_kernel_and_a_resumed_run_goes_by_its_own_device(monkeypatch, here):
+    parameters = {"a": nn.Parameter(torch.ones(3))}
+    monkeypatch.setattr(nn.Parameter, "is_cuda", here == "a GPU")
+    optimizer = make_optimizer("adamw", parameters, lr=0.1)
+    assert optimizer.param_groups[0]["fused"] == (True if here == "a GPU" else None)
+    parameters["a"].grad = torch.ones(3)
+    optimizer.step()
+    tensors, scalars = optimizer_state(optimizer, parameters)
+    monkeypatch.setattr(nn.Parameter, "device", torch.device("meta"))  # stands for the GPU's memory
+    scalars["groups"][0]["fused"] = here == "a CPU"  # as the other one left it
+    load_optimizer_state(optimizer, parameters, tensors, scalars)
+    assert optimizer.param_groups[0]["fused"] == (True if here == "a GPU" else None)
+    state = optimizer.state[parameters["a"]]
+    moved = {key: value.device.type == "meta" for key, value in state.items()}
+    assert moved == {"step": here == "a GPU", "exp_avg": True, "exp_avg_sq": True}
+
+
 def test_names_with_slashes_and_dots_survive():
     parameters = {"model.layers.0/odd.lora_A": nn.Parameter(torch.ones(3))}
     optimizer = make_optimizer("adamw", parameters, lr=0.1)
