@@ -162,16 +162,13 @@ class DocumentAttention(torch.autograd.Function):
         """Give the gradients of q, k and v."""
         bounds, scale, window, sums = ctx.given
         q, k, v, out = ctx.saved_tensors
-        width, shared = max(q.shape[-1], v.shape[-1]), q.shape[1] // k.shape[1]
-        grads = [torch.zeros_like(x) for x in (q, k, v)]
+        width, grads = max(q.shape[-1], v.shape[-1]), [torch.zeros_like(x) for x in (q, k, v)]
         for (rows, seen, mask), total in zip(_pieces(bounds, window, q.dtype), sums, strict=True):
-            # a key for each query: the kernel divides its work among threads by the heads of keys
-            keys, values = (x[seen].repeat_interleave(shared, 1) for x in (k, v))
-            given = [_by_head(x, width) for x in (grad[rows], q[rows], keys, values, out[rows])]
+            tensors = ((grad, rows), (q, rows), (k, seen), (v, seen), (out, rows))
+            given = [_by_head(x[at], width) for x, at in tensors]
             parts = FLASH_BACKWARD(*given, total, 0.0, mask is None, attn_mask=mask, scale=scale)
             for whole, part, at in zip(grads, parts, (rows, seen, seen), strict=True):
-                own = whole[at]
-                own += _by_slot(part, own).reshape(*own.shape[:2], -1, own.shape[2]).sum(2)
+                whole[at] += _by_slot(part, whole[at])
         return *grads, None, None, None
 
 
