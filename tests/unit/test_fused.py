@@ -13,7 +13,7 @@ from tiny import write_model
 from torch import nn
 
 from corefit.engine import fused as engine
-from corefit.engine.fused import BLOCK, DocumentAttention, LoraLinear, RMSNorm, SwiGLU, fuse_lora
+from corefit.engine.fused import BLOCK, SHORT, DocumentAttention, LoraLinear, RMSNorm, SwiGLU, fuse_lora
 from corefit.engine.model import AdapterSpec, attach_adapter, load_base
 from corefit.registry import Registry
 from corefit.types import Quantizer
@@ -167,6 +167,24 @@ def test_few_sizes_reach_onednn(monkeypatch, window):
     q, k, v = (torch.randn(bounds[-1], heads, 8, requires_grad=True) for heads in (2, 1, 1))
     DocumentAttention.apply(q, k, v, bounds, 0.7, window).sum().backward()
     assert sizes == {32, 64}, sizes
+
+
+@pytest.mark.parametrize("window", [None, SHORT + 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_short_documents_are_worked_out_in_fp32(monkeypatch, dtype, window):
+    formats = set()
+
+    def watched(run, *given, **named):
+        tensors = [x for x in given if isinstance(x, torch.Tensor) and x.dim() == 4]
+        formats.update((max(x.shape[2] for x in tensors) <= SHORT, x.dtype) for x in tensors)
+        return run(*given, **named)
+
+    for name in ("FLASH", "FLASH_BACKWARD"):
+        monkeypatch.setattr(engine, name, partial(watched, getattr(engine, name)))
+    bounds = [0, 5, 5 + SHORT, 2 * SHORT + 6]
+    q, k, v = (torch.randn(bounds[-1], heads, 8, dtype=dtype, requires_grad=True) for heads in (2, 1, 1))
+    DocumentAttention.apply(q, k, v, bounds, 0.7, window).sum().backward()
+    assert formats == {(True, torch.promote_types(dtype, torch.float32)), (False, dtype)}
 
 
 @pytest.mark.parametrize("kind, mlps", [("llama", 2), ("gemma", 0), ("phi3", 0), ("internlm2", 2), ("granite", 2)])
