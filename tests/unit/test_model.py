@@ -173,7 +173,9 @@ def test_bitsandbytes_is_imported_without_the_hub(tmp_path):
     (tmp_path / "kernels.py").write_text("raise SystemExit('kernels was imported')\n")
     code = (
         "import sys; from corefit.engine import model\n"
-        "assert model.import_bitsandbytes() and 'kernels' not in sys.modules"
+        "import torch; compiler = torch.compile\n"
+        "assert model.import_bitsandbytes() and 'kernels' not in sys.modules\n"
+        "assert torch.compile is compiler and 'torch._inductor.compile_fx' not in sys.modules"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
