@@ -282,7 +282,8 @@ def fuse_lora(model: nn.Module) -> None:
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
     base, names = layer.base_layer, layer.active_adapters
-    kind, state = x.device.type, getattr(base.weight, "quant_state", None)
+    kind = x.device.type  # a weight of which each rank has a share doesn't know its state, its layer does
+    state = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     plain = layer.disable_adapters or layer.merged or args or kwargs or names != ["default"] or layer.lora_variant
     held = base.weight.dtype if state is None else base.compute_dtype

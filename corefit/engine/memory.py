@@ -25,7 +25,7 @@ their workspaces, small blocks. Fitted to runs of a model of 135M parameters (be
 WORKSPACES = 64 * MIB
 """What torch allocates for cuBLAS on Hopper and later: 32 MiB for each thread, one of forward and one of backward."""
 BITSANDBYTES = 24 * MIB
-"""What of that it adds once it is imported: 56 to 66 MiB were measured when it still loaded torch's compiler, 41 MiB."""
+"""What of that it adds once it is imported: 56 to 66 MiB when it still loaded torch's compiler, 41 MiB."""
 HEAP = 0.3
 """What the C library's heap keeps free between tensors of up to 4 MiB (``model.reuse_memory``), as a share of them.
 Of a model of 135M parameters it is 0.2 after two steps and 0.4 after twenty."""

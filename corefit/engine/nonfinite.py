@@ -280,7 +280,7 @@ def not_finite(module: nn.Module) -> list[str]:
     """Give the names of a module's own weights that are not finite; quantised ones go by their scales."""
     found = []
     for name, weight in module.named_parameters(recurse=False):
-        kept = getattr(module, "state", None) if weight.dtype == torch.int8 else getattr(weight, "quant_state", None)
+        kept = getattr(module, "state" if weight.dtype == torch.int8 else "quant_state", None)
         scales = [getattr(kept, key, None) for key in ("absmax", "offset", "SCB")]  # as bitsandbytes calls them
         if not all(finite(own(values)) for values in (weight, *scales) if values is not None):
             found.append(name)

@@ -71,6 +71,22 @@ def test_one_operation_gives_what_peft_gives(tmp_path, dropout, quantizer):
     assert difference(logits_and_gradients(model), logits_and_gradients(unfused(model))) < 1e-5
 
 
+def test_a_weight_of_4_bits_may_have_lost_its_state(tmp_path, monkeypatch):
+    """A rank's share of one has none; its layer has."""
+    import bitsandbytes
+
+    model, calls = network(tmp_path, quantizer="nf4"), []
+    before = logits_and_gradients(model)
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.weight = torch.nn.Parameter(module.weight.data, requires_grad=False)
+    apply = LoraLinear.apply
+    monkeypatch.setattr(LoraLinear, "apply", lambda *given: calls.append(1) or apply(*given))
+    after = logits_and_gradients(model)
+    assert len(calls) == 14
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_in_bf16_it_is_within_a_rounding(tmp_path):
     model = network(tmp_path, dtype="bfloat16")
     exact = {name: value.float() for name, value in logits_and_gradients(unfused(model).float()).items()}

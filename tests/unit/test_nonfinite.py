@@ -27,7 +27,7 @@ from corefit.engine.model import (
     prepare_process,
     trainable_parameters,
 )
-from corefit.engine.nonfinite import PADDING, Watch, documents, plain_names, require_finite
+from corefit.engine.nonfinite import PADDING, Watch, documents, not_finite, plain_names, require_finite
 from corefit.engine.optimizer import make_optimizer, make_scaler
 from corefit.errors import NonFiniteError, RunError
 from corefit.types import Batch
@@ -540,6 +540,15 @@ def test_documents_are_cut_at_their_bounds_and_named():
     assert all(positions == list(range(len(positions))) for *_, positions, _ in found)
     full = make_batch(4, (16, 16), (32,))
     assert [o for _, o in documents(full)] == list(full.origins()), "no padding at all"
+
+
+def test_a_scale_that_is_not_finite_is_seen_where_each_rank_has_a_share_of_the_weight(base):
+    model = load(base(), quantizer="nf4")
+    layer = next(module for module in model.modules() if type(module).__module__ == "bitsandbytes.nn.modules")
+    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)  # which knows no scales
+    assert not_finite(layer) == []
+    layer.quant_state.offset.fill_(NAN)
+    assert not_finite(layer) == ["weight"]
 
 
 def test_weights_that_are_not_finite_are_not_saved():
