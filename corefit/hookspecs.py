@@ -19,7 +19,8 @@ from collections.abc import Iterable
 
 from pluggy import HookimplMarker, HookspecMarker
 
-from corefit.types import DatasetReader, MapFunction, PromptTemplate, Quantizer, RecipeReader, Reporter, Scheduler
+from corefit.templates import PromptTemplate
+from corefit.types import DatasetReader, MapFunction, Quantizer, RecipeReader, Reporter, Scheduler
 
 hookspec = HookspecMarker("corefit")
 hookimpl = HookimplMarker("corefit")

@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 
 from corefit.errors import CorefitError, PluginError, in_words, unknown
 from corefit.registry import PluginInfo, Registry
+from corefit.templates import PromptTemplate
 from corefit.types import (
     BadRecord,
     CheckpointReport,
@@ -52,7 +53,6 @@ from corefit.types import (
     Message,
     PacksReport,
     Position,
-    PromptTemplate,
     Quantizer,
     RecipeReader,
     Record,
