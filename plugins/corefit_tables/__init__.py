@@ -38,6 +38,10 @@ class CsvOptions:
             raise UserError(f"data.options: delimiter is {self.delimiter!r}, expected one character")
 
 
+class _TooLong(csv.Error):
+    """Where the row after this one begins can't be known."""
+
+
 class _Lines:
     """The lines of a file as text, counted; bytes that are not UTF-8 become lone surrogates."""
 
@@ -53,7 +57,8 @@ class _Lines:
         room = min(self.end - self.offset, self.limit - (self.offset - self.begun) + 1)
         raw = self.file.readline(max(room, 0))
         if self.offset + len(raw) - self.begun > self.limit:
-            raise csv.Error(f"a row of over {self.limit:,} bytes (data.max_record_mb), or a quote that is never closed")
+            words = f"a row of over {self.limit:,} bytes (data.max_record_mb), or a quote that is never closed"
+            raise _TooLong(f"{words}; nothing of this file is read from here on")
         if not raw:
             raise StopIteration
         text = (raw if self.offset else raw.removeprefix(b"\xef\xbb\xbf")).decode("utf-8", "surrogateescape")
@@ -126,13 +131,13 @@ def _rows(
     wanted = None if sources.fields is None else set(sources.fields)
     while True:
         lines.begun, line = lines.offset, lines.line + 1
-        reason = ""
+        reason, ends = "", False
         try:
             row = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
-            row, reason = [], str(error)
+            row, reason, ends = [], str(error), isinstance(error, _TooLong)
         if not row and not reason:
             continue  # a blank line
         at: dict[str, Any] = dict(
@@ -148,7 +153,7 @@ def _rows(
             reason = f"not UTF-8{_hint(row)}"
         if reason:
             yield BadRecord(reason=reason, **at)
-            if "never closed" in reason:
+            if ends:
                 return
         else:
             fields = dict(zip(names, row, strict=True))
