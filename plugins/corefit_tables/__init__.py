@@ -12,6 +12,7 @@ import csv
 import gzip
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -121,7 +122,7 @@ def _read_csv(
                     file.seek(start.offset)
                     lines.offset, lines.line = start.offset, start.line - 1
                 yield from _rows(rows, names, lines, sources, number)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 

@@ -662,19 +662,15 @@ class _Reading:
             self.put(key, function, lambda _: name, named=True)
         elif theirs and name.startswith("llava"):
             raise RecipeError(f"{function.where}: {name} {_IMAGES}")
-        elif isinstance(function.data, Own):
-            words = "copy it into my_format.py, as a function of (record, options) that yields conversations"
-            self.lack(
-                key,
-                function.where,
-                f"dataset_map_fn is {in_words(function)}; {words}, and add --plugin my_format.py:{function.data.name}",
-            )
-        elif isinstance(function.data, Symbol):
-            module, _, called = function.data.path.rpartition(".")
-            words = f"write it as a function of (record, options) that yields conversations, --plugin {module}:{called}"
-            self.lack(key, function.where, f"dataset_map_fn is {path}, which is never imported; {words}")
         else:
-            self.lack(key, function.where, f"dataset_map_fn is {in_words(function)}; --plugin names the format")
+            what, how = in_words(function), "--plugin names the format"
+            form = "as a function of (record, options) that yields conversations"
+            if isinstance(function.data, Own):
+                how = f"copy it into my_format.py, {form}, and add --plugin my_format.py:{function.data.name}"
+            elif isinstance(function.data, Symbol):
+                module, _, called = function.data.path.rpartition(".")
+                what, how = f"{path}, which is never imported", f"write it {form}, --plugin {module}:{called}"
+            self.lack(key, function.where, f"dataset_map_fn is {what}; {how}")
 
     def template(self, function: Value | None) -> None:
         """Read which prompt template it is."""

@@ -13,6 +13,7 @@ import difflib
 import operator
 import posixpath
 import re
+import string
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -131,7 +132,6 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 }
 _PURE = ("int", "float", "str", "bool", "round", "min", "max", "abs", "len", "sum")
 _JOINS = ("os.path.join", "posixpath.join")
-_FIELD = re.compile(r"\{\{|\}\}|\{(\w*)\}|[{}]")
 _WORDS = {
     ast.Lambda: "a lambda",
     ast.ListComp: "a comprehension",
@@ -513,19 +513,13 @@ class Config:
     def _format(self, text: str, node: ast.Call) -> str:
         """Give ``text.format(...)`` for plain fields: ``{}``, ``{0}``, ``{name}``."""
         args = [self._known(arg) for arg in node.args]
-        given = {k.arg: self._known(k.value) for k in node.keywords}
-        rest = iter(args)
+        given = {str(k.arg): self._known(k.value) for k in node.keywords}
         if text.count("{") * max(map(len, map(str, [*args, *given.values(), ""]))) > WIDE:
             raise _Cant(f"`{_short(ast.unparse(node))}`, which is too large")
-
-        def field(match: re.Match[str]) -> str:
-            if match[0] in ("{{", "}}"):
-                return match[0][0]
-            if match[1] is None:
+        for _, name, spec, conversion in string.Formatter().parse(text):
+            if spec or conversion or not re.fullmatch(r"\w*", name or ""):
                 raise _Cant(f"`{_short(ast.unparse(node))}`, with a format that is not followed")
-            return str(next(rest) if not match[1] else args[int(match[1])] if match[1].isdecimal() else given[match[1]])
-
-        return _FIELD.sub(field, text)
+        return text.format(*args, **given)
 
 
 def _placed(data: Any, where: str) -> Value:  # noqa: ANN401

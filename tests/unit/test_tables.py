@@ -154,6 +154,10 @@ class TestCsv:
         assert rows(read(write(tmp_path / "a.csv.gz", gzip.compress(b"a,b\n1,2\n")))) == [{"a": "1", "b": "2"}]
         with pytest.raises(DataError, match=r"a\.csv\.gz: "):
             read(write(tmp_path / "a.csv.gz", gzip.compress(b"a,b\n1,2\n")[:-9]))
+        torn = bytearray(gzip.compress(b"a,b\n1,2\n"))
+        torn[10] = 255  # the first byte behind the header
+        with pytest.raises(DataError, match=r"a\.csv\.gz: Error -3 while decompressing data"):
+            read(write(tmp_path / "a.csv.gz", bytes(torn)))
 
     def test_random_tables_are_what_the_csv_module_wrote(self, tmp_path):
         generator = random.Random(0)
