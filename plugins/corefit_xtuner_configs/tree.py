@@ -104,7 +104,7 @@ class Value:
         return None
 
 
-_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+_OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -112,13 +112,9 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
-}
-_UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
     ast.Not: operator.not_,
-}
-_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
     ast.Lt: operator.lt,
@@ -132,15 +128,9 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 }
 _PURE = ("int", "float", "str", "bool", "round", "min", "max", "abs", "len", "sum")
 _JOINS = ("os.path.join", "posixpath.join")
-_WORDS = {
+_WORDS: dict[type[ast.expr], str] = {
     ast.Lambda: "a lambda",
-    ast.ListComp: "a comprehension",
-    ast.DictComp: "a comprehension",
-    ast.SetComp: "a comprehension",
-    ast.GeneratorExp: "a comprehension",
-    ast.JoinedStr: "an f-string",
-    ast.Call: "a function call",
-    ast.Await: "code",
+    **dict.fromkeys((ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp), "a comprehension"),
     ast.NamedExpr: "an assignment inside an expression",
 }
 
@@ -382,20 +372,19 @@ class Config:
                 if bool(_known(last, symbols=True)) != isinstance(node.op, ast.And):
                     break
             return last
-        if isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY:
-            return _UNARY[type(node.op)](self._known(node.operand))
+        if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:
+            return _OPERATORS[type(node.op)](self._known(node.operand))
         if isinstance(node, ast.Compare):
             values = [self._known(each, symbols=True) for each in (node.left, *node.comparators)]
-            ops = [_COMPARE[type(op)] for op in node.ops]
+            ops = [_OPERATORS[type(op)] for op in node.ops]
             return all(op(a, b) for op, a, b in zip(ops, values, values[1:], strict=False))
-        if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
             return self._binary(node)
         if isinstance(node, ast.JoinedStr):
             return "".join(self._piece(piece) for piece in node.values)
         if isinstance(node, ast.Call):
             return self._called(node)
-        words = next((words for kind, words in _WORDS.items() if isinstance(node, kind)), "code")
-        raise _Cant(f"{words}, `{_short(ast.unparse(node))}`, which is never run")
+        raise _Cant(f"{_WORDS.get(type(node), 'code')}, `{_short(ast.unparse(node))}`, which is never run")
 
     def _items(self, nodes: Sequence[ast.expr]) -> Iterator[Value]:
         for node in nodes:
@@ -451,7 +440,7 @@ class Config:
             size = max(a.bit_length(), 1) * abs(b) if op is ast.Pow else a.bit_length() + b.bit_length()
         if size > WIDE:
             raise _Cant(f"`{_short(ast.unparse(node))}`, which is too large")
-        return _BINARY[op](a, b)
+        return _OPERATORS[op](a, b)
 
     def _piece(self, node: ast.expr) -> str:
         """Give a piece of an f-string."""
