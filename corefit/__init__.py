@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from corefit.fields import Fields
     from corefit.hookspecs import hookimpl
     from corefit.run import Run, inspect, train
+    from corefit.templates import PromptTemplate
     from corefit.types import (
         IGNORE_INDEX,
         BadRecord,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
         Message,
         PacksReport,
         Position,
-        PromptTemplate,
         Quantizer,
         RecipeReader,
         Record,
@@ -64,7 +64,7 @@ _HOME = {
     "Message": "corefit.types",
     "PacksReport": "corefit.types",
     "Position": "corefit.types",
-    "PromptTemplate": "corefit.types",
+    "PromptTemplate": "corefit.templates",
     "Quantizer": "corefit.types",
     "RecipeError": "corefit.errors",
     "RecipeReader": "corefit.types",

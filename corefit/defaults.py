@@ -6,34 +6,13 @@ torch, transformers and numpy are imported by the functions that need them, when
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
+from corefit.data.jsonl import fetch_jsonl, index_jsonl, read_jsonl
 from corefit.page import reporter
 from corefit.report import progress
-from corefit.types import BadRecord, DatasetReader, Position, Quantizer, Record, Reporter, Scheduler, Sources
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-
-def _read(sources: Sources, options: object = None, start: Position | None = None) -> Iterator[Record | BadRecord]:
-    from corefit.data.jsonl import read_jsonl
-
-    return read_jsonl(sources, options, start)
-
-
-def _index(sources: Sources, options: object = None) -> NDArray[np.int64]:
-    from corefit.data.jsonl import index_jsonl
-
-    return index_jsonl(sources, options)
-
-
-def _fetch(sources: Sources, options: object, positions: Sequence[Position]) -> list[Record | BadRecord]:
-    from corefit.data.jsonl import fetch_jsonl
-
-    return fetch_jsonl(sources, options, positions)
+from corefit.types import DatasetReader, Quantizer, Reporter, Scheduler
 
 
 def corefit_dataset_readers() -> Iterable[DatasetReader]:
@@ -41,10 +20,10 @@ def corefit_dataset_readers() -> Iterable[DatasetReader]:
     yield DatasetReader(
         name="jsonl",
         summary="JSON lines or one JSON list, also .gz",
-        read=_read,
+        read=read_jsonl,
         seekable=True,
-        index=_index,
-        fetch=_fetch,
+        index=index_jsonl,
+        fetch=fetch_jsonl,
         bounded=True,
         example=b'{"question": "What is 1 + 1?", "answer": "2"}\n{"question": "And 2 + 2?", "answer": "4"}\n',
     )

@@ -36,13 +36,14 @@ class Fields:
     """Answers that say there is none; their records are dropped."""
 
     def __post_init__(self) -> None:
-        if bool(self.text) == bool(self.user and self.assistant) or (self.text and (self.user or self.assistant)):
+        asked = self.question
+        if bool(self.text) == bool(asked and self.assistant) or (self.text and (asked or self.assistant)):
             raise UserError("name user and assistant, or text alone")
 
     @property
     def question(self) -> tuple[str, ...]:
         """The names of ``user``, one or several."""
-        return (self.user,) if isinstance(self.user, str) else self.user
+        return tuple(filter(None, (self.user,) if isinstance(self.user, str) else self.user))
 
     @property
     def names(self) -> tuple[str, ...]:

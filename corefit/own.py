@@ -28,7 +28,7 @@ def own_code(name: str) -> tuple[str, str]:
     """Give what identifies a function of the user's own: its name without folders, and a hash of the file it is in."""
     file = own_file(name)
     short = name if file is None else f"{file.name}:{name.rpartition(':')[2]}"
-    origin = file or Path(str(_module(name)[0].__file__))
+    origin = file or Path(getattr(_module(name)[0], "__file__", None) or "")
     return short, hashlib.sha256(origin.read_bytes()).hexdigest()[:16] if origin.is_file() else "no file"
 
 

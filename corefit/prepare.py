@@ -51,6 +51,7 @@ from corefit.recipe import (
     to_toml,
 )
 from corefit.registry import Registry
+from corefit.templates import PromptTemplate
 from corefit.terminal import secrets
 from corefit.types import (
     BadRecord,
@@ -60,7 +61,6 @@ from corefit.types import (
     ImportedRecipe,
     Item,
     MapFunction,
-    PromptTemplate,
     Record,
     Sample,
     Sources,

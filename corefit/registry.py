@@ -22,17 +22,18 @@ from corefit import __version__, hookspecs
 from corefit.deprecated import GOING, warn
 from corefit.errors import PluginError, in_words, unknown
 from corefit.own import own_code, own_map_function
+from corefit.templates import PromptTemplate
 from corefit.types import (
     DatasetReader,
-    Entry,
     MapFunction,
-    PromptTemplate,
     Quantizer,
     RecipeReader,
     Reporter,
     Scheduler,
 )
 
+Entry = DatasetReader | MapFunction | PromptTemplate | Quantizer | RecipeReader | Reporter | Scheduler
+"""What plugins contribute."""
 GROUP = "corefit"
 DISABLE = "COREFIT_DISABLE_PLUGINS"
 """Environment variable: names of plugins to leave out, comma separated; ``*`` is all but corefit's own defaults."""

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from corefit.data.block import DROPPED, SAMPLES, TRUNCATED, WORDS
 from corefit.errors import CorefitError, ModelError
+from corefit.templates import PromptTemplate
 from corefit.terminal import visible
-from corefit.types import IGNORE_INDEX, BadRecord, Conversation, Item, Message, PromptTemplate, Sample, Unrenderable
+from corefit.types import IGNORE_INDEX, BadRecord, Conversation, Item, Message, Sample, Unrenderable
 
 if TYPE_CHECKING:
     import numpy as np

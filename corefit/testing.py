@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 
 from corefit.errors import CorefitError, PluginError, in_words, unknown
 from corefit.registry import PluginInfo, Registry
+from corefit.templates import PromptTemplate
 from corefit.types import (
     BadRecord,
     CheckpointReport,
@@ -52,7 +53,6 @@ from corefit.types import (
     Message,
     PacksReport,
     Position,
-    PromptTemplate,
     Quantizer,
     RecipeReader,
     Record,
@@ -616,19 +616,19 @@ def _spans(segments: Sequence[Segment], messages: Sequence[Message]) -> list[tup
 
 def _chats(template: PromptTemplate) -> list[tuple[Message, ...]]:
     """Give a conversation, and those with a system message and with a tool where the format has a place for them."""
-    found: list[tuple[Message, ...]] = [TURNS]
-    for extra, messages in ((SYSTEM, (SYSTEM, *TURNS)), (TOOL, (*TURNS[:2], TOOL, *TURNS[3:]))):
-        with suppress(Unrenderable):
-            text = _joined(_render(template, Conversation(messages)))
-            found += [messages] if extra.content in text else []
-    return found
+    told, used = (SYSTEM, *TURNS), (*TURNS[:2], TOOL, *TURNS[3:])
+    return [TURNS, *_written(template, told, SYSTEM.content), *_written(template, used, TOOL.content)]
 
 
 def _thoughtful(template: PromptTemplate) -> list[tuple[Message, ...]]:
     """Give a conversation with a thought, where the format writes thoughts."""
-    messages = (TURNS[0], TURNS[1]._replace(reasoning="thought1"), *TURNS[2:])
+    return _written(template, (TURNS[0], TURNS[1]._replace(reasoning="thought1"), *TURNS[2:]), "thought1")
+
+
+def _written(template: PromptTemplate, messages: tuple[Message, ...], word: str) -> list[tuple[Message, ...]]:
+    """Give a conversation, where the format writes this word of it; else none."""
     with suppress(Unrenderable, CorefitError):
-        return [messages] if "thought1" in _joined(_render(template, Conversation(messages))) else []
+        return [messages] if word in _joined(_render(template, Conversation(messages))) else []
     return []
 
 

@@ -75,7 +75,7 @@ def recipe_text(name: str) -> str:
     if name in excluded():
         raise RecipeError(f"{name}: in XTuner's zoo, but no recipe here: {excluded()[name]}")
     if name not in names():
-        stem = Path(name).stem
+        stem = re.sub(r"\.(toml|py)$", "", Path(name).name)
         near = difflib.get_close_matches(stem, names(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near and not matching(stem, names()) else ""
         listed = f"`corefit recipes{'' if hint or not near else ' ' + stem}` lists those that ship"

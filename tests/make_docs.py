@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
-from corefit import cli, hookspecs, recipe, types
+from corefit import cli, hookspecs, recipe, templates, types
 from corefit.registry import KINDS
 from corefit.scaffold import NEW
 
@@ -179,11 +179,11 @@ def hook_table() -> str:
 
 def field_table() -> str:
     rows = []
-    for cls in (types.Message, types.Conversation, types.Segment, types.PromptTemplate):
+    for cls in (types.Message, types.Conversation, types.Segment, templates.PromptTemplate):
         docs = field_docs(cls)
         for name in getattr(cls, "_fields", None) or [item.name for item in dataclasses.fields(cls)]:
             if not docs.get(name):
-                raise Undocumented(f"corefit/types.py: {cls.__name__}.{name} has no docstring")
+                raise Undocumented(f"{cls.__module__}: {cls.__name__}.{name} has no docstring")
             rows.append((f"`{cls.__name__}.{name}`", docs[name]))
     return table(("field", "meaning"), *rows)
 

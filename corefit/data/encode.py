@@ -13,8 +13,8 @@ import numpy as np
 from corefit.data import kernel
 from corefit.data.block import LENGTH, RECORD, SAMPLE_COLUMNS, SPAN, SPANS, START, STOP, SUPERVISED
 from corefit.errors import DataError, ModelError, PluginError, in_words
-from corefit.templates import markers
-from corefit.types import Conversation, Document, Item, Message, PromptTemplate, Segment, Unrenderable
+from corefit.templates import PromptTemplate, markers
+from corefit.types import Conversation, Document, Item, Message, Segment, Unrenderable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -68,8 +68,10 @@ def _text(content: Any) -> tuple[str, str]:  # noqa: ANN401
         raise _Odd("content_not_text")
     text, thought = "", ""
     for part in content:
-        kind = part.get("type") or "text" if isinstance(part, Mapping) else "text"
-        said = (part.get("text") or part.get("thinking")) if isinstance(part, Mapping) else part
+        kind, said = "text", part
+        if isinstance(part, Mapping):
+            kind = part.get("type") or "text"
+            said = part.get("thinking") if part.get("text") is None else part["text"]
         if not isinstance(kind, str) or any(word in kind for word in ("image", "audio", "video", "file")):
             raise _Odd(str(kind))
         if not isinstance(said, str):
@@ -129,10 +131,10 @@ def _messages(listed: Iterable[Any], role_key: str, content_key: str) -> Iterato
             raise _Odd("malformed_message")
         if any(message.get(key) for key in _MEDIA):
             raise _Odd("image")
-        if who == "function_call":
-            (text, thought), calls = ("", ""), _functions(message[content_key])
-        else:
-            (text, thought), calls = _text(message.get(content_key)), _calls(message)
+        content, calls = message.get(content_key), _calls(message)
+        if who.lower() == "function_call":
+            content, calls = None, _functions(content) + calls
+        text, thought = _text(content)
         given = next((message[key] for key in _REASONING if isinstance(message.get(key), str)), "")
         name = message.get("name")
         if role != "assistant":

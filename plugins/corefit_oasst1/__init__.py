@@ -89,25 +89,14 @@ class Oasst1Options:
             raise UserError(f"data.options: threads is {self.threads!r}, expected 'best' or 'all'")
 
 
-class _Part(NamedTuple):
-    role: str
-    text: str
-    supervised: bool | None = None
-
-
 # ------------------------------------------------------------------------------------------------------- conversations
 
 
 def _conversation(
-    parts: Iterable[_Part], dropped: Sequence[str] = (), notes: Sequence[str] = ()
+    messages: Sequence[Message], dropped: Sequence[str] = (), notes: Sequence[str] = ()
 ) -> Conversation | Drop:
-    kept: list[_Part] = []
-    dropped, notes = list(dropped), list(notes)
-    for role, text, supervised in parts:
-        if text := text.strip():
-            kept.append(_Part(role, text, supervised))
-        else:
-            dropped.append("empty_message")
+    kept = [message for message in messages if message.content]
+    dropped, notes = [*dropped, *["empty_message"] * (len(messages) - len(kept))], list(notes)
     if not kept:
         return Drop("empty")
     while kept and kept[-1].role == "user":
@@ -116,19 +105,18 @@ def _conversation(
     if not kept:
         return Drop("no_answer")
     joined = kept[:1]
-    for part in kept[1:]:
+    for message in kept[1:]:
         last = joined[-1]
-        if part.role != last.role:
-            joined.append(part)
+        if message.role != last.role:
+            joined.append(message)
         else:
-            supervised = False if False in (last.supervised, part.supervised) else None
-            joined[-1] = _Part(part.role, f"{last.text}\n\n{part.text}", supervised)
+            supervised = False if False in (last.supervised, message.supervised) else None
+            joined[-1] = last._replace(content=f"{last.content}\n\n{message.content}", supervised=supervised)
             notes.append("joined")
     if joined[0].role == "assistant":
         joined[0] = joined[0]._replace(supervised=False)
         notes.append("leading_assistant")
-    messages = [Message(role, text, supervised=supervised) for role, text, supervised in joined]
-    return Conversation(tuple(messages), (), tuple(dropped), tuple(notes))
+    return Conversation(tuple(joined), (), tuple(dropped), tuple(notes))
 
 
 # ------------------------------------------------------------------------------------------------------- guanaco text
@@ -244,11 +232,11 @@ def _from_text(text: str) -> Conversation | Drop:
                 doubtful.add(message)
     dropped = ["leading_text"] if text[: starts[0]].strip() else []
     notes = ["marker_in_text"] * n_text + ["doubtful_answer"] * len(doubtful)
-    parts = [
-        _Part(marker.role, text[marker.end : end], False if k in doubtful else None)
+    messages = [
+        Message(marker.role, text[marker.end : end].strip(), supervised=False if k in doubtful else None)
         for k, (marker, end) in enumerate(zip(opened, [*starts[1:], len(text)], strict=True))
     ]
-    return _conversation(parts, dropped, notes)
+    return _conversation(messages, dropped, notes)
 
 
 # ------------------------------------------------------------------------------------------------------ message trees
@@ -300,7 +288,7 @@ def _from_tree(root: _Fields, options: Oasst1Options) -> Iterator[Conversation |
         while end >= 0:
             path.append(nodes[end])
             end = above[end]
-        yield _conversation([_Part(_ROLES[node["role"]], node["text"]) for node in reversed(path)], dropped)
+        yield _conversation([Message(_ROLES[node["role"]], node["text"].strip()) for node in reversed(path)], dropped)
         dropped = []  # counted once a tree
 
 

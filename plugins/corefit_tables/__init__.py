@@ -12,6 +12,7 @@ import csv
 import gzip
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +39,10 @@ class CsvOptions:
             raise UserError(f"data.options: delimiter is {self.delimiter!r}, expected one character")
 
 
+class _TooLong(csv.Error):
+    """Where the row after this one begins can't be known."""
+
+
 class _Lines:
     """The lines of a file as text, counted; bytes that are not UTF-8 become lone surrogates."""
 
@@ -53,7 +58,8 @@ class _Lines:
         room = min(self.end - self.offset, self.limit - (self.offset - self.begun) + 1)
         raw = self.file.readline(max(room, 0))
         if self.offset + len(raw) - self.begun > self.limit:
-            raise csv.Error(f"a row of over {self.limit:,} bytes (data.max_record_mb), or a quote that is never closed")
+            words = f"a row of over {self.limit:,} bytes (data.max_record_mb), or a quote that is never closed"
+            raise _TooLong(f"{words}; nothing of this file is read from here on")
         if not raw:
             raise StopIteration
         text = (raw if self.offset else raw.removeprefix(b"\xef\xbb\xbf")).decode("utf-8", "surrogateescape")
@@ -116,7 +122,7 @@ def _read_csv(
                     file.seek(start.offset)
                     lines.offset, lines.line = start.offset, start.line - 1
                 yield from _rows(rows, names, lines, sources, number)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -126,13 +132,13 @@ def _rows(
     wanted = None if sources.fields is None else set(sources.fields)
     while True:
         lines.begun, line = lines.offset, lines.line + 1
-        reason = ""
+        reason, ends = "", False
         try:
             row = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
-            row, reason = [], str(error)
+            row, reason, ends = [], str(error), isinstance(error, _TooLong)
         if not row and not reason:
             continue  # a blank line
         at: dict[str, Any] = dict(
@@ -148,7 +154,7 @@ def _rows(
             reason = f"not UTF-8{_hint(row)}"
         if reason:
             yield BadRecord(reason=reason, **at)
-            if "never closed" in reason:
+            if ends:
                 return
         else:
             fields = dict(zip(names, row, strict=True))

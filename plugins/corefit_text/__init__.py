@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def read(
             with cast("IO[bytes]", gzip.open(path) if path.suffix == ".gz" else open(path, "rb")) as file:
                 file.seek(begin)
                 yield from _documents(file, path, number, begin, line, end, separator, sources.max_record_bytes)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from corefit import ImportedRecipe, RecipeError
-from corefit_xtuner_configs.tree import Config, Own, Symbol, Unknown, Value, in_words
+from corefit_xtuner_configs.tree import Config, Own, Symbol, Unknown, Value, in_words, near
 
 FORMATS = (
     *("alpaca", "alpaca_zh", "arxiv", "code_alpaca", "colors", "crime_kg_assitan", "default", "law_reference"),
@@ -65,6 +65,7 @@ ALL: Any = object()
 _MMLU = "`corefit eval RUN --choices FILE` is MMLU's accuracy; val.data has the loss"
 
 LEFT: Sequence[tuple[str, tuple[Any, ...], str]] = (
+    ("optim_wrapper.clip_grad.type", ("norm",), "the norm is clipped, not the values"),
     ("*.type", (ALL,), ""),
     ("tokenizer.trust_remote_code", (ALL,), ""),
     ("*.trust_remote_code", (False,), "no remote code runs, unless --set model.trust_remote_code=true"),
@@ -103,7 +104,6 @@ LEFT: Sequence[tuple[str, tuple[Any, ...], str]] = (
     ("*.split", ("train",), "corefit reads files; --data names those of this split"),
     ("optim_wrapper.loss_scale", ("dynamic",), "the loss scale of fp16 is dynamic"),
     ("optim_wrapper.clip_grad.error_if_nonfinite", (ALL,), ""),  # such a step is skipped, counted and named
-    ("optim_wrapper.clip_grad.type", ("norm",), "the norm is clipped, not the values"),
     ("optim_wrapper.clip_grad.norm_type", (2, 2.0), "the 2-norm is clipped"),
     ("optim_wrapper.paramwise_cfg**", (), "train.lr_mult multiplies the rate of weights by name"),
     ("param_scheduler*.eta_min", (0, 0.0), "the rate goes down to 0"),
@@ -154,8 +154,7 @@ def convert(path: Path, overrides: Sequence[str]) -> ImportedRecipe:
     try:
         _apply(config, given)
         if "model" not in config.names:
-            near = "a name that ends in .py, but no XTuner configuration"
-            raise RecipeError(f"{path}: no `model` in it: {near}")
+            raise RecipeError(f"{path}: no `model` in it: a name that ends in .py, but no XTuner configuration")
         return _Reading(config).recipe()
     except RecursionError as error:
         raise RecipeError(f"{path}: a value that holds itself, or is nested too deeply") from error
@@ -202,9 +201,7 @@ def _apply(config: Config, given: Sequence[tuple[list[str], Value]]) -> None:
         for i, key in enumerate(way):
             found = holder.get(key) if isinstance(holder, dict) else _nth(holder, key)
             if found is None:
-                raise RecipeError(
-                    f"{value.where}: no key {'.'.join(way[: i + 1])!r} in {config.path.name}{_near(key, holder)}"
-                )
+                raise _no_key(value, way[: i + 1], config, holder)
             holder = found.data
         if isinstance(holder, dict) and (way or last in holder):
             holder[last] = value
@@ -213,19 +210,18 @@ def _apply(config: Config, given: Sequence[tuple[list[str], Value]]) -> None:
         elif isinstance(holder, list) and _nth(holder, last) is not None:
             holder[int(last)] = value
         else:
-            raise RecipeError(f"{value.where}: no key {'.'.join(keys)!r} in {config.path.name}{_near(last, holder)}")
+            raise _no_key(value, keys, config, holder)
 
 
 def _nth(holder: object, key: str) -> Value | None:
-    inside = isinstance(holder, list) and key.isdecimal() and int(key) < len(holder)
-    return holder[int(key)] if inside and isinstance(holder, list) else None
+    if isinstance(holder, list) and key.isdecimal() and int(key) < len(holder):
+        return holder[int(key)]  # type: ignore[no-any-return]
+    return None
 
 
-def _near(key: str, holder: object) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(key, holder if isinstance(holder, dict) else (), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def _no_key(value: Value, keys: Sequence[str], config: Config, holder: object) -> RecipeError:
+    hint = near(keys[-1], holder if isinstance(holder, dict) else ())
+    return RecipeError(f"{value.where}: no key {'.'.join(keys)!r} in {config.path.name}{hint}")
 
 
 def _name(value: Value | None) -> str:
@@ -271,6 +267,11 @@ class _Reading:
             self.used.add(id(value))
         return value
 
+    def given(self, holder: Value | None, key: str) -> Value | None:
+        """Take the value under a key off the list; None: it is not there, or None."""
+        value = self.use(holder.get(key)) if holder else None
+        return value if value and value.data is not None else None
+
     def put(
         self, key: str, value: Value | None, into: Callable[[Any], Any] = lambda data: data, *, named: bool = False
     ) -> None:
@@ -290,7 +291,7 @@ class _Reading:
         data = value.plain()
         try:
             data = into(data)
-        except (TypeError, ValueError, KeyError, AttributeError):
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
             pass  # the recipe says what it expected
         self.set(key, data, value.where)
 
@@ -332,11 +333,9 @@ class _Reading:
             raise RecipeError(f"{model.where}: model has no llm")
         self.base(llm)
         self.adapter(lora, llm)
-        for key, value in (
-            ("load_from", self.names.get("load_from")),
-            *((k, model.get(k)) for k in ("peft_model", "pretrained_pth")),
-        ):
-            self.start(key, value, lora)
+        self.start("load_from", Value(self.names, str(self.config.path)), lora)
+        self.start("peft_model", model, lora)
+        self.start("pretrained_pth", model, lora)
         self.used.add(id(self.names.get("framework")))
         if hf:
             self.arguments(self.names.get("training_args") or Value({}, model.where))
@@ -348,10 +347,7 @@ class _Reading:
         self.data(datasets, loader)
         self.hooks()
         self.put("run.out", self.names.get("work_dir"))
-        randomness = self.names.get("randomness")
-        seed = randomness and randomness.get("seed")
-        if seed and seed.data is not None:
-            self.put("train.seed", seed)
+        self.put("train.seed", self.given(self.names.get("randomness"), "seed"))
         self.rest()
         tables = {title: table for title, table in self.tables.items() if table}
         notes = sorted(dict.fromkeys(self.notes), key=lambda note: _place(note[0]))
@@ -374,7 +370,7 @@ class _Reading:
             self.note(
                 other.where, "tokenizer: corefit takes the tokenizer from the model's folder; put its files there"
             )
-        if tokenizer and (added := self.use(tokenizer.get("additional_special_tokens"))) and added.data:
+        if (added := self.given(tokenizer, "additional_special_tokens")) and added.data:
             self.put("model.add_tokens", added)
             self.used.add(id(self.names["model"].get("tokenizer")))  # by which the embeddings grew
         quantization = self.use(llm.get("quantization_config"))
@@ -413,22 +409,19 @@ class _Reading:
             self.put(
                 f"adapter.{key}", lora.get(theirs) or Value(default, lora.where), _whole if key != "dropout" else float
             )
-        targets = self.use(lora.get("target_modules"))
+        targets = self.given(lora, "target_modules")
         if targets and isinstance(targets.data, str) and targets.data != "all-linear":
             self.lack(
                 "adapter.targets", targets.where, "target_modules is a pattern; --set adapter.targets=['q_proj', ...]"
             )
-        elif targets and targets.data not in (None, "all-linear"):
+        elif targets and targets.data != "all-linear":
             self.put("adapter.targets", targets)
         for key, theirs in (("modules_to_save", "modules_to_save"), ("dora", "use_dora"), ("rslora", "use_rslora")):
-            value = self.use(lora.get(theirs))
-            if value and value.data is not None:
-                self.put(f"adapter.{key}", value)
+            self.put(f"adapter.{key}", self.given(lora, theirs))
 
-    def start(self, key: str, value: Value | None, lora: Value | None) -> None:
+    def start(self, key: str, holder: Value, lora: Value | None) -> None:
         """Say how to begin with the weights of a checkpoint."""
-        self.use(value)
-        if value is None or value.data is None:
+        if (value := self.given(holder, key)) is None:
             return
         if lora is None or lora.data is None:
             self.note(value.where, f"{key}: not loaded; --model names the folder with the weights to begin with")
@@ -444,10 +437,9 @@ class _Reading:
         self.accumulated = self.number(counts, 1) or 1
         self.length(self.names.get("train_cfg") or Value({}, loader.where))
         self.batches(batch, counts, loader.where)
-        dtype = wrapper.get("dtype")
-        if dtype and dtype.data is not None:
-            name = _name(dtype)
-            self.put("train.precision", dtype, lambda _: PRECISIONS.get(name, name), named=True)
+        dtype = self.given(wrapper, "dtype")
+        name = _name(dtype)
+        self.put("train.precision", dtype, lambda _: PRECISIONS.get(name, name), named=True)
         optimizer = wrapper.get("optimizer") or Value({}, wrapper.where)
         self.put("train.lr", optimizer.get("lr") or Value(1e-3, optimizer.where), float)
         self.schedule(self.names.get("param_scheduler"), loader.where)
@@ -460,10 +452,9 @@ class _Reading:
 
     def length(self, cfg: Value) -> None:
         """Read how long the run is."""
-        iters, epochs = cfg.get("max_iters"), cfg.get("max_epochs")
-        if epochs and epochs.data is not None:
+        if epochs := self.given(cfg, "max_epochs"):
             self.put("train.epochs", epochs, _whole)
-        elif iters and iters.data is not None:
+        elif iters := self.given(cfg, "max_iters"):
             self.set("train.epochs", 0, iters.where)
             self.steps("train.max_steps", iters)
 
@@ -485,10 +476,8 @@ class _Reading:
             self.put("train.optimizer", kind, lambda _: OPTIMIZERS[name], named=True)
             return
         what = in_words(kind) if kind.unknown() else name
-        choices = ", ".join(sorted(set(OPTIMIZERS.values())))
-        self.lack(
-            "train.optimizer", kind.where, f"optimizer {what}: --set train.optimizer={choices.replace(', ', ' or ')}"
-        )
+        choices = " or ".join(sorted(set(OPTIMIZERS.values())))
+        self.lack("train.optimizer", kind.where, f"optimizer {what}: --set train.optimizer={choices}")
 
     def schedule(self, value: Value | None, where: str) -> None:
         """Read the schedule: one curve, and a straight warm-up before it."""
@@ -596,8 +585,7 @@ class _Reading:
         if kind == "MOSSSFTDataset":  # reads, maps and renders by itself
             self.put(f"{key}.path", source.get("data_file"))
             self.set(f"{key}.map", "moss_sft", source.where)
-            if bot := self.use(source.get("bot_name")):
-                self.set(f"{key}.options", {"bot_name": bot.plain()}, bot.where)
+            self.put(f"{key}.options", self.given(source, "bot_name"), lambda name: {"bot_name": name})
             self.set("template.name", "moss_sft", source.where)
             return
         if kind not in ("process_hf_dataset", "process_ms_dataset"):
@@ -609,10 +597,9 @@ class _Reading:
                 f"{key}.map", encode.where, "records that are token ids; corefit takes texts: --data and --plugin"
             )
         self.files(number, source.get("dataset"), source.where)
-        if limit := self.use(source.get("max_dataset_length")):
-            if limit.data is not None:
-                self.put(f"{key}.first", limit)
-                self.note(limit.where, "max_dataset_length: the first so many records, not a random choice")
+        if limit := self.given(source, "max_dataset_length"):
+            self.put(f"{key}.first", limit)
+            self.note(limit.where, "max_dataset_length: the first so many records, not a random choice")
         self.format(f"{key}.map", self.use(source.get("dataset_map_fn")), source)
         self.template(self.use(source.get("template_map_fn")))
 
@@ -627,7 +614,7 @@ class _Reading:
             )
             return
         self.use(path)
-        files, folder = self.use(dataset.get("data_files")), self.use(dataset.get("data_dir"))
+        files, folder = self.given(dataset, "data_files"), self.given(dataset, "data_dir")
         builder = path.data if path.data in ("json", "csv", "text", "parquet", "arrow", "pandas") else None
         folder_of = path.data if isinstance(path.data, str) and not builder else ""
 
@@ -646,27 +633,18 @@ class _Reading:
                     self.note(value.where, f"data_files: {split}: not read")
             if "train" not in files.data:
                 self.lack(key, files.where, "data_files has no 'train'; --data names the file to train on")
-        elif files and files.data is not None:
-            self.put(key, files, inside)
-        elif folder and folder.data is not None:
-            self.put(key, folder, inside)
+        elif files or folder:
+            self.put(key, files or folder, inside)
         elif builder:
             self.lack(key, path.where, f"load_dataset({builder!r}) without data_files; --data names the file")
         else:
             self.put(key, path)
-        hub = (
-            isinstance(path.data, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", path.data) and not Path(path.data).exists()
-        )
-        if hub and _name(dataset.get("type")) != "load_dataset":
-            self.note(
-                path.where, f"data: {path.data} is a data set on a hub; corefit downloads no data: --data names files"
-            )
-        elif hub and not builder:
-            down = f"hf download --repo-type dataset {path.data} --local-dir {path.data}"
-            self.note(
-                path.where, f"data: {path.data} is a data set on a hub; corefit downloads no data: `{down}`, or --data"
-            )
-        if name := self.use(dataset.get("name") or dataset.get("subset_name")):
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", folder_of) and not Path(folder_of).exists():
+            how = "--data names files"
+            if _name(dataset.get("type")) == "load_dataset":
+                how = f"`hf download --repo-type dataset {folder_of} --local-dir {folder_of}`, or --data"
+            self.note(path.where, f"data: {folder_of} is a data set on a hub; corefit downloads no data: {how}")
+        if name := self.given(dataset, "name") or self.given(dataset, "subset_name"):
             self.note(
                 name.where, f"dataset name {name.plain()!r}: corefit reads files; --data names those of this subset"
             )
@@ -684,19 +662,15 @@ class _Reading:
             self.put(key, function, lambda _: name, named=True)
         elif theirs and name.startswith("llava"):
             raise RecipeError(f"{function.where}: {name} {_IMAGES}")
-        elif isinstance(function.data, Own):
-            words = "copy it into my_format.py, as a function of (record, options) that yields conversations"
-            self.lack(
-                key,
-                function.where,
-                f"dataset_map_fn is {in_words(function)}; {words}, and add --plugin my_format.py:{function.data.name}",
-            )
-        elif isinstance(function.data, Symbol):
-            module, _, called = function.data.path.rpartition(".")
-            words = f"write it as a function of (record, options) that yields conversations, --plugin {module}:{called}"
-            self.lack(key, function.where, f"dataset_map_fn is {path}, which is never imported; {words}")
         else:
-            self.lack(key, function.where, f"dataset_map_fn is {in_words(function)}; --plugin names the format")
+            what, how = in_words(function), "--plugin names the format"
+            form = "as a function of (record, options) that yields conversations"
+            if isinstance(function.data, Own):
+                how = f"copy it into my_format.py, {form}, and add --plugin my_format.py:{function.data.name}"
+            elif isinstance(function.data, Symbol):
+                module, _, called = function.data.path.rpartition(".")
+                what, how = f"{path}, which is never imported", f"write it {form}, --plugin {module}:{called}"
+            self.lack(key, function.where, f"dataset_map_fn is {what}; {how}")
 
     def template(self, function: Value | None) -> None:
         """Read which prompt template it is."""

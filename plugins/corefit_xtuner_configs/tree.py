@@ -13,8 +13,9 @@ import difflib
 import operator
 import posixpath
 import re
+import string
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ class Value:
         return None
 
 
-_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+_OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -111,13 +112,9 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
-}
-_UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
     ast.Not: operator.not_,
-}
-_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
     ast.Lt: operator.lt,
@@ -131,16 +128,9 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 }
 _PURE = ("int", "float", "str", "bool", "round", "min", "max", "abs", "len", "sum")
 _JOINS = ("os.path.join", "posixpath.join")
-_FIELD = re.compile(r"\{\{|\}\}|\{(\w*)\}|[{}]")
-_WORDS = {
+_WORDS: dict[type[ast.expr], str] = {
     ast.Lambda: "a lambda",
-    ast.ListComp: "a comprehension",
-    ast.DictComp: "a comprehension",
-    ast.SetComp: "a comprehension",
-    ast.GeneratorExp: "a comprehension",
-    ast.JoinedStr: "an f-string",
-    ast.Call: "a function call",
-    ast.Await: "code",
+    **dict.fromkeys((ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp), "a comprehension"),
     ast.NamedExpr: "an assignment inside an expression",
 }
 
@@ -206,13 +196,13 @@ class Config:
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                     self._assign(target, value)
         elif isinstance(node, ast.AugAssign):
-            load = ast.copy_location(ast.parse(ast.unparse(node.target), mode="eval").body, node)
-            old, new = self.value(load), self.value(node.value)
-            if isinstance(old.data, list) and isinstance(new.data, (list, tuple)) and isinstance(node.op, ast.Add):
-                old.data.extend(new.data if _narrow(node, old.data, new.data) else ())  # in place, as Python does
+            old = self.value(node.target).data
+            more = self.value(node.value).data if isinstance(old, list) and isinstance(node.op, ast.Add) else None
+            if isinstance(old, list) and isinstance(more, (list, tuple)):
+                self._grow(node, old, more)  # in place, as Python does
             else:
-                both = ast.BinOp(load, node.op, node.value)
-                self._assign(node.target, self.value(ast.copy_location(both, node)), override=False)
+                both = ast.copy_location(ast.BinOp(node.target, node.op, node.value), node)
+                self._assign(node.target, self.value(both), override=False)
         elif isinstance(node, ast.If):
             test = self.value(node.test)
             if isinstance(test.data, (Unknown, Own, Symbol)):
@@ -227,11 +217,10 @@ class Config:
             self._note(node, f"{kind} {node.name}: not run; corefit runs no code of a configuration")
         elif isinstance(node, ast.Delete):
             for target in node.targets:
-                if isinstance(target, ast.Name):
-                    self.names.pop(target.id, None)
+                self._delete(target)
         elif isinstance(node, ast.Expr):
-            if not isinstance(node.value, ast.Constant):
-                self._call(node)
+            if isinstance(self.value(node.value).data, Unknown):
+                self._note(node, f"`{_short(ast.unparse(node))}`: not run")
         elif not isinstance(node, (ast.Pass, ast.Assert)):
             self._lost(node, "made by code that is not run")
 
@@ -290,37 +279,39 @@ class Config:
                 fits = len(inside) == len(target.elts) and not isinstance(each, ast.Starred)
                 self._assign(each, inside[i] if fits else Value(Unknown("unpacked from something else"), value.where))
         elif isinstance(target, (ast.Attribute, ast.Subscript)):
-            holder, key = self.value(target.value), self._key(target)
-            if isinstance(holder.data, dict) and isinstance(key, str):
-                holder.data[key] = value
-            elif isinstance(holder.data, list) and isinstance(key, int) and -len(holder.data) <= key < len(holder.data):
-                holder.data[key] = value
-            else:
+            holder, key = self._spot(target)
+            if holder is None:
                 self._note(target, f"`{_short(ast.unparse(target))} = ...`: not followed")
+            else:
+                holder[key] = value
+
+    def _delete(self, target: ast.expr) -> None:
+        if isinstance(target, ast.Name):
+            self.names.pop(target.id, None)
+            return
+        holder, key = self._spot(target)
+        if holder is None or (isinstance(holder, dict) and key not in holder):
+            self._note(target, f"`del {_short(ast.unparse(target))}`: not followed")
+        else:
+            del holder[key]
+
+    def _spot(self, target: ast.expr) -> tuple[Any, Any]:
+        """Give the dict or list that a thing is in, and its key or place there; (None, None): it can't be followed."""
+        if isinstance(target, (ast.Attribute, ast.Subscript)):
+            holder, key = self.value(target.value).data, self._key(target)
+            if isinstance(holder, list) and isinstance(key, int) and -len(holder) <= key < len(holder):
+                return holder, key
+            if isinstance(holder, dict) and isinstance(key, str):
+                return holder, key
+        return None, None
 
     def _key(self, node: ast.Attribute | ast.Subscript) -> Any:  # noqa: ANN401
         return node.attr if isinstance(node, ast.Attribute) else self.value(node.slice).data
 
-    def _call(self, node: ast.Expr) -> None:
-        """Follow ``x.update(...)``, ``x.append(...)``, ``x.extend(...)`` and ``x.pop(key)`` on what is known."""
-        call = node.value
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
-            holder, how = self.value(call.func.value).data, call.func.attr
-            args = [self.value(arg) for arg in call.args]
-            if isinstance(holder, dict) and how == "update" and all(isinstance(a.data, dict) for a in args):
-                for arg in args:
-                    holder.update(arg.data)
-                holder.update({k.arg: self.value(k.value) for k in call.keywords if k.arg})
-                return
-            if isinstance(holder, dict) and how == "pop" and args and isinstance(args[0].data, str):
-                holder.pop(args[0].data, None)
-                return
-            if isinstance(holder, list) and how in ("append", "extend") and len(args) == 1:
-                more = [args[0]] if how == "append" else args[0].data
-                if isinstance(more, (list, tuple)) and _narrow(node, holder, more):
-                    holder.extend(more)
-                    return
-        self._note(node, f"`{_short(ast.unparse(node))}`: not run")
+    def _grow(self, node: ast.AST, items: list[Value], more: Sequence[Value]) -> None:
+        if len(items) + len(more) > WIDE:
+            raise RecipeError(f"{self.at(node)}: a list of more than {WIDE:,} values")
+        items.extend(more)
 
     # ------------------------------------------------------------------------------------------------- expressions
 
@@ -332,15 +323,14 @@ class Config:
         if isinstance(node, ast.Name):  # first of all: the value with the place where it was written
             if node.id in self.names:
                 return self.names[node.id]
-            near = difflib.get_close_matches(node.id, self.names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
             stars = f"; it may come from {', '.join(self.stars)}, which is not run" if self.stars else ""
-            return Value(Unknown(f"{node.id!r}, which is not defined here{hint}{stars}"), self.at(node))
+            words = f"{node.id!r}, which is not defined here{near(node.id, self.names)}{stars}"
+            return Value(Unknown(words), self.at(node))
         try:
             data = self._data(node)
         except _Cant as cant:
             data = Unknown(str(cant))
-        except RecursionError:
+        except (RecursionError, RecipeError):
             raise
         except Exception as error:  # arithmetic on what doesn't fit: 1 / 0, 'a' + 1, [][0]
             data = Unknown(f"`{_short(ast.unparse(node))}`: {type(error).__name__}: {error}")
@@ -349,13 +339,7 @@ class Config:
         return data if isinstance(data, Value) else _placed(data, self.at(node))
 
     def _known(self, node: ast.expr, *, symbols: bool = False) -> Any:  # noqa: ANN401
-        """Give a value in Python's own terms, or raise what in it can't be known."""
-        value = self.value(node)
-        if (lost := value.unknown()) is not None:
-            raise _Cant(in_words(lost))
-        if isinstance(value.data, Symbol) and not symbols:
-            raise _Cant(f"{value.data.path!r}, which is never imported")
-        return value.plain(exact=True)
+        return _known(self.value(node), symbols=symbols)
 
     def _data(self, node: ast.expr) -> Any:  # noqa: ANN401, C901
         if isinstance(node, ast.Constant):
@@ -385,23 +369,22 @@ class Config:
             last: Value | None = None
             for each in node.values:
                 last = self.value(each)
-                if bool(self._known(each, symbols=True)) != isinstance(node.op, ast.And):
+                if bool(_known(last, symbols=True)) != isinstance(node.op, ast.And):
                     break
             return last
-        if isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY:
-            return _UNARY[type(node.op)](self._known(node.operand))
+        if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:
+            return _OPERATORS[type(node.op)](self._known(node.operand))
         if isinstance(node, ast.Compare):
             values = [self._known(each, symbols=True) for each in (node.left, *node.comparators)]
-            ops = [_COMPARE[type(op)] for op in node.ops]
+            ops = [_OPERATORS[type(op)] for op in node.ops]
             return all(op(a, b) for op, a, b in zip(ops, values, values[1:], strict=False))
-        if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
             return self._binary(node)
         if isinstance(node, ast.JoinedStr):
             return "".join(self._piece(piece) for piece in node.values)
         if isinstance(node, ast.Call):
             return self._called(node)
-        words = next((words for kind, words in _WORDS.items() if isinstance(node, kind)), "code")
-        raise _Cant(f"{words}, `{_short(ast.unparse(node))}`, which is never run")
+        raise _Cant(f"{_WORDS.get(type(node), 'code')}, `{_short(ast.unparse(node))}`, which is never run")
 
     def _items(self, nodes: Sequence[ast.expr]) -> Iterator[Value]:
         for node in nodes:
@@ -445,7 +428,7 @@ class Config:
             if len(left.data) * right.data > WIDE:
                 raise _Cant(f"`{_short(ast.unparse(node))}`, which is too large")
             return left.data * right.data
-        a, b = self._known(node.left), self._known(node.right)
+        a, b = _known(left), _known(right)
         if isinstance(a, str) and op is ast.Mod:
             if re.sub("%[sd%]", "", a).count("%") or a.count("%") * len(str(b)) > WIDE:
                 raise _Cant(f"`{_short(ast.unparse(node))}`, with a format that is not followed")
@@ -457,7 +440,7 @@ class Config:
             size = max(a.bit_length(), 1) * abs(b) if op is ast.Pow else a.bit_length() + b.bit_length()
         if size > WIDE:
             raise _Cant(f"`{_short(ast.unparse(node))}`, which is too large")
-        return _BINARY[op](a, b)
+        return _OPERATORS[op](a, b)
 
     def _piece(self, node: ast.expr) -> str:
         """Give a piece of an f-string."""
@@ -473,13 +456,7 @@ class Config:
         function = node.func
         if isinstance(function, ast.Name) and function.id not in self.names:
             if function.id == "dict":
-                table: dict[str, Value] = {}
-                for arg in node.args:
-                    given = self.value(arg).data
-                    if not isinstance(given, dict):
-                        raise _Cant(f"`{_short(ast.unparse(node))}`, which is never run")
-                    table |= given
-                return table | self._table([(k.arg, k.value) for k in node.keywords])
+                return self._given(node)
             if function.id in ("list", "tuple") and len(node.args) == 1 and not node.keywords:
                 inside = self.value(node.args[0]).data
                 if isinstance(inside, (list, tuple)):
@@ -498,26 +475,40 @@ class Config:
                 return self._format(holder.data, node)
             if isinstance(holder.data, dict) and function.attr == "copy" and not node.args:
                 return dict(holder.data)
+            if isinstance(holder.data, dict) and function.attr == "update":
+                holder.data.update(self._given(node))
+                return None
+            if isinstance(holder.data, dict) and function.attr == "pop" and node.args:
+                return holder.data.pop(self._known(node.args[0]), *map(self.value, node.args[1:]))
+            if isinstance(holder.data, list) and function.attr in ("append", "extend") and len(node.args) == 1:
+                more = [self.value(node.args[0])] if function.attr == "append" else self.value(node.args[0]).data
+                if isinstance(more, (list, tuple)):
+                    self._grow(node, holder.data, more)
+                    return None
         elif (called := self.value(function)) and isinstance(called.data, Symbol) and called.data.path in _JOINS:
             return posixpath.join(*map(self._known, node.args))
         raise _Cant(f"a function call, `{_short(ast.unparse(node))}`, which is never run")
 
+    def _given(self, node: ast.Call) -> dict[str, Value]:
+        """Give what ``dict(...)`` or ``x.update(...)`` is called with: tables, then names."""
+        table: dict[str, Value] = {}
+        for arg in node.args:
+            given = self.value(arg).data
+            if not isinstance(given, dict):
+                raise _Cant(f"`{_short(ast.unparse(node))}`, which is never run")
+            table |= given
+        return table | self._table([(k.arg, k.value) for k in node.keywords])
+
     def _format(self, text: str, node: ast.Call) -> str:
         """Give ``text.format(...)`` for plain fields: ``{}``, ``{0}``, ``{name}``."""
         args = [self._known(arg) for arg in node.args]
-        given = {k.arg: self._known(k.value) for k in node.keywords}
-        rest = iter(args)
+        given = {str(k.arg): self._known(k.value) for k in node.keywords}
         if text.count("{") * max(map(len, map(str, [*args, *given.values(), ""]))) > WIDE:
             raise _Cant(f"`{_short(ast.unparse(node))}`, which is too large")
-
-        def field(match: re.Match[str]) -> str:
-            if match[0] in ("{{", "}}"):
-                return match[0][0]
-            if match[1] is None:
+        for _, name, spec, conversion in string.Formatter().parse(text):
+            if spec or conversion or not re.fullmatch(r"\w*", name or ""):
                 raise _Cant(f"`{_short(ast.unparse(node))}`, with a format that is not followed")
-            return str(next(rest) if not match[1] else args[int(match[1])] if match[1].isdecimal() else given[match[1]])
-
-        return _FIELD.sub(field, text)
+        return text.format(*args, **given)
 
 
 def _placed(data: Any, where: str) -> Value:  # noqa: ANN401
@@ -536,11 +527,19 @@ def in_words(value: Value) -> str:
     return value.data.why if isinstance(value.data, Unknown) else _short(repr(value.plain()))
 
 
-def _narrow(node: ast.AST, items: Sequence[Value], more: Sequence[Value]) -> bool:
-    """Say whether a list may grow so; raises ``RecipeError`` where it may not."""
-    if len(items) + len(more) > WIDE:
-        raise RecipeError(f"line {getattr(node, 'lineno', 1)}: a list of more than {WIDE:,} values")
-    return True
+def _known(value: Value, *, symbols: bool = False) -> Any:  # noqa: ANN401
+    """Give a value in Python's own terms, or raise what in it can't be known."""
+    if (lost := value.unknown()) is not None:
+        raise _Cant(in_words(lost))
+    if isinstance(value.data, Symbol) and not symbols:
+        raise _Cant(f"{value.data.path!r}, which is never imported")
+    return value.plain(exact=True)
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Give the end of an error about an unknown name: the nearest one, if there is one."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def _short(text: str) -> str:

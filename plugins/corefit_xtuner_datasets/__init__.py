@@ -4,7 +4,7 @@ Most are a table, ``FORMATS``: which field is the question, the answer, the syst
 ``wizardlm`` are packages of their own, and what XTuner reads without a map function is ``conversation`` here.) A format
 with a system text of its own has to be named; the others are recognised.
 
-What corefit does differently, and why, is ``DIFFERENCES``.
+What corefit does differently, and why, is a table in ``plugins/README.md``.
 
 Source: InternLM/xtuner, ``xtuner/dataset/map_fns/dataset_map_fns`` (fields), ``xtuner/utils/templates.py`` (system
 texts, word for word), ``xtuner/dataset/moss_sft.py``, tags v0.1.9 and v0.1.23.
@@ -15,87 +15,15 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from corefit import Conversation, Document, Drop, Fields, MapFunction, Message
 
 Fieldset = Mapping[str, Any]
 """A record, as far as a map function cares."""
-
-DIFFERENCES: tuple[tuple[str, str, str], ...] = (
-    (
-        "alpaca, alpaca_zh, medical, sql",
-        "an empty input leaves a line break behind the instruction, a null one the word None",
-        "an empty part of the question is left out",
-    ),
-    ("alpaca", "`system` and `history` of a record are not read", "they are, where a record has them"),
-    ("every format", "an empty answer is trained on (its end token)", "a counted drop: `no_answer`"),
-    ("every format", "a row that has no such field ends the run with a KeyError", "a counted drop: `missing_field`"),
-    (
-        "every format",
-        "rows that lose all they had are filtered out without a word",
-        "every drop is counted under its reason",
-    ),
-    ("alpaca", "`<nooutput>` is filtered out without a word", "counted as `no_answer`"),
-    (
-        "alpaca",
-        "v0.1.9 sets a system text, v0.1.23 does not",
-        "`alpaca` is v0.1.23's, `alpaca@0.1.9` the other",
-    ),
-    (
-        "colors",
-        "a description without a colon becomes an empty question",
-        "it is the question",
-    ),
-    (
-        "conversation, openai",
-        "one `output_with_loss` or `loss` in a file masks every turn without it, without a word",
-        "a missing or null flag is missing, never False",
-    ),
-    (
-        "conversation",
-        "an empty input is a question that says nothing, even in plain text to learn",
-        "a single turn without a question is a `Document`: its text, then EOS",
-    ),
-    (
-        "openai, wizardlm",
-        "questions in a row are run together without a space",
-        "they stay messages of their own",
-    ),
-    (
-        "openai, wizardlm",
-        "answers before the first question are left out",
-        "they stay, masked: `leading_assistant`",
-    ),
-    (
-        "openai, wizardlm",
-        "a message of a tool ends the run with NotImplementedError",
-        "it stays a message; a template that has no place for it drops the conversation, counted",
-    ),
-    ("openai", "`loss` as text (v0.1.22) or as a truth value (v0.2.0), not both", "both, and OpenAI's `weight`"),
-    ("pretrain", "no end token between documents", "EOS after every document"),
-    (
-        "msagent_react",
-        "the file's text is evaluated as Python",
-        "it is read as a Python or JSON literal; nothing runs",
-    ),
-    (
-        "msagent_react",
-        "what a tool answered is a system text in the middle, before an empty question",
-        "a user message, which every template can write",
-    ),
-    ("msagent_react", "what can't be read is filtered out without a word", "a counted drop: `unparsable`"),
-    (
-        "moss_sft",
-        "what the human says is trained on; results of tools are masked but for their markers",
-        "the answers are trained on; what a tool answered is a message of the tool",
-    ),
-    ("oasst1", "split at every `###`, paired by position", "strict markers of the two roles (see `corefit_oasst1`)"),
-    ("llava, llava_image_only", "pictures", "not read: corefit trains on text"),
-)
-"""Rows of the table "what corefit does differently, and why": format, XTuner, corefit. Each row is a test."""
 
 SYSTEM = {
     "alpaca": (
@@ -199,17 +127,12 @@ _SNIFFS: dict[str, Callable[[Fieldset], bool]] = {
 }
 
 
-def _colors(record: Fieldset, options: object = None) -> Iterator[Any]:
+def _colors(table: MapFunction, record: Fieldset, options: object = None) -> Iterable[Any]:
     """As the table says, but the question begins behind the description's first colon."""
     description = record.get("description")
     if isinstance(description, str) and ":" in description:
         record = {**record, "description": description.partition(":")[2].strip()}
-    yield from _of_table("colors").map(record)
-
-
-def _of_table(name: str) -> MapFunction:
-    summary, fields = FORMATS[name]
-    return fields.map_function(name=name, summary=summary, sniff=_SNIFFS.get(name))
+    return table.map(record)
 
 
 # -------------------------------------------------------------------------------------------------------- conversation
@@ -244,15 +167,15 @@ def conversation(record: Fieldset, options: object = None) -> Iterator[Conversat
         if len(turns) == 1 and not question and not said and answer.strip() and flag is not False:
             yield Document(answer)
             return
-        if said and said != system:
-            messages.append(Message("system", said))
-            system = said
         if not answer.strip():
             if number == len(turns) - 1:
                 dropped.append("trailing_user")
                 continue
             notes.append("empty_answer")
             flag = False
+        if said and said != system:
+            messages.append(Message("system", said))
+            system = said
         messages += [Message("user", question), Message("assistant", answer, supervised=flag)]
     if any(message.role == "assistant" and message.supervised is not False for message in messages):
         yield Conversation(tuple(messages), (), tuple(dropped), tuple(notes))
@@ -394,11 +317,9 @@ def _is_moss(record: Fieldset) -> bool:
 
 def corefit_map_functions() -> Iterator[MapFunction]:
     """Yield them all."""
-    for name in FORMATS:
-        made = _of_table(name)
-        if name == "colors":
-            made = replace(made, map=_colors)
-        yield made
+    for name, (summary, fields) in FORMATS.items():
+        made = fields.map_function(name=name, summary=summary, sniff=_SNIFFS.get(name))
+        yield replace(made, map=partial(_colors, made)) if name == "colors" else made
     yield MapFunction(
         name="conversation",
         summary="XTuner's own format: turns of system, input, output, output_with_loss",

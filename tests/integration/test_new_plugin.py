@@ -58,7 +58,7 @@ def venv(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_kind_of_entry_can_be_begun() -> None:
-    assert {entry for entry, _, _ in NEW.values()} == {*Registry.load().entries}
+    assert {entry for entry, _ in NEW.values()} == {*Registry.load().entries}
 
 
 def test_the_new_plugins_are_listed(venv: Path, tmp_path: Path) -> None:
@@ -115,7 +115,8 @@ def test_what_is_written_is_tidy(written: Path) -> None:
     run(sys.executable, "-m", "mypy", *modules, next(written.glob("*/tests/*.py")), cwd=ROOT)
     for folder in written.glob("corefit-*"):
         assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} >= {*FILES}
-        assert not [path for path in folder.rglob("*") if path.is_file() and "$name" in path.read_text("utf-8")]
+        texts = [path.read_text("utf-8") for path in folder.rglob("*") if path.is_file()]
+        assert not [text for text in texts if "$name" in text or "my_plugin" in text]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +153,14 @@ def test_a_folder_that_can_not_be_written_is_one_line(tmp_path, monkeypatch, cap
     assert (
         capsys.readouterr().err == f"corefit: error: {tmp_path / 'corefit-mine'}: can't be written: permission denied\n"
     )
+
+
+def test_without_docstrings_nothing_is_written(tmp_path) -> None:
+    said = run(sys.executable, "-OO", "-m", "corefit", "new-plugin", "mine", "--kind", "reader", cwd=tmp_path, code=2)
+    assert said.endswith(
+        "the example is in a docstring, and Python leaves them out: run it without -OO, PYTHONOPTIMIZE=2\n"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_help_names_every_kind(capsys) -> None:

@@ -18,7 +18,8 @@ from tiny import CONTROL, write_tokenizer
 
 from corefit.data.encode import make_encoder
 from corefit.data.tokenizer import Tokenizer
-from corefit.types import Conversation, Document, Message, PromptTemplate, Sample, Unrenderable
+from corefit.templates import PromptTemplate
+from corefit.types import Conversation, Document, Message, Sample, Unrenderable
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 EVERY_TURN = PromptTemplate.from_strings(

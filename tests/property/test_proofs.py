@@ -25,7 +25,8 @@ from corefit.data.tokenizer import Tokenizer
 from corefit.errors import MaskError
 from corefit.prepare import Prepared
 from corefit.recipe import Recipe, apply_overrides
-from corefit.types import Conversation, MapFunction, Message, PromptTemplate, Record, Sources
+from corefit.templates import PromptTemplate
+from corefit.types import Conversation, MapFunction, Message, Record, Sources
 
 INTERNLM = Path(__file__).resolve().parents[3] / "shared/data/tokenizer_internlm/tokenizer.model"
 REAL = {"internlm": INTERNLM} if INTERNLM.is_file() else {}

@@ -17,7 +17,8 @@ from corefit.data.encode import make_encoder, parts
 from corefit.data.tokenizer import Tokenizer
 from corefit.errors import DataError, ModelError, PluginError
 from corefit.registry import Registry
-from corefit.types import Conversation, Document, Message, PromptTemplate, Sample, Segment
+from corefit.templates import PromptTemplate
+from corefit.types import Conversation, Document, Message, Sample, Segment
 
 INTERNLM, CHATML, OWN = next(internlm_chat()), next(chatml()), next(own_template())
 

@@ -223,6 +223,17 @@ class TestMessages:
             "nothing_to_learn"
         )
 
+    def test_an_empty_part_of_text_is_text(self):
+        parts = [{"type": "text", "text": ""}, {"type": "thinking", "text": None, "thinking": "t"}, {"text": "a"}]
+        item = only("openai", messages(U, {"role": "assistant", "content": parts}))
+        assert item == Conversation((USER, ANSWER._replace(reasoning="t")))
+
+    def test_a_function_call_needs_no_value_beside_tool_calls(self):
+        row = {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "tool_calls": [CALL]}]}
+        assert only("sharegpt", row) == Conversation((USER, Message("assistant", "", tool_calls=(CALL,))))
+        row["conversations"][1] = {"from": "Function_Call", "value": json.dumps(FUNCTION)}
+        assert only("sharegpt", row).messages[1].tool_calls == ({"type": "function", "function": FUNCTION},)
+
     @pytest.mark.parametrize("part", ["image_url", "input_image", "input_audio", "video", "file"])
     def test_other_parts_than_text_are_a_drop_of_their_kind(self, part):
         row = messages({"role": "user", "content": [{"type": "text", "text": "q"}, {"type": part}]}, A)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from corefit.data.source import items_of
-from corefit.errors import DataError, PluginError, RecipeError
+from corefit.errors import DataError, PluginError, RecipeError, UserError
+from corefit.fields import Fields
 from corefit.own import own_code, own_map_function
 from corefit.prepare import Prepared, identity, prepare, resolve
 from corefit.recipe import load_recipe, parse_recipe, to_toml
@@ -58,7 +59,19 @@ join = " | "
 """
 
 
+def test_a_function_of_a_module_without_a_file_is_one_too():
+    assert own_code("builtins:dict") == ("builtins:dict", "no file")
+    assert REGISTRY.provider("map function", "builtins:dict").version == "no file"
+
+
 class TestFields:
+    def test_a_field_without_a_name_is_no_field(self):
+        function = Fields(user=("q", ""), assistant="a").map_function(name="x", summary="")
+        (item,) = function.map({"q": "1 + 1?", "a": "2"})
+        assert [message.content for message in item.messages] == ["1 + 1?", "2"]
+        with pytest.raises(UserError, match="name user and assistant, or text alone"):
+            Fields(user=("",), assistant="a")
+
     def test_a_recipe_reads_its_own_format_without_python(self, tmp_path, tiny_tokenizer):
         data(tmp_path)
         (tmp_path / "mine.toml").write_text(RECIPE, "utf-8")

@@ -30,6 +30,7 @@ from corefit.errors import CorefitError, DataError, IsolationError, MaskError, M
 from corefit.prepare import Prepared
 from corefit.recipe import Recipe, apply_overrides
 from corefit.run import train_from
+from corefit.templates import PromptTemplate
 from corefit.types import (
     Conversation,
     DatasetReader,
@@ -37,7 +38,6 @@ from corefit.types import (
     Drop,
     MapFunction,
     Message,
-    PromptTemplate,
     Record,
     Segment,
     Sources,

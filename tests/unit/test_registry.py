@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import textwrap
@@ -13,6 +12,7 @@ from fake_plugins import scheduler, write_plugin
 from corefit import hookspecs
 from corefit.errors import PluginError
 from corefit.registry import DISABLE, KINDS, PluginInfo, Registry
+from corefit.scaffold import example
 from corefit.types import Record, Sources
 
 
@@ -267,34 +267,30 @@ def test_the_kinds_are_the_hooks():
     assert {kind.hook for kind in KINDS.values()} == hooks == set(hookspecs.__all__) - {"hookimpl", "hookspec"}
 
 
-def example(hook: str) -> str:
-    """The plugin in a hook's docstring."""
-    text = textwrap.dedent(str(getattr(hookspecs, hook).__doc__).partition("\n")[2])
-    return textwrap.dedent(re.split(r"A whole plugin.*::\n", text)[1])
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_plugin_in_every_docstring_works(site, kind):
-    write_plugin(site, "corefit-doc", example(KINDS[kind].hook))
+    write_plugin(site, "corefit-doc", "from __future__ import annotations\n" + example(kind, "mine"))
     registry = Registry.load()
     plugin = info(registry, "doc")
-    assert plugin.error is None and list(plugin.entries) == [kind]
+    assert plugin.error is None and plugin.entries == {kind: ("mine",)}
 
 
 def test_the_docstring_reader_and_map_function_read_and_map(site, tmp_path):
-    write_plugin(site, "corefit-doc", example("corefit_dataset_readers") + example("corefit_map_functions"))
+    future = "from __future__ import annotations\n"
+    write_plugin(site, "corefit-tabs", future + example("reader", "tabs"))
+    write_plugin(site, "corefit-qa", future + example("map function", "qa"))
     registry = Registry.load()
     file = tmp_path / "a.tsv"
     file.write_bytes(b"q\ta\nbad\n")
-    good, bad = registry.reader("tabbed").read(Sources((file,)), None)
+    good, bad = registry.reader("tabs").read(Sources((file,)), None)
     assert dict(good) == {"question": "q", "answer": "a"} and good.size == 4
-    assert str(bad) == f"{file}:2: no tab between question and answer" and bad.offset == 4
+    assert str(bad) == f"{file}:2: no tab; expected question, tab, answer" and bad.offset == 4
     qa = registry.map_function("qa")
     assert qa.options is not None
-    record = Record({"lang": "en", "q": "1", "a": "2"}, path="f", line=1, offset=0)
+    record = Record({"question": "1", "answer": "2"}, path="f", line=1, offset=0)
     assert qa.sniff is not None and qa.sniff(record)
-    (item,) = qa.map(record, qa.options())
-    assert [message.content for message in item.messages] == ["1", "2"]
+    (item,) = qa.map(record, qa.options(system="Be brief."))
+    assert [message.content for message in item.messages] == ["Be brief.", "1", "2"]
 
 
 def test_loading_imports_no_heavy_package():

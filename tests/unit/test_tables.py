@@ -90,8 +90,14 @@ class TestCsv:
         path = write(tmp_path / "a.csv", HEADER + 'a,b,c\nx,"never closed,z\n' + "more,and,more\n" * 1000)
         good, bad = read(path, max_record_bytes=2000)
         assert list(good) and bad.line == 3 and bad.reason.startswith("a row of over 2,000 bytes")
+        assert bad.reason.endswith("; nothing of this file is read from here on")
         good, bad = read(path)
         assert bad.line == 3 and bad.reason == "unexpected end of data"
+
+    def test_the_name_of_a_column_ends_no_file(self, tmp_path):
+        path = write(tmp_path / "a.csv", "question,never closed\na\nb,c\n")
+        bad, good = read(path)
+        assert bad.reason == "1 columns, the header has 2: question, never closed" and list(good.values()) == ["b", "c"]
 
     def test_large_values_are_read(self, tmp_path):
         assert read(write(tmp_path / "a.csv", HEADER + "x" * 300_000 + ",b,c\n"))[0]["instruction"] == "x" * 300_000
@@ -148,6 +154,10 @@ class TestCsv:
         assert rows(read(write(tmp_path / "a.csv.gz", gzip.compress(b"a,b\n1,2\n")))) == [{"a": "1", "b": "2"}]
         with pytest.raises(DataError, match=r"a\.csv\.gz: "):
             read(write(tmp_path / "a.csv.gz", gzip.compress(b"a,b\n1,2\n")[:-9]))
+        torn = bytearray(gzip.compress(b"a,b\n1,2\n"))
+        torn[10] = 255  # the first byte behind the header
+        with pytest.raises(DataError, match=r"a\.csv\.gz: Error -3 while decompressing data"):
+            read(write(tmp_path / "a.csv.gz", bytes(torn)))
 
     def test_random_tables_are_what_the_csv_module_wrote(self, tmp_path):
         generator = random.Random(0)

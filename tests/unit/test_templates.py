@@ -9,7 +9,8 @@ from corefit_internlm_chat import corefit_prompt_templates as internlm_chat
 from jinja2.exceptions import TemplateError
 
 from corefit.data.tokenizer import Tokenizer
-from corefit.types import Conversation, Message, PromptTemplate, Segment, Unrenderable
+from corefit.templates import PromptTemplate
+from corefit.types import Conversation, Message, Segment, Unrenderable
 
 SYSTEM, USER, ANSWER = Message("system", "S {x} 'é' \"q\" \\n"), Message("user", "hi"), Message("assistant", "yo")
 TURN = (USER, ANSWER)

@@ -18,7 +18,7 @@ from corefit.data.tokenizer import Tokenizer
 from corefit.errors import ModelError, PluginError
 from corefit.prepare import EMBEDDED
 from corefit.registry import Registry
-from corefit.scaffold import NEW
+from corefit.scaffold import example
 from corefit.testing import RULES, plugin_checks
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "plugin_example" / "corefit_example"
@@ -68,7 +68,7 @@ def after_load(model):
 def corefit_quantizers():
     yield Quantizer(name="mutant", summary="", config=config, after_load=after_load)
 """
-REPORTER = NEW["reporter"][2].replace("$name", "mutant")
+REPORTER = example("reporter", "mutant")
 SPOILS = """
     import torch
     trained = []

@@ -112,3 +112,11 @@ def test_plain_text_trains_a_base_without_a_chat_template(tmp_path):
     (tmp_path / "chats.jsonl").write_text('{"text": "### Human: a### Assistant: b"}\n' * 20, "utf-8")
     with pytest.raises(UserError, match="no chat template"):
         corefit.train(model=str(base), data=str(tmp_path / "chats.jsonl"), out=tmp_path / "other", sets=sets)
+
+
+def test_a_damaged_gzip_file_is_an_error_that_names_it(tmp_path):
+    torn = bytearray(gzip.compress(b"one"))
+    torn[10] = 255  # the first byte behind the header
+    (tmp_path / "a.txt.gz").write_bytes(torn)
+    with pytest.raises(DataError, match=r"a\.txt\.gz: Error -3 while decompressing data"):
+        list(read(Sources((tmp_path / "a.txt.gz",))))

@@ -356,6 +356,51 @@ training_args = dict(type=TrainingArguments, do_train=True, learning_rate=3e-4, 
     assert "warmup_steps: corefit's warm-up is a share of the run" in read.said and recipe.data[0].map == "oasst1"
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "del model['lora']['r']",
+        "del model.lora.r",
+        "rank = model['lora'].pop('r')",
+        "model['lora'].pop('r')",
+        "model['lora'].update(**dict(r=8))",
+    ],
+)
+def test_what_the_file_takes_away_again_is_not_there(read, code):
+    assert read(f"{V0_1_23}\n{code}\n").adapter.r == 8  # peft's default
+    assert code not in read.said and not read.missing
+
+
+def test_what_cant_be_taken_away_is_said(read):
+    read(f"{V0_1_23}\ndel model['lorra']\n")
+    assert f"config.py:{len(V0_1_23.splitlines()) + 2}: `del model['lorra']`: not followed" in read.said
+
+
+def test_a_text_may_be_put_together_from_many(read):
+    text = edited(V0_1_23, ("'timdettmers/openassistant-guanaco'", " + ".join(["'a'"] * 40)))
+    assert read(text).data[0].path == str(Path.cwd() / ("a" * 40))
+
+
+def test_a_number_without_end_is_an_error_at_its_line(read):
+    text = edited(V0_1_23, ("save_steps = 500", "save_steps = 1e400"))
+    assert refusal(read, text).startswith(f"config.py:{line_of(text, '1e400')}: checkpoint.every_steps: found inf; ")
+
+
+def test_a_list_without_end_is_an_error_at_its_line(read):
+    code = "x = [1] * 99999\nx += x\n"
+    assert refusal(read, code + V0_1_23) == "config.py:2: a list of more than 100,000 values"
+    assert refusal(read, V0_1_23 + code.replace("x += x", "x.extend(x)")).endswith("a list of more than 100,000 values")
+
+
+@pytest.mark.parametrize("bot", ["", ", bot_name=None"])
+def test_moss_without_a_name_is_moss(read, bot):
+    start, end = V0_1_23.index("    type=process_hf_dataset"), V0_1_23.index("sampler = Seq")
+    (source,) = read(f"{V0_1_23[:start]}    type='MOSSSFTDataset', data_file='a.jsonl'{bot})\n{V0_1_23[end:]}").data
+    assert source.options == {}
+    read(f"{V0_1_23[:start]}    type='MOSSSFTDataset', data_file='a.jsonl', bot_name=input())\n{V0_1_23[end:]}")
+    assert "data.0.options is a function call, `input()`, which is never run" in read.missing["data.0.options"]
+
+
 def test_moss_reads_maps_and_writes_by_itself(read):
     start, end = V0_1_23.index("    type=process_hf_dataset"), V0_1_23.index("sampler = Seq")
     moss = "    type='MOSSSFTDataset', data_file='moss.jsonl', bot_name='Me', max_length=max_length)\n"
@@ -528,6 +573,9 @@ def test_tokens_that_the_tokenizer_is_given_are_added(read):
         ("bias='none'", "bias='all'", "model.lora.bias = 'all': left out: biases stay as they are"),
         ("padding_side='right'", "padding_side='right', eos_token='</s>'", None),
         ("num_workers=dataloader_num_workers", "num_workers=9", None),
+        ("path=data_path", "path=data_path, name=None", None),
+        ("path=data_path", "path=data_path, name='en'", "dataset name 'en': corefit reads files"),
+        ("error_if_nonfinite=False", "type='value'", "optim_wrapper.clip_grad.type = 'value': left out: the norm is clipped"),  # noqa: E501
         ("loss_scale='dynamic'", "loss_scale=128.0", "optim_wrapper.loss_scale = 128.0: left out: the loss scale of fp16 is dynamic"),  # noqa: E501
         ("shuffle_before_pack=True", "strange_key=1", "train_dataset.strange_key = 1: left out: no counterpart in corefit"),  # noqa: E501
         ("dict(type=DatasetInfoHook, tokenizer=tokenizer)", "dict(type='EMAHook')", "custom_hooks: EMAHook: left out: nothing hooks into"),  # noqa: E501

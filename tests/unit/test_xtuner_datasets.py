@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import xtuner_reference as xtuner
-from corefit_xtuner_datasets import DIFFERENCES, FORMATS, corefit_map_functions
+from corefit_xtuner_datasets import FORMATS, corefit_map_functions
 from samples import encode_each, labels_in_place
 
 from corefit.data.encode import make_encoder
@@ -14,6 +15,7 @@ from corefit.data.tokenizer import Tokenizer
 from corefit.registry import Registry
 from corefit.types import Conversation, Document, Drop, Message, Record
 
+PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
 MAPS = {function.name: function for function in corefit_map_functions()}
 TABLE = [name for name in FORMATS if name != "pretrain"]
 
@@ -408,10 +410,13 @@ def test_ids_and_labels_of_real_rows_equal_xtuners_through_map_function_and_temp
 
 
 class TestDifferences:
-    def test_the_table_has_three_columns_of_one_line(self):
-        assert len(DIFFERENCES) > 15
-        for row in DIFFERENCES:
-            assert len(row) == 3 and all(cell.strip() and "\n" not in cell for cell in row)
+    def test_every_row_of_the_table_is_of_a_format_that_is_there_and_says_all_three(self):
+        page = (PLUGINS / "README.md").read_text("utf-8").partition("## What corefit does differently, and why\n")[2]
+        rows = [line[2:-2].split(" | ") for line in page.partition("\n## ")[0].splitlines() if line.startswith("| ")]
+        known = {*Registry.load().map_functions, "every format", "llava", "llava_image_only"}
+        assert rows[0] == ["format", "XTuner", "corefit"] and len(rows) > 15
+        for names, theirs, ours in rows[1:]:
+            assert theirs.strip() and ours.strip() and {*names.split(", ")} <= known
 
     @pytest.mark.parametrize("nothing", ["", None, " \n"])
     def test_an_empty_part_of_the_question_is_left_out(self, nothing):
@@ -459,6 +464,10 @@ class TestDifferences:
             ("trailing_user",),
             ("empty_answer",),
         )
+
+    def test_the_system_text_of_a_turn_that_is_left_out_is_left_out_too(self):
+        item = only("conversation", turns(QA, {"system": "s", "input": "x", "output": ""}))
+        assert item == Conversation((Message("user", "q"), Message("assistant", "a")), (), ("trailing_user",))
 
     def test_a_system_text_in_a_later_turn_stays_where_it_is(self):
         """What a template does with it is the template's; XTuner's are refused there, counted."""

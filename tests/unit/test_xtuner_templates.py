@@ -16,7 +16,8 @@ from tiny import write_tokenizer
 from corefit.data.encode import make_encoder
 from corefit.data.tokenizer import Tokenizer
 from corefit.errors import ModelError
-from corefit.types import Conversation, Message, PromptTemplate, Segment, Unrenderable
+from corefit.templates import PromptTemplate
+from corefit.types import Conversation, Message, Segment, Unrenderable
 
 TEMPLATES = {template.name: template for template in (*internlm_chat(), *xtuner_templates())}
 CONTROL = sorted({token for template in TEMPLATES.values() for token in (*template.control, *template.stop)})

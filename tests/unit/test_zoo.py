@@ -123,6 +123,7 @@ def test_a_recipe_by_name_or_path(tmp_path):
     file.write_text("[pack]\nmax_length = 64\n", encoding="utf-8")
     assert zoo.named_recipe(str(file)).pack.max_length == 64
     assert f"did you mean {NAME!r}?" in refusal(zoo.named_recipe, "internlm_chat_7b_qlora_oast1_e3")
+    assert "did you mean 'qwen1_5_7b_qlora_alpaca_e3'?" in refusal(zoo.named_recipe, "qwen1.5_7b_qlora_alpaca_e3")
     assert "`corefit recipes qwen3_8b_` lists" in refusal(zoo.named_recipe, "qwen3_8b_")
     assert "did you mean" not in refusal(zoo.named_recipe, "nowhere.toml")
     assert zoo.named_recipe(NAME).where("train.lr").startswith(f"{NAME}:")
