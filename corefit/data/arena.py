@@ -35,7 +35,7 @@ from corefit.data.block import (
     moved,
     select,
 )
-from corefit.data.jsonl import changed
+from corefit.data.files import changed
 from corefit.data.source import Size
 from corefit.errors import DataError, RecipeError, RunError, system_words
 

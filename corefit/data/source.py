@@ -32,7 +32,8 @@ from corefit.data.block import (
     intern,
 )
 from corefit.data.encode import parts
-from corefit.data.jsonl import changed, content_hash, file_state
+from corefit.data.files import changed, file_state
+from corefit.data.jsonl import content_hash
 from corefit.errors import CorefitError, DataError, in_words
 from corefit.own import line_in, own_file
 from corefit.types import (
