@@ -198,8 +198,6 @@ class Arena:
         self.verify("cuts")
         words = [Words(*map(tuple, one)) for one in header["words"]] or [Words()]
         self.block = Block(**arrays, words=words, names=header["names"])
-        counts = [size.records or 0 for size in self.sizes]
-        self.firsts: list[int] = [sum(counts[:i]) for i in range(len(counts))]
 
     def _open(self, name: str, facts: Mapping[str, Any]) -> NDArray[Any]:
         path, dtype = self.folder / f"{name}.bin", np.dtype(facts["dtype"])

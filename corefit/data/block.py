@@ -89,6 +89,13 @@ def n_supervised(spans: Table, start: int, length: int) -> int:
     return int(np.maximum(ends - np.maximum(spans[:, 0], start + 1), 0).sum())
 
 
+def link(records: Table, samples: Table) -> None:
+    """Fill in which samples are whose and how many, in both tables, by the ``RECORD`` of each sample."""
+    records[:, SAMPLES] = np.bincount(samples[:, RECORD], minlength=len(records))
+    records[:, FIRST] = np.cumsum(records[:, SAMPLES]) - records[:, SAMPLES]
+    samples[:, ORDINAL] = np.arange(len(samples)) - records[samples[:, RECORD], FIRST]
+
+
 def gains(block: Block, end: int) -> Ledger:
     """Give what the ledger gains from the first ``end`` records of a block, but for what becomes of their samples."""
     ledger = Ledger()
@@ -161,8 +168,8 @@ def hold_out(block: Block, hashes: Table) -> Block:
     if not chosen.any():
         return block
     records, samples = block.records.copy(), block.samples[~chosen[block.samples[:, RECORD]]]
-    records[chosen, ENCODED:NAME], records[chosen, VALIDATION], records[chosen, SAMPLES] = 0, 1, 0
-    records[:, FIRST] = np.cumsum(records[:, SAMPLES]) - records[:, SAMPLES]
+    records[chosen, ENCODED:NAME], records[chosen, VALIDATION] = 0, 1
+    link(records, samples)
     return replace(block, records=records, samples=samples)
 
 
@@ -211,10 +218,7 @@ def fit(block: Block, max_length: int, overlong: str) -> Block:
         samples = np.repeat(samples, counts, axis=0)
         for kept, end in zip(made, ends[long].tolist(), strict=True):
             samples[end - len(kept) : end] = np.array(kept, np.int64).reshape(-1, SAMPLE_COLUMNS)
-    records[:, SAMPLES] = np.bincount(samples[:, RECORD], minlength=len(records))
-    records[:, FIRST] = np.cumsum(records[:, SAMPLES]) - records[:, SAMPLES]
-    samples = samples.copy()
-    samples[:, ORDINAL] = np.arange(len(samples)) - records[samples[:, RECORD], FIRST]
+    link(records, samples)
     return replace(block, records=records, samples=samples, words=listed, error=error)
 
 
