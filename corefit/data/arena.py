@@ -142,13 +142,13 @@ def write_arena(
                 folder.replace(old)
             try:
                 aside.replace(folder)
-            except OSError:
+            except BaseException:
                 if old.exists():
                     old.replace(folder)
                 raise
     finally:
-        for left in (aside, old):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     return Arena(folder, key).block
 
 
