@@ -125,9 +125,7 @@ class Encoder:
             if self.rewrites:
                 self._check_turns(conversation.messages, segments, origin)
         try:
-            for segment in segments:
-                if not segment.text.isascii():
-                    segment.text.encode()
+            _text(segments).encode()
         except UnicodeEncodeError:
             raise Unrenderable("lone_surrogate") from None
         return segments

@@ -113,9 +113,8 @@ _JSON_SAYS = {
 
 
 def _syntax(error: json.JSONDecodeError) -> str:
-    says = (
-        error.msg if error.doc[error.pos :].strip() else "Unterminated string" if "control" in error.msg else error.msg
-    )
+    at_end = not error.doc[error.pos :].strip()
+    says = "Unterminated string" if at_end and "control" in error.msg else error.msg
     for start, words in _JSON_SAYS.items():
         if says.startswith(start):
             return f"broken JSON: {words}"

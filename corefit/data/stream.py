@@ -164,6 +164,8 @@ class _Taken:
     seen: NDArray[np.int64]
     sums: NDArray[np.int64]
     """int64 [packs + 1, 3]: tokens, supervised tokens and records used up in the packs before each, and in all."""
+    counts: NDArray[np.int64]
+    """Samples of each pack."""
     tokens: list[int]
     """Of each pack."""
     supervised: list[int]
@@ -556,7 +558,7 @@ class Stream:
         taken = _Taken(
             begin=group.begin, base=self.ledger, block=block, records=records, rows=rows,
             window=(self._window.tokens, self._window.spans), order=packed.order, packed=out, offsets=offsets,
-            seen=packed.seen, sums=sums,
+            seen=packed.seen, sums=sums, counts=np.diff(offsets),
             tokens=np.diff(sums[:, 0]).tolist(), supervised=np.diff(sums[:, 1]).tolist(),
             n_read=n_read, read=read, epochs=self._progress(group.begin, done),
         )  # fmt: skip
@@ -647,9 +649,12 @@ class Stream:
         tokens = [taken.tokens[k] for taken, k in packs]
         width, parts, n = padded(max(tokens)), [], 0
         for taken, numbers in _by_block(packs):
-            packs_here = [taken.pack(k) for k in numbers]
-            samples, sizes = np.concatenate(packs_here), np.array([len(one) for one in packs_here], np.int64)
-            parts.append(gather(*taken.window, samples, sizes, width=width, pad_id=self.pad_id))
+            first, last = numbers[0], numbers[-1] + 1
+            if len(numbers) == last - first:  # of all packs in between
+                samples = taken.packed[taken.offsets[first] : taken.offsets[last]]
+            else:
+                samples = np.concatenate([taken.pack(k) for k in numbers])
+            parts.append(gather(*taken.window, samples, taken.counts[numbers], width=width, pad_id=self.pad_id))
             n += len(samples)
         return parts[0] if len(parts) == 1 else stack(parts), sum(tokens), n
 
