@@ -118,7 +118,7 @@ def _syntax(error: json.JSONDecodeError) -> str:
     for start, words in _JSON_SAYS.items():
         if says.startswith(start):
             return f"broken JSON: {words}"
-    found = error.doc[error.pos : error.pos + 1].strip()
+    found = error.doc[error.pos : error.pos + 1].strip(" \t\r\n")
     hint = "; an object over several lines? expected one object a line, or one list" if error.doc.strip() == "{" else ""
     return f"broken JSON: {error.msg[:1].lower()}{error.msg[1:]}, found {repr(found) if found else 'the end'}{hint}"
 

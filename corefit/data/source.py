@@ -232,7 +232,7 @@ def items_of(records: Iterable[tuple[Source, Record | BadRecord]], supervise: st
     """
     pairs = [(source, record) for source, record in records if isinstance(record, Record)]
     return [
-        (part, f"{record.path}:{record.line}")
+        (part, record.origin)
         for source, record in pairs
         for item in map_record(source, record)
         if not isinstance(item, Drop)

@@ -115,7 +115,7 @@ class Tokenizer:
             )
         try:
             found = cls._of(path, files)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ModelError(f"{path}: the tokenizer's files are broken: {in_words(error)}") from error
         new = [token for token in dict.fromkeys(add) if found.token_id(token) is None]
         if new:

@@ -125,6 +125,7 @@ NEST = '{"a":' * 500 + "1" + "}" * 500
 BAD = {
     "comma": ('{"a": 1 "b": 2}', "expecting ',' delimiter, found '\"'", 9),
     "value": ('{"a": }', "expecting value, found '}'", 7),
+    "form feed": ('{"a": \x0c1}', r"expecting value, found '\x0c'", 7),
     "nan": ('{"a NaN": [NaN]}', "NaN is not a JSON value", 12),
     "infinity": ('{"a": Infinity}', "Infinity is not a JSON value", 7),
     "minus infinity": ('{"a": -Infinity}', "-Infinity is not a JSON value", 7),
@@ -147,7 +148,7 @@ BAD = {
     "negative digits": ('{"a": -' + "7" * 4301 + "}", "an integer of more than 4,300 digits", 8),
     "two objects": ('{"a": 1} {"b": 2}', "broken JSON: '{' after the end of the record", 10),
 }
-BROKEN = {"comma", "value", "control", "nul", "escape", "two objects"}
+BROKEN = {"comma", "value", "form feed", "control", "nul", "escape", "two objects"}
 
 
 def as_bytes(text: str | bytes) -> bytes:
