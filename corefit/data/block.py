@@ -83,12 +83,6 @@ class Block:
         )
 
 
-def n_supervised(spans: Table, start: int, length: int) -> int:
-    """Count the targets that some position predicts: all in spans but one at the start, which nothing precedes."""
-    ends = np.minimum(spans[:, 1], start + length)
-    return int(np.maximum(ends - np.maximum(spans[:, 0], start + 1), 0).sum())
-
-
 def link(records: Table, samples: Table) -> None:
     """Fill in which samples are whose and how many, in both tables, by the ``RECORD`` of each sample."""
     records[:, SAMPLES] = np.bincount(samples[:, RECORD], minlength=len(records))
@@ -254,7 +248,8 @@ def _fitted(block: Block, row: list[int], max_length: int, overlong: str) -> tup
                 stop = int(block.tokens[spans[inside[-1], 1] - 1])
             else:  # nothing but the stop would be left of it
                 inside = inside[:-1]
-        supervised = n_supervised(spans[inside], begin, size)
+        targets = np.clip(spans[inside], begin + 1, begin + size)  # nothing precedes the first token
+        supervised = int((targets[:, 1] - targets[:, 0]).sum())
         if supervised:
             first = row[SPAN] + int(inside[0])
             kept.append([begin, size, first, len(inside), stop, supervised, row[RECORD], 0])

@@ -222,9 +222,7 @@ class _List:
         self.file, self.hold, self.line = file, hold, line
         self.base = offset  # of data[0]
         self.data = b""
-        self.at = self.begin = self.counted = (
-            0  # indexes into data; begin is negative once an element is too long to hold
-        )
+        self.at = self.begin = self.counted = 0  # in data; begin is negative once an element is too long to hold
 
     def more(self) -> bool:
         keep = max(self.begin, 0) if self.at - self.begin <= self.hold else self.at
@@ -371,11 +369,11 @@ class _File(NamedTuple):
 
 
 @contextmanager
-def _file(sources: Sources, number: int, buffering: int = BLOCK) -> Iterator[_File]:
+def _file(sources: Sources, number: int, buffering: int = 0) -> Iterator[_File]:
     if number >= len(sources.paths):
         raise DataError(f"record of file {number + 1} is asked for, but the data is {len(sources.paths)} files now")
     path, end = sources.paths[number], sources.states[number].size if sources.states else None
-    with open_file(path, buffering, end) as (file, again):
+    with open_file(path, buffering or BLOCK, end) as (file, again):
         limits = sources.max_record_bytes, sys.maxsize if end is None else end
         yield _File(number, path, file, again, *_begin(file), True, *limits)
 

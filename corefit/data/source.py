@@ -119,7 +119,7 @@ def encode_records(
         rows: ``record_row`` of each; filled in here.
         encoder: the run's.
         names: what ``NAME`` refers to.
-        hashed: fill ``HASH`` in.
+        hashed: fill ``HASH`` in, without ``val_hashes`` too.
         val_hashes: content hashes of records that belong to the validation split, which aren't mapped.
 
     The block ends before a record that stops the run, with the error.
@@ -140,7 +140,7 @@ def encode_records(
             if source.on_bad == "error":
                 error = refused(record)
                 break
-        elif hashed:
+        elif hashed or val_hashes:
             row[HASH] = content_hash(record)
             row[VALIDATION] = row[HASH] in val_hashes
         if isinstance(record, Record) and not row[VALIDATION]:

@@ -46,7 +46,7 @@ from corefit.data.block import (
     select,
 )
 from corefit.data.ledger import Ledger
-from corefit.data.pack import best_fit_decreasing, stream
+from corefit.data.pack import Streamed, best_fit_decreasing, stream
 from corefit.data.rows import Rows, Window, gather, padded, stack
 from corefit.data.source import (
     ESTIMATE_RECORDS,
@@ -156,12 +156,10 @@ class _Taken:
     """Samples held from before, then the block's; ``RECORD`` refers to ``records``."""
     window: tuple[NDArray[Any], Table]
     """Tokens and spans that ``rows`` refer to."""
-    order: NDArray[np.int32]
-    """As ``Streamed`` says; it refers to ``rows``."""
+    closed: Streamed
+    """Packs of ``rows``."""
     packed: Table
-    """``rows`` in that order."""
-    offsets: NDArray[np.int64]
-    seen: NDArray[np.int64]
+    """``rows`` in the order of the packs."""
     sums: NDArray[np.int64]
     """int64 [packs + 1, 3]: tokens, supervised tokens and records used up in the packs before each, and in all."""
     counts: NDArray[np.int64]
@@ -180,7 +178,7 @@ class _Taken:
 
     def pack(self, k: int) -> Table:
         """Give the rows of the samples of one pack."""
-        return self.packed[self.offsets[k] : self.offsets[k + 1]]
+        return self.packed[self.closed.offsets[k] : self.closed.offsets[k + 1]]
 
     def origins(self, k: int) -> list[str]:
         """Give ``path:line`` of its samples."""
@@ -199,8 +197,8 @@ class _Taken:
 
     def state(self, k: int, slots: Sequence[int], shuffled: Sequence[bool]) -> dict[str, Any]:
         """Give all that is needed to go on after a pack: positions of records, never tokens."""
-        waits = np.arange(len(self.rows)) < self.seen[k]
-        waits[self.order[: self.offsets[k + 1]]] = False
+        waits = np.arange(len(self.rows)) < self.closed.seen[k]
+        waits[self.closed.order[: self.closed.offsets[k + 1]]] = False
         held = self.rows[waits]
         ledger = self.ledger(k + 1, int(self.n_read[k]))
         # counted anew from what really waits: a sample lost on the way makes the ledger unbalanced
@@ -208,7 +206,7 @@ class _Taken:
         ledger.slots.total, ledger.slots.supervised, ledger.slots.masked, ledger.slots.padding = slots
         cursor = _advance(self.begin, self.block.records[: self.n_read[k]], shuffled)
         read = int(self.read[self.n_read[k]])
-        if self.end is not None and k == len(self.seen) - 1:
+        if self.end is not None and k == len(self.tokens) - 1:
             at_end, cursor, read = self.end
             ledger.records, ledger.tokens, ledger.messages = at_end.records, at_end.tokens, at_end.messages
         records = self.records[:, [SOURCE, INDEX, FILE, LINE, OFFSET, WEIGHT]].tolist()
@@ -375,7 +373,6 @@ class Stream:
 
     def _encode(self, group: _Group, *, hashed: bool = False) -> Block:
         sources = [one.source for one in self._inputs]
-        hashed = hashed or bool(self.val_hashes)
         more: dict[str, Any] = dict(names=list(self._names), hashed=hashed, val_hashes=self.val_hashes)
         return encode_records(sources, group.records, group.rows, self.encoder, **more)
 
@@ -490,8 +487,7 @@ class Stream:
             yield group, self._encode(group) if known is None else known.take(np.empty(0, np.int64))
         waiting: list[tuple[_Group, Block]] = []  # where no pack closes before the end of the epoch
         for group, block in blocks:
-            block = hold_out(block, hashes) if known is not None and len(hashes) else block
-            block = fit(block, self.max_length, self.overlong)
+            block = fit(block if known is None else hold_out(block, hashes), self.max_length, self.overlong)
             if self.algorithm == "best_fit_decreasing" and not group.flush:
                 waiting.append((group, block))
             if waiting and (group.flush or block.error is not None):
@@ -507,7 +503,7 @@ class Stream:
         ready: tuple[_Taken, int] | None = None
         for group, block in self._blocks():
             taken = self._take(group, block)
-            for k in range(len(taken.seen)):
+            for k in range(len(taken.tokens)):
                 if ready is not None:
                     yield ready
                 ready = taken, k
@@ -539,7 +535,7 @@ class Stream:
             ends=ends,
             flush=group.flush,
         )
-        offsets, out = packed.offsets, rows[packed.order]
+        out = rows[packed.order]
         of = out[:, RECORD]
         last = np.zeros(len(records), np.int64)
         last[of] = np.arange(len(of))
@@ -547,7 +543,7 @@ class Stream:
         parts = np.zeros((len(out), 3), np.int64)
         parts[:, 0], parts[:, 1] = out[:, LENGTH], out[:, SUPERVISED]
         parts[last[(n_out > 0) & (n_out == n_all)], 2] = 1
-        sums = np.concatenate([np.zeros((1, 3), np.int64), np.cumsum(parts, axis=0)])[offsets]
+        sums = np.concatenate([np.zeros((1, 3), np.int64), np.cumsum(parts, axis=0)])[packed.offsets]
         n_read = np.where(packed.seen > before, rows[packed.seen - 1, RECORD] + 1 - n_held, 0)
         if group.flush:
             n_read[:] = len(block.records)
@@ -557,12 +553,12 @@ class Stream:
         done = read[n_read] * ((self.ledger.records.used + sums[1:, 2]) / np.maximum(known[n_read], 1))
         taken = _Taken(
             begin=group.begin, base=self.ledger, block=block, records=records, rows=rows,
-            window=(self._window.tokens, self._window.spans), order=packed.order, packed=out, offsets=offsets,
-            seen=packed.seen, sums=sums, counts=np.diff(offsets),
+            window=(self._window.tokens, self._window.spans), closed=packed, packed=out,
+            sums=sums, counts=np.diff(packed.offsets),
             tokens=np.diff(sums[:, 0]).tolist(), supervised=np.diff(sums[:, 1]).tolist(),
             n_read=n_read, read=read, epochs=self._progress(group.begin, done),
         )  # fmt: skip
-        self._keep(taken, packed.rest)
+        self._keep(taken)
         return taken
 
     def _progress(self, cursor: _Cursor, done: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -573,13 +569,13 @@ class Stream:
         self._epoch = float(values[-1])
         return values[1:]
 
-    def _keep(self, taken: _Taken, rest: NDArray[np.int32]) -> None:
+    def _keep(self, taken: _Taken) -> None:
         """Go on with the samples that are in no pack, their records, and the sums over everything before."""
-        held = taken.rows[rest]
+        held = taken.rows[taken.closed.rest]
         kept, number = np.unique(held[:, RECORD], return_inverse=True)
         held[:, RECORD] = number
         self._rows, self._records = held, taken.records[kept]
-        self.ledger = taken.ledger(len(taken.seen), len(taken.block.records))
+        self.ledger = taken.ledger(len(taken.tokens), len(taken.block.records))
         self._read = int(taken.read[-1])
 
     def _nothing(self) -> DataError:
@@ -651,7 +647,7 @@ class Stream:
         for taken, numbers in _by_block(packs):
             first, last = numbers[0], numbers[-1] + 1
             if len(numbers) == last - first:  # of all packs in between
-                samples = taken.packed[taken.offsets[first] : taken.offsets[last]]
+                samples = taken.packed[taken.closed.offsets[first] : taken.closed.offsets[last]]
             else:
                 samples = np.concatenate([taken.pack(k) for k in numbers])
             parts.append(gather(*taken.window, samples, taken.counts[numbers], width=width, pad_id=self.pad_id))
