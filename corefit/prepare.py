@@ -19,7 +19,7 @@ from typing import Any, cast
 from corefit.data.arena import Arena, write_arena
 from corefit.data.block import RECORD, Block, fit
 from corefit.data.encode import Encoder, make_encoder
-from corefit.data.jsonl import STDIN_NAME, find_files, spool
+from corefit.data.files import STDIN_NAME, find_files, spool
 from corefit.data.ledger import Ledger
 from corefit.data.source import (
     At,

@@ -362,7 +362,7 @@ def _fetches(reader: DatasetReader, registry: Registry) -> None:
 
 @_rule("reader", "reads no further than a file's size when the run began", lambda r: _can_read(r) and r.bounded)
 def _bounded(reader: DatasetReader, registry: Registry) -> None:
-    from corefit.data.jsonl import file_state
+    from corefit.data.files import file_state
 
     content = _content(reader)
     with _files(reader, content) as sources:

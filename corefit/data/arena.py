@@ -35,7 +35,7 @@ from corefit.data.block import (
     moved,
     select,
 )
-from corefit.data.jsonl import changed
+from corefit.data.files import changed
 from corefit.data.source import Size
 from corefit.errors import DataError, RecipeError, RunError, system_words
 
@@ -56,25 +56,17 @@ class _Column:
     """One array on its way to disk."""
 
     def __init__(self, file: IO[bytes], dtype: str) -> None:
-        self.file, self.dtype = file, np.dtype(dtype)
-        self.rows = self.size = self.crc = 0
-        self.crcs: list[int] = []
+        self.file, self.dtype, self.rows = file, np.dtype(dtype), 0
 
     def write(self, array: NDArray[Any]) -> None:
-        data = memoryview(np.ascontiguousarray(array, self.dtype).tobytes())
-        self.file.write(data)
+        self.file.write(np.ascontiguousarray(array, self.dtype).data)
         self.rows += len(array)
-        while len(data):
-            part = data[: CHECKED - self.size % CHECKED]
-            self.crc, self.size, data = zlib.crc32(part, self.crc), self.size + len(part), data[len(part) :]
-            if self.size % CHECKED == 0:
-                self.crcs.append(self.crc)
-                self.crc = 0
 
     def facts(self) -> dict[str, Any]:
         self.file.flush()
         os.fsync(self.file.fileno())
-        crcs = [*self.crcs, self.crc] if self.size % CHECKED else self.crcs
+        self.file.seek(0)
+        crcs = [zlib.crc32(part) for part in iter(lambda: self.file.read(CHECKED), b"")]
         return {"dtype": self.dtype.str, "rows": self.rows, "crc32": crcs}
 
 
@@ -114,7 +106,7 @@ def write_arena(
             aside.chmod(0o755)
             columns = {
                 name: _Column(
-                    stack.enter_context((aside / f"{name}.bin").open("wb")),
+                    stack.enter_context((aside / f"{name}.bin").open("w+b")),
                     "<i8" if name != "tokens" else "<u2" if vocab_size <= 2**16 else "<i4",
                 )
                 for name in _SHAPES
@@ -142,13 +134,13 @@ def write_arena(
                 folder.replace(old)
             try:
                 aside.replace(folder)
-            except OSError:
+            except BaseException:
                 if old.exists():
                     old.replace(folder)
                 raise
     finally:
-        for left in (aside, old):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     return Arena(folder, key).block
 
 
@@ -198,8 +190,6 @@ class Arena:
         self.verify("cuts")
         words = [Words(*map(tuple, one)) for one in header["words"]] or [Words()]
         self.block = Block(**arrays, words=words, names=header["names"])
-        counts = [size.records or 0 for size in self.sizes]
-        self.firsts: list[int] = [sum(counts[:i]) for i in range(len(counts))]
 
     def _open(self, name: str, facts: Mapping[str, Any]) -> NDArray[Any]:
         path, dtype = self.folder / f"{name}.bin", np.dtype(facts["dtype"])

@@ -83,10 +83,11 @@ class Block:
         )
 
 
-def n_supervised(spans: Table, start: int, length: int) -> int:
-    """Count the targets that some position predicts: all in spans but one at the start, which nothing precedes."""
-    ends = np.minimum(spans[:, 1], start + length)
-    return int(np.maximum(ends - np.maximum(spans[:, 0], start + 1), 0).sum())
+def link(records: Table, samples: Table) -> None:
+    """Fill in which samples are whose and how many, in both tables, by the ``RECORD`` of each sample."""
+    records[:, SAMPLES] = np.bincount(samples[:, RECORD], minlength=len(records))
+    records[:, FIRST] = np.cumsum(records[:, SAMPLES]) - records[:, SAMPLES]
+    samples[:, ORDINAL] = np.arange(len(samples)) - records[samples[:, RECORD], FIRST]
 
 
 def gains(block: Block, end: int) -> Ledger:
@@ -161,8 +162,8 @@ def hold_out(block: Block, hashes: Table) -> Block:
     if not chosen.any():
         return block
     records, samples = block.records.copy(), block.samples[~chosen[block.samples[:, RECORD]]]
-    records[chosen, ENCODED:NAME], records[chosen, VALIDATION], records[chosen, SAMPLES] = 0, 1, 0
-    records[:, FIRST] = np.cumsum(records[:, SAMPLES]) - records[:, SAMPLES]
+    records[chosen, ENCODED:NAME], records[chosen, VALIDATION] = 0, 1
+    link(records, samples)
     return replace(block, records=records, samples=samples)
 
 
@@ -211,10 +212,7 @@ def fit(block: Block, max_length: int, overlong: str) -> Block:
         samples = np.repeat(samples, counts, axis=0)
         for kept, end in zip(made, ends[long].tolist(), strict=True):
             samples[end - len(kept) : end] = np.array(kept, np.int64).reshape(-1, SAMPLE_COLUMNS)
-    records[:, SAMPLES] = np.bincount(samples[:, RECORD], minlength=len(records))
-    records[:, FIRST] = np.cumsum(records[:, SAMPLES]) - records[:, SAMPLES]
-    samples = samples.copy()
-    samples[:, ORDINAL] = np.arange(len(samples)) - records[samples[:, RECORD], FIRST]
+    link(records, samples)
     return replace(block, records=records, samples=samples, words=listed, error=error)
 
 
@@ -250,7 +248,8 @@ def _fitted(block: Block, row: list[int], max_length: int, overlong: str) -> tup
                 stop = int(block.tokens[spans[inside[-1], 1] - 1])
             else:  # nothing but the stop would be left of it
                 inside = inside[:-1]
-        supervised = n_supervised(spans[inside], begin, size)
+        targets = np.clip(spans[inside], begin + 1, begin + size)  # nothing precedes the first token
+        supervised = int((targets[:, 1] - targets[:, 0]).sum())
         if supervised:
             first = row[SPAN] + int(inside[0])
             kept.append([begin, size, first, len(inside), stop, supervised, row[RECORD], 0])

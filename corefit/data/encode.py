@@ -125,9 +125,7 @@ class Encoder:
             if self.rewrites:
                 self._check_turns(conversation.messages, segments, origin)
         try:
-            for segment in segments:
-                if not segment.text.isascii():
-                    segment.text.encode()
+            _text(segments).encode()
         except UnicodeEncodeError:
             raise Unrenderable("lone_surrogate") from None
         return segments
@@ -141,7 +139,8 @@ class Encoder:
         encoded.
 
         Raises:
-            Unrenderable: the messages can't be written in this format, or one would yield a control token.
+            Unrenderable: the messages can't be written in this format, or as nothing, or one would yield a control
+                token.
         """
         asked = [m._replace(supervised=False if m.role == "assistant" else None) for m in messages]
         segments = self.segments(Conversation((*asked, Message("assistant", "x", supervised=True))))
@@ -150,6 +149,8 @@ class Encoder:
             raise Unrenderable("nothing_supervised")
         control = [segment.control for segment in segments[:answer]]
         ids, sizes = self._ids([segment.text for segment in segments[:answer]], control)
+        if not len(ids):
+            raise Unrenderable("empty_prompt")
         if (self.forbidden[ids] & ~np.repeat(control, sizes)).any():
             raise Unrenderable("control_in_content")
         parts = np.split(ids, np.cumsum(sizes)[:-1])

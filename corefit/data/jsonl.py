@@ -1,45 +1,35 @@
 """Bytes -> records: JSON lines or one top-level JSON list, plain or gzip, in bounded memory, from any position.
 
-Also which files a ``data.path`` means, the spooling of what can't be read twice, and the hash that splits off
-validation records.
+Also the hash that splits off validation records.
 
 What is a bad record here is a bad record in every reader of corefit: anything but one JSON object in UTF-8, NaN and
 Infinity (the words; ``1e999`` is a number), lone surrogates, more than 500 levels, an integer of over 4,300 digits,
 more bytes than ``max_record_bytes``. Of equal keys the last one wins.
-
-A file is read as far as it went when the run began, where the sources say how far that was (``Sources.states``): rows
-may be added to it meanwhile. Whether it changed otherwise the stream sees (``Input.check``).
 """
 
 from __future__ import annotations
 
-import difflib
-import glob
-import gzip
 import hashlib
 import json
 import mmap
 import os
 import re
-import shlex
-import shutil
-import stat
 import sys
 import tempfile
-import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from io import BufferedReader, FileIO
+from dataclasses import replace
+from io import BufferedReader
 from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from corefit.data import kernel
-from corefit.errors import DataError, encoding_hint, system_words, unknown
-from corefit.types import BadRecord, FileState, Position, Record, Sources
+from corefit.data.files import BLOCK, open_file, why
+from corefit.errors import DataError, encoding_hint
+from corefit.types import BadRecord, Position, Record, Sources
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,20 +39,15 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 500
 MAX_DIGITS = 4300
-MAX_RATIO, MAX_UNPACKED = 200, 256 * 2**20
-"""A .gz may unpack to this many times its size, and to this many bytes in any case."""
-STDIN_NAME = "stdin.jsonl"
-"""The name under which ``spool`` keeps standard input."""
 
-_BLOCK = 2**16
 _CHUNK = 2**20  # bytes of whole lines that the kernel is given at once
 _ROWS = 2**12  # records in one Columns, at most
 _SMALL_BLOCK = 2**12  # where single records are read
 _HOLD = 2**20  # what is held of a record before its end is known, where the file can be read again
 # The second branch alone is right; the first, which ends at a quote that no backslash precedes, is five times as fast.
 _STRING = r'"(?:[^"]*+(?<!\\)"|[^"\\]*+(?:\\.[^"\\]*+)*+")'
-_GZIP = b"\x1f\x8b"
 
+_T = TypeVar("_T")
 # offset, line, size, bytes (None: too long to hold), what is wrong with the file here (nothing is read after that)
 _Extent = tuple[int, int, int, bytes | None, str | None]
 
@@ -128,13 +113,12 @@ _JSON_SAYS = {
 
 
 def _syntax(error: json.JSONDecodeError) -> str:
-    says = (
-        error.msg if error.doc[error.pos :].strip() else "Unterminated string" if "control" in error.msg else error.msg
-    )
+    at_end = not error.doc[error.pos :].strip()
+    says = "Unterminated string" if at_end and "control" in error.msg else error.msg
     for start, words in _JSON_SAYS.items():
         if says.startswith(start):
             return f"broken JSON: {words}"
-    found = error.doc[error.pos : error.pos + 1].strip()
+    found = error.doc[error.pos : error.pos + 1].strip(" \t\r\n")
     hint = "; an object over several lines? expected one object a line, or one list" if error.doc.strip() == "{" else ""
     return f"broken JSON: {error.msg[:1].lower()}{error.msg[1:]}, found {repr(found) if found else 'the end'}{hint}"
 
@@ -177,80 +161,6 @@ def _parse(raw: bytes, decode: Any) -> dict[str, Any]:  # noqa: ANN401, the boun
 # ---------------------------------------------------------------------------------------------------- records in a file
 
 
-class _Until(FileIO):
-    """A file that ends where it did when the run began, whatever has been added since."""
-
-    def __init__(self, path: Path, end: int) -> None:
-        super().__init__(path)
-        self.end = end
-
-    def readinto(self, buffer: Any) -> int | None:  # noqa: ANN401, anything writable
-        return super().readinto(memoryview(buffer)[: max(self.end - self.tell(), 0)])
-
-
-@contextmanager
-def _open(path: Path, buffering: int | None = None, end: int | None = None) -> Iterator[tuple[Bytes, bool]]:
-    """Open for reading, unpacked, ``-`` too; whether the file can be read again anywhere; errors become DataError."""
-    stdin = str(path) == "-"
-    try:
-        opened = FileIO(sys.stdin.fileno() if stdin else path, closefd=not stdin) if end is None else _Until(path, end)
-        with BufferedReader(opened, buffering or _BLOCK) as file:
-            if file.peek(2)[:2] != _GZIP:
-                yield file, file.seekable() and not stdin
-            else:
-                with _Unpacked(file, path) as unpacked, BufferedReader(unpacked, _BLOCK) as buffered:
-                    yield buffered, False
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: {_why(error)}") from error
-
-
-_T = TypeVar("_T")
-
-
-class _Packed:
-    """A file whose bytes are counted as they are taken."""
-
-    def __init__(self, file: Bytes) -> None:
-        self.file, self.seek, self.taken = file, file.seek, 0
-
-    def read(self, size: int) -> bytes:
-        data = self.file.read(size)
-        self.taken += len(data)
-        return data
-
-
-class _Unpacked(gzip.GzipFile):
-    """What a .gz holds; ends with an error where that is much more than it could honestly be."""
-
-    def __init__(self, file: Bytes, path: Path) -> None:
-        self.path, self.packed = path, _Packed(file)
-        super().__init__(fileobj=cast(Any, self.packed))
-
-    def read(self, size: int | None = -1) -> bytes:
-        return self._checked(super().read(size))
-
-    def readinto(self, buffer: Any) -> int:  # noqa: ANN401, which some Pythons don't do by read
-        return self._checked(super().readinto(buffer))
-
-    def _checked(self, done: _T) -> _T:
-        if self.tell() > MAX_UNPACKED + MAX_RATIO * self.packed.taken:
-            raise DataError(
-                f"{self.path}: unpacks to more than {MAX_RATIO} times its size, perhaps to fill memory or disk; if "
-                "that is right, unpack it by hand"
-            )
-        return done
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if isinstance(error, PermissionError):
-        return "no permission to read it"
-    if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
-        return f"damaged gzip data ({error}); unpack it by hand or fetch it again"
-    return system_words(error)
-
-
 def _begin(file: Bytes) -> tuple[bool, int, int]:
     """Go past the BOM and blank lines. Gives whether a list follows (then also past its bracket), offset and line."""
     begin = at = len(file.read(3)) if file.peek(3).startswith(b"\xef\xbb\xbf") else 0
@@ -281,7 +191,7 @@ def _line(file: Bytes, begun: bytes, hold: int) -> tuple[int, bool, bytes | None
     size, blank = len(raw), raw.isspace()
     if size <= hold or raw[-1] == 10:
         return size, blank, raw
-    while part := file.readline(_BLOCK):
+    while part := file.readline(BLOCK):
         size, blank = size + len(part), blank and part.isspace()
         if part[-1] == 10:
             break
@@ -312,13 +222,11 @@ class _List:
         self.file, self.hold, self.line = file, hold, line
         self.base = offset  # of data[0]
         self.data = b""
-        self.at = self.begin = self.counted = (
-            0  # indexes into data; begin is negative once an element is too long to hold
-        )
+        self.at = self.begin = self.counted = 0  # in data; begin is negative once an element is too long to hold
 
     def more(self) -> bool:
         keep = max(self.begin, 0) if self.at - self.begin <= self.hold else self.at
-        block = self.file.read(max(_BLOCK, (len(self.data) - keep) // 2))
+        block = self.file.read(max(BLOCK, (len(self.data) - keep) // 2))
         self.count(keep)
         self.data = self.data[keep:] + block
         self.base, self.at = self.base + keep, self.at - keep
@@ -461,11 +369,11 @@ class _File(NamedTuple):
 
 
 @contextmanager
-def _file(sources: Sources, number: int, buffering: int | None = None) -> Iterator[_File]:
+def _file(sources: Sources, number: int, buffering: int = 0) -> Iterator[_File]:
     if number >= len(sources.paths):
         raise DataError(f"record of file {number + 1} is asked for, but the data is {len(sources.paths)} files now")
     path, end = sources.paths[number], sources.states[number].size if sources.states else None
-    with _open(path, buffering, end) as (file, again):
+    with open_file(path, buffering or BLOCK, end) as (file, again):
         limits = sources.max_record_bytes, sys.maxsize if end is None else end
         yield _File(number, path, file, again, *_begin(file), True, *limits)
 
@@ -740,7 +648,7 @@ def _fetch_lines(
     for position in wanted:
         before = int(position.offset > f.offset)
         raw, end = b"", 0
-        for size in () if position.offset < f.offset else (_SMALL_BLOCK, _BLOCK):
+        for size in () if position.offset < f.offset else (_SMALL_BLOCK, BLOCK):
             at = position.offset - before
             raw = os.pread(file, max(min(size, f.end - at), 0), at)
             if end := raw.find(b"\n", before) + 1:
@@ -786,7 +694,7 @@ def index_jsonl(sources: Sources, options: object = None) -> NDArray[np.int64]:
     except OSError as error:
         folder = tempfile.tempdir or "no temporary folder"
         raise DataError(
-            f"{folder}: no index of the records there: {_why(error)}; TMPDIR names another folder"
+            f"{folder}: no index of the records there: {why(error)}; TMPDIR names another folder"
         ) from error
 
 
@@ -797,7 +705,7 @@ def _positions(f: _File) -> Iterator[memoryview]:
         while flat := array("q", islice(cells, 3 * _ROWS)):
             yield memoryview(flat)
         return
-    table, buffer = memoryview(bytearray(24 * 4 * _BLOCK)).cast("q"), bytearray(4 * _BLOCK)
+    table, buffer = memoryview(bytearray(24 * 4 * BLOCK)).cast("q"), bytearray(4 * BLOCK)
     offset = begin = f.offset
     line, blank = f.line, True  # the line that the last block ended in: its number, whether it is blank so far
     while size := f.file.readinto1(buffer):
@@ -809,211 +717,6 @@ def _positions(f: _File) -> Iterator[memoryview]:
             yield table[: 3 * rows]
     if not blank:
         yield memoryview(array("q", (f.number, line, begin)))
-
-
-# ---------------------------------------------------------------------------------------------------------- which files
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The files of one ``data.path``. ``-`` stays ``Path("-")``: spool it."""
-
-    train: tuple[Path, ...]
-    val: tuple[Path, ...] = ()
-    """What a folder says is for validation; empty where files were named."""
-
-
-_TRAIN = re.compile(r"train\w*")
-_VAL = re.compile(r"(eval(uation)?|val(id(ation)?)?|dev(elopment)?|test(ing)?)(set)?\d*")
-_SUFFIX = re.compile(r"\.(jsonl|json|ndjson|csv|tsv|parquet)(\.gz)?$")
-
-
-def _role(path: Path) -> str:
-    """``train``, ``val``, ``both`` or ``""``, by the words of the name: ``X_train.jsonl``, ``test-00000.json.gz``."""
-    words = re.split(r"[^a-z0-9]+", _SUFFIX.sub("", path.name.lower()))
-    train, val = any(map(_TRAIN.fullmatch, words)), any(map(_VAL.fullmatch, words))
-    return "both" if train and val else "train" if train else "val" if val else ""
-
-
-def _is_data(path: Path) -> bool:
-    return bool(_SUFFIX.search(path.name.lower())) and not path.name.startswith(".")
-
-
-def find_files(spec: str | Sequence[str], *, base: Path) -> Found:
-    """Give the files that ``spec`` means: files, folders, globs or ``-``, relative to ``base``, in a fixed order.
-
-    In a folder ``train*`` trains and ``eval|val|valid|dev|test*`` validates, as any word of the name; without a
-    ``train*`` a single unmarked file trains. Named files train whatever their name; so does what a glob matches, unless
-    some of it is marked for validation and some isn't.
-
-    Raises:
-        DataError: nothing there, not readable, empty, given twice, or unclear; lists what is there.
-    """
-    specs = [spec] if isinstance(spec, str) else list(spec)
-    train: list[Path] = []
-    val: list[Path] = []
-    for one in specs:
-        path = base / Path(one).expanduser()
-        try:
-            if one == "-":
-                train.append(Path("-"))
-            elif path.is_dir():
-                found = _in_folder(path)
-                train += found.train
-                val += found.val
-            elif glob.has_magic(one) and not path.exists():
-                train += _in_glob(path)
-            else:
-                train.append(path)
-        except OSError as error:
-            raise DataError(f"{path}: {_why(error)}") from error
-    if not train:
-        raise DataError("no data is named, expected a file, a folder, a glob or -")
-    seen: set[Path] = set()
-    for path in [*train, *val]:
-        _check(path)
-        if path.resolve() in seen:
-            raise DataError(f"{path}: given twice; data.repeat says how often a source is read")
-        seen.add(path.resolve())
-    return Found(tuple(train), tuple(val))
-
-
-def _in_folder(folder: Path) -> Found:
-    files = sorted(path for path in folder.iterdir() if path.is_file() and _is_data(path))
-    by_role = {role: [path for path in files if _role(path) == role] for role in ("train", "val", "both", "")}
-    train = by_role["train"] or by_role[""]
-    unclear = by_role["both"] or (by_role["train"] and by_role[""]) or len(by_role[""]) > 1
-    if unclear or not train:
-        why = "which files train is unclear" if unclear else "no file to train on" if files else "no data file"
-        raise DataError(
-            f"{folder}: {why}, expected train* (and val* or test*) or one data file; "
-            f"name the files or use a glob; there: {_listing(path.name for path in folder.iterdir())}"
-        )
-    return Found(tuple(train), tuple(by_role["val"]))
-
-
-def _in_glob(pattern: Path) -> list[Path]:
-    files = [Path(name) for name in sorted(glob.glob(str(pattern), recursive=True)) if Path(name).is_file()]
-    if not files:
-        raise DataError(f"{pattern}: no file matches")
-    marked = [path for path in files if _role(path) in ("val", "both")]
-    if marked and len(marked) < len(files):
-        raise DataError(
-            f"{pattern}: {marked[0].name} looks like validation data among training data; "
-            f"name the files or narrow the glob; it matches: {_listing(path.name for path in files)}"
-        )
-    return files
-
-
-def _listing(names: Iterable[str]) -> str:
-    listed = sorted(names)
-    more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
-    return (", ".join(listed[:20]) or "nothing") + more
-
-
-def _check(path: Path) -> None:
-    """Refuse, before anything is loaded, a file that can't be read or has nothing in it."""
-    if path == Path("-"):
-        return
-    try:
-        str(path).encode()
-        status = path.stat()
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise DataError(f"{path}: a link to {os.readlink(path)}, which is not there") from None
-        if not path.parent.is_dir():
-            inside = path.is_relative_to(Path.cwd())  # ORGANISATION/NAME, and a folder of that
-            whole = Path(*path.parts[: len(Path.cwd().parts) + 2]) if inside else path
-            name, here = shlex.quote("/".join(whole.parts[-2:])), shlex.quote(str(whole))
-            get = (
-                f"; corefit downloads no data; from the hub: hf download {name} --repo-type dataset --local-dir {here}"
-            )
-            raise DataError(f"{path}: no such folder: {path.parent}{'' if path.suffix else get}") from None
-        names = [other.name for other in path.parent.iterdir() if other.is_dir() or _is_data(other)]
-        near = difflib.get_close_matches(path.name, names, n=20, cutoff=0)
-        raise DataError(f"{path}: {unknown('file', path.name, near)}") from None
-    except UnicodeEncodeError:
-        raise DataError(f"{path}: its name is not UTF-8, so that no recipe can hold it; rename it") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {_why(error)}") from error
-    if not os.access(path, os.R_OK):
-        raise DataError(f"{path}: no permission to read it")
-    if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{path}: a pipe or a device, which can be read only once; send it to --data -")
-    if status.st_size == 0:
-        raise DataError(f"{path}: the file is empty")
-
-
-# --------------------------------------------------------------------------------------- files that change during a run
-
-
-def file_state(path: Path, size: int | None = None) -> FileState:
-    """Give what a file is now, or its first ``size`` bytes.
-
-    Raises:
-        DataError: it can't be read.
-    """
-    try:
-        with open(path, "rb", 0) as file:
-            found = os.fstat(file.fileno())
-            size = found.st_size if size is None else size
-            some = min(size, _SMALL_BLOCK)
-            ends = hashlib.blake2b(file.read(some), digest_size=16)
-            file.seek(size - some)
-            ends.update(file.read(some))
-    except OSError as error:
-        raise DataError(f"{path}: {_why(error)}") from error
-    return FileState(size, found.st_mtime_ns, ends.digest())
-
-
-def changed(path: Path, before: int, now: int | None) -> DataError:
-    """Give the error for a file whose size in bytes was ``before``, and is ``now`` (None: it is gone)."""
-    what = "it is gone" if now is None else f"{before:,} -> {now:,} bytes"
-    what = f"edited, {now:,} bytes as before" if now == before else what
-    return DataError(f"{path}: changed while the run was reading it: {what}; put it back and --resume, or start anew")
-
-
-def spool(spec: str | Path, folder: Path) -> Path:
-    """Copy ``-`` (standard input) or a ``.gz`` file unpacked into ``folder``; give the plain file, whole or not there.
-
-    The same ``.gz`` is unpacked once: its copy's name holds a hash of where it lies, its size and its time of change.
-    Standard input becomes ``STDIN_NAME``, replacing what was there.
-
-    Raises:
-        DataError: nothing comes in, the archive is damaged, or the copy can't be written.
-    """
-    if str(spec) == "-":
-        if sys.stdin is None or sys.stdin.isatty():
-            raise DataError("-: standard input is a terminal; pipe the data in or name a file")
-        return _copy("-", folder / STDIN_NAME)
-    path = Path(spec)
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise DataError(f"{path}: {_why(error)}") from error
-    key = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
-    mark = hashlib.blake2b(os.fsencode(key), digest_size=4).hexdigest()
-    stem, dot, suffix = path.name.removesuffix(".gz").partition(".")
-    target = folder / f"{stem}-{mark}{dot}{suffix}"
-    return target if target.exists() else _copy(str(path), target)
-
-
-def _copy(source: str, target: Path) -> Path:
-    part = target.with_name(target.name + ".part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as out, _open(Path(source)) as (file, _):
-            shutil.copyfileobj(file, out, _BLOCK)
-            if not out.tell():
-                raise DataError(f"{source}: nothing came in")
-            out.flush()
-            os.fsync(out.fileno())
-        part.replace(target)
-    except OSError as error:
-        raise DataError(f"{target}: can't be written: {_why(error)}") from error
-    finally:
-        part.unlink(missing_ok=True)
-    return target
 
 
 def content_hash(record: Mapping[str, Any]) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-_Counts = TypeVar("_Counts", "Records", "Tokens", "Slots", "Messages")
+_Counts = TypeVar("_Counts", "Records", "Tokens", "Slots", "Messages", "Ledger")
 
 
 @dataclass(slots=True)
@@ -84,8 +84,10 @@ def _add(into: _Counts, other: _Counts) -> None:
         if isinstance(value, dict):
             for word, n in value.items():
                 count(getattr(into, name), word, n)
-        elif value:
+        elif isinstance(value, int):
             setattr(into, name, getattr(into, name) + value)
+        else:
+            _add(getattr(into, name), value)
 
 
 @dataclass(slots=True)
@@ -99,10 +101,7 @@ class Ledger:
 
     def add(self, other: Ledger) -> None:
         """Add the counts of ``other`` to these."""
-        _add(self.records, other.records)
-        _add(self.tokens, other.tokens)
-        _add(self.slots, other.slots)
-        _add(self.messages, other.messages)
+        _add(self, other)
 
     def differences(self) -> list[str]:
         """Give a sentence for every equation that does not hold, with its numbers."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,25 +13,24 @@ import numpy as np
 
 from corefit.data.block import (
     ENCODED,
-    FIRST,
     HASH,
     LENGTH,
     LINE,
     MESSAGES,
     NAME,
-    ORDINAL,
     RECORD,
     RECORD_COLUMNS,
-    SAMPLES,
     SOURCE,
     VALIDATION,
     WORDS,
     Block,
     Words,
     intern,
+    link,
 )
 from corefit.data.encode import parts
-from corefit.data.jsonl import changed, content_hash, file_state
+from corefit.data.files import changed, file_state
+from corefit.data.jsonl import content_hash
 from corefit.errors import CorefitError, DataError, in_words
 from corefit.own import line_in, own_file
 from corefit.types import (
@@ -121,7 +119,7 @@ def encode_records(
         rows: ``record_row`` of each; filled in here.
         encoder: the run's.
         names: what ``NAME`` refers to.
-        hashed: fill ``HASH`` in.
+        hashed: fill ``HASH`` in, without ``val_hashes`` too.
         val_hashes: content hashes of records that belong to the validation split, which aren't mapped.
 
     The block ends before a record that stops the run, with the error.
@@ -142,7 +140,7 @@ def encode_records(
             if source.on_bad == "error":
                 error = refused(record)
                 break
-        elif hashed:
+        elif hashed or val_hashes:
             row[HASH] = content_hash(record)
             row[VALIDATION] = row[HASH] in val_hashes
         if isinstance(record, Record) and not row[VALIDATION]:
@@ -164,22 +162,18 @@ def encode_records(
                     messages += item.dropped
                     notes += item.notes
         said.append((drops, messages, notes))
-    n = len(said)
-    items, owners = items[: bisect_left(owners, n)], owners[: bisect_left(owners, n)]
     encoded = _encoded(items, encoder)
-    for i, last, drop, noticed in zip(owners, whole[: len(owners)], encoded.drops, encoded.notes, strict=True):
+    for i, last, drop, noticed in zip(owners, whole, encoded.drops, encoded.notes, strict=True):
         said[i][0].extend([drop] if drop else [])
         said[i][2].extend(noticed if last else ())
     for row, about in zip(rows, said, strict=False):
         if any(about):
             row[WORDS] = intern(words, Words(*map(tuple, about)))
-    table = np.array(rows[:n], np.int64).reshape(-1, RECORD_COLUMNS)
+    table = np.array(rows[: len(said)], np.int64).reshape(-1, RECORD_COLUMNS)
     samples = encoded.samples
     samples[:, RECORD] = np.array(owners, np.int64)[samples[:, RECORD]]
-    table[:, SAMPLES] = np.bincount(samples[:, RECORD], minlength=n)
-    table[:, FIRST] = np.cumsum(table[:, SAMPLES]) - table[:, SAMPLES]
-    table[:, ENCODED] = np.bincount(samples[:, RECORD], samples[:, LENGTH], minlength=n)
-    samples[:, ORDINAL] = np.arange(len(samples)) - table[samples[:, RECORD], FIRST]
+    table[:, ENCODED] = np.bincount(samples[:, RECORD], samples[:, LENGTH], minlength=len(said))
+    link(table, samples)
     return Block(table, samples, encoded.tokens, encoded.spans, encoded.cuts, list(words), names, error)
 
 
@@ -238,7 +232,7 @@ def items_of(records: Iterable[tuple[Source, Record | BadRecord]], supervise: st
     """
     pairs = [(source, record) for source, record in records if isinstance(record, Record)]
     return [
-        (part, f"{record.path}:{record.line}")
+        (part, record.origin)
         for source, record in pairs
         for item in map_record(source, record)
         if not isinstance(item, Drop)

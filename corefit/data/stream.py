@@ -46,7 +46,7 @@ from corefit.data.block import (
     select,
 )
 from corefit.data.ledger import Ledger
-from corefit.data.pack import best_fit_decreasing, stream
+from corefit.data.pack import Streamed, best_fit_decreasing, stream
 from corefit.data.rows import Rows, Window, gather, padded, stack
 from corefit.data.source import (
     ESTIMATE_RECORDS,
@@ -134,9 +134,12 @@ class _Known(NamedTuple):
     """All records of all sources, encoded already, as an ``Arena`` holds them."""
 
     block: Block
-    take: Callable[[Table], Block]
-    firsts: list[int]
-    """The first row of each source."""
+
+    def take(self, rows: Table) -> Block:
+        return select(self.block, rows)
+
+    def check(self) -> None:
+        """Nothing changes it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -153,14 +156,12 @@ class _Taken:
     """Samples held from before, then the block's; ``RECORD`` refers to ``records``."""
     window: tuple[NDArray[Any], Table]
     """Tokens and spans that ``rows`` refer to."""
-    order: NDArray[np.int32]
-    """As ``Streamed`` says; it refers to ``rows``."""
+    closed: Streamed
+    """Packs of ``rows``."""
     packed: Table
-    """``rows`` in that order."""
-    offsets: NDArray[np.int64]
-    seen: NDArray[np.int64]
+    """``rows`` in the order of the packs."""
     sums: NDArray[np.int64]
-    """int64 [packs, 3]: tokens, supervised tokens, records used up; of this pack and those before it."""
+    """int64 [packs + 1, 3]: tokens, supervised tokens and records used up in the packs before each, and in all."""
     counts: NDArray[np.int64]
     """Samples of each pack."""
     tokens: list[int]
@@ -177,30 +178,35 @@ class _Taken:
 
     def pack(self, k: int) -> Table:
         """Give the rows of the samples of one pack."""
-        return self.packed[self.offsets[k] : self.offsets[k + 1]]
+        return self.packed[self.closed.offsets[k] : self.closed.offsets[k + 1]]
 
     def origins(self, k: int) -> list[str]:
         """Give ``path:line`` of its samples."""
         found = self.records[self.pack(k)[:, RECORD]]
         return [f"{self.block.names[name]}:{line}" for name, line in found[:, [NAME, LINE]].tolist()]
 
-    def state(self, k: int, slots: Sequence[int], shuffled: Sequence[bool]) -> dict[str, Any]:
-        """Give all that is needed to go on after a pack: positions of records, never tokens."""
-        waits = np.arange(len(self.rows)) < self.seen[k]
-        waits[self.order[: self.offsets[k + 1]]] = False
-        held = self.rows[waits]
-        tokens, supervised, used = self.sums[k].tolist()
+    def ledger(self, packs: int, n_read: int) -> Ledger:
+        """Give the counts once so many packs are out and so many records of the block read; waits and slots aside."""
+        tokens, supervised, used = self.sums[packs].tolist()
         ledger = self.base.copy()
-        ledger.add(gains(self.block, int(self.n_read[k])))
+        ledger.add(gains(self.block, n_read))
         ledger.tokens.supervised += supervised
         ledger.tokens.masked += tokens - supervised
         ledger.records.used += used
+        return ledger
+
+    def state(self, k: int, slots: Sequence[int], shuffled: Sequence[bool]) -> dict[str, Any]:
+        """Give all that is needed to go on after a pack: positions of records, never tokens."""
+        waits = np.arange(len(self.rows)) < self.closed.seen[k]
+        waits[self.closed.order[: self.closed.offsets[k + 1]]] = False
+        held = self.rows[waits]
+        ledger = self.ledger(k + 1, int(self.n_read[k]))
         # counted anew from what really waits: a sample lost on the way makes the ledger unbalanced
         ledger.records.pending, ledger.tokens.pending = len(np.unique(held[:, RECORD])), int(held[:, LENGTH].sum())
         ledger.slots.total, ledger.slots.supervised, ledger.slots.masked, ledger.slots.padding = slots
         cursor = _advance(self.begin, self.block.records[: self.n_read[k]], shuffled)
         read = int(self.read[self.n_read[k]])
-        if self.end is not None and k == len(self.seen) - 1:
+        if self.end is not None and k == len(self.tokens) - 1:
             at_end, cursor, read = self.end
             ledger.records, ledger.tokens, ledger.messages = at_end.records, at_end.tokens, at_end.messages
         records = self.records[:, [SOURCE, INDEX, FILE, LINE, OFFSET, WEIGHT]].tolist()
@@ -273,8 +279,6 @@ class Stream:
         self._shuffled = [source.shuffle for source in sources]
         self._by_ratio = any(source.ratio is not None for source in sources)
         self._names: dict[str, int] = {}
-        self._listed: list[str] = []
-        self._arena = arena
         self._known: Arena | _Known | None = arena
         self._groups_a_step = 0
         self._reset()
@@ -296,9 +300,14 @@ class Stream:
     @property
     def total_bytes(self) -> int | None:
         """About how many bytes one epoch reads; records where the reader doesn't say bytes; None: not known."""
-        if not all(one.size.known for one in self._inputs):
-            return None
+        return self._guessed_bytes() if all(one.size.known for one in self._inputs) else None
+
+    def _guessed_bytes(self) -> int:
         return sum(one.size.total * one.source.repeat for one in self._inputs)
+
+    def _firsts(self) -> NDArray[np.int64]:
+        """Give the first row of each source in what is known."""
+        return np.cumsum([0, *(one.size.records or 0 for one in self._inputs)])
 
     # -------------------------------------------------------------------------------------------- records -> blocks
 
@@ -315,17 +324,16 @@ class Stream:
                 begin = _Cursor(epoch, epoch_weight, tuple(sources))
                 yield self._epoch_end(begin)
                 continue
-            places = [(self._share(one, sources[one.number]), one.number) for one in live]
-            one = live[places.index(min(places))]
-            others = min((place for place in places if place[1] != one.number), default=None)
+            places = sorted((self._share(one, sources[one.number]), one.number) for one in live)
+            one, others = self._inputs[places[0][1]], places[1] if len(places) > 1 else None
             at = sources[one.number]
             if one.number not in open_passes:
                 open_passes[one.number] = one.read(epoch * one.source.repeat + at.passes, at)
             ended, full, n, taken = True, False, 0, 0
             for index, record in open_passes[one.number]:
-                weight = one.weight(record)
-                rows.append(record_row(one.number, index, record, weight, self._name(record.path)))
+                rows.append(self._row(one, index, record))
                 records.append(record)
+                weight = rows[-1][WEIGHT]
                 n, taken, size = n + 1, taken + weight, size + weight
                 full = len(rows) >= GROUP_RECORDS or size >= GROUP_BYTES
                 if full or (others is not None and (self._share(one, at.plus(n, taken)), one.number) > others):
@@ -354,22 +362,18 @@ class Stream:
                 yield group
 
     def _share(self, one: Input, at: At) -> float:
-        share: float = one.share(at.records, at.weight, self._by_ratio)
-        return share
+        return float(one.share(at.records, at.weight, self._by_ratio))
 
     def _epoch_end(self, cursor: _Cursor) -> _Group:
         return _Group(cursor, [], [], flush=self.algorithm == "best_fit_decreasing")
 
-    def _name(self, path: str) -> int:
-        if path not in self._names:
-            self._names[path] = len(self._listed)
-            self._listed.append(path)
-        return self._names[path]
+    def _row(self, one: Input, index: int, record: Record | BadRecord) -> list[int]:
+        name = self._names.setdefault(record.path, len(self._names))
+        return record_row(one.number, index, record, one.weight(record), name)
 
     def _encode(self, group: _Group, *, hashed: bool = False) -> Block:
         sources = [one.source for one in self._inputs]
-        hashed = hashed or bool(self.val_hashes)
-        more: dict[str, Any] = dict(names=self._listed, hashed=hashed, val_hashes=self.val_hashes)
+        more: dict[str, Any] = dict(names=list(self._names), hashed=hashed, val_hashes=self.val_hashes)
         return encode_records(sources, group.records, group.rows, self.encoder, **more)
 
     def _ahead(self, groups: Iterator[_Group], encode: Callable[[_Group], Block]) -> Iterator[tuple[_Group, Block]]:
@@ -409,10 +413,9 @@ class Stream:
             for one in self._inputs:
                 rows, records, size = list[list[int]](), list[Record | BadRecord](), 0
                 for i, record in enumerate(one.source.read()):
-                    weight = one.weight(record)
-                    rows.append(record_row(one.number, i, record, weight, self._name(record.path)))
+                    rows.append(self._row(one, i, record))
                     records.append(record)
-                    size += weight
+                    size += rows[-1][WEIGHT]
                     if len(rows) >= GROUP_RECORDS or size >= GROUP_BYTES:
                         yield _Group(self._cursor, rows, records)
                         rows, records, size = [], [], 0
@@ -432,7 +435,7 @@ class Stream:
 
     def _known_blocks(self, known: Arena | _Known) -> Iterator[tuple[_Group, Block]]:
         """Give what ``_groups`` would read and ``_encode`` make of it, from what is encoded already, many at a time."""
-        cursor, at_once = self._cursor, 128
+        cursor, at_once, firsts = self._cursor, 128, self._firsts().tolist()
         while not self.epochs or cursor.epoch < self.epochs:
             at_once = min(2 * at_once, KNOWN_RECORDS)
             found: list[Table] = []
@@ -443,7 +446,7 @@ class Stream:
                     at = sources[one.number] = At(min(at.passes + 1, one.source.repeat), 0, at.records, at.weight)
                 if at.passes < one.source.repeat and n:
                     number, stop = cursor.epoch * one.source.repeat + at.passes, min(at.taken + at_once, n)
-                    found.append(known.firsts[one.number] + one.order(number, at.taken, stop))
+                    found.append(firsts[one.number] + one.order(number, at.taken, stop))
             cursor = cursor._replace(sources=tuple(sources))
             if found:
                 block = known.take(found[0] if len(found) == 1 else self._mixed(cursor, found, known.take))
@@ -484,8 +487,7 @@ class Stream:
             yield group, self._encode(group) if known is None else known.take(np.empty(0, np.int64))
         waiting: list[tuple[_Group, Block]] = []  # where no pack closes before the end of the epoch
         for group, block in blocks:
-            block = hold_out(block, hashes) if known is not None and len(hashes) else block
-            block = fit(block, self.max_length, self.overlong)
+            block = fit(block if known is None else hold_out(block, hashes), self.max_length, self.overlong)
             if self.algorithm == "best_fit_decreasing" and not group.flush:
                 waiting.append((group, block))
             if waiting and (group.flush or block.error is not None):
@@ -501,7 +503,7 @@ class Stream:
         ready: tuple[_Taken, int] | None = None
         for group, block in self._blocks():
             taken = self._take(group, block)
-            for k in range(len(taken.seen)):
+            for k in range(len(taken.tokens)):
                 if ready is not None:
                     yield ready
                 ready = taken, k
@@ -533,7 +535,7 @@ class Stream:
             ends=ends,
             flush=group.flush,
         )
-        offsets, out = packed.offsets, rows[packed.order]
+        out = rows[packed.order]
         of = out[:, RECORD]
         last = np.zeros(len(records), np.int64)
         last[of] = np.arange(len(of))
@@ -541,47 +543,40 @@ class Stream:
         parts = np.zeros((len(out), 3), np.int64)
         parts[:, 0], parts[:, 1] = out[:, LENGTH], out[:, SUPERVISED]
         parts[last[(n_out > 0) & (n_out == n_all)], 2] = 1
-        sums = np.concatenate([np.zeros((1, 3), np.int64), np.cumsum(parts, axis=0)])[offsets[1:]]
+        sums = np.concatenate([np.zeros((1, 3), np.int64), np.cumsum(parts, axis=0)])[packed.offsets]
         n_read = np.where(packed.seen > before, rows[packed.seen - 1, RECORD] + 1 - n_held, 0)
         if group.flush:
             n_read[:] = len(block.records)
         read = self._read + np.concatenate([[0], np.cumsum(block.records[:, WEIGHT])])
         known = self.ledger.records.used + n_held + np.concatenate([[0], np.cumsum(block.records[:, SAMPLES] > 0)])
         # what is read counts as done by the share of its records that are used up
-        done = read[n_read] * ((self.ledger.records.used + sums[:, 2]) / np.maximum(known[n_read], 1))
+        done = read[n_read] * ((self.ledger.records.used + sums[1:, 2]) / np.maximum(known[n_read], 1))
         taken = _Taken(
             begin=group.begin, base=self.ledger, block=block, records=records, rows=rows,
-            window=(self._window.tokens, self._window.spans), order=packed.order, packed=out, offsets=offsets,
-            seen=packed.seen, sums=sums, counts=np.diff(offsets),
-            tokens=np.diff(sums[:, 0], prepend=0).tolist(), supervised=np.diff(sums[:, 1], prepend=0).tolist(),
-            n_read=n_read, read=read,
-            epochs=self._progress(group.begin, done),
+            window=(self._window.tokens, self._window.spans), closed=packed, packed=out,
+            sums=sums, counts=np.diff(packed.offsets),
+            tokens=np.diff(sums[:, 0]).tolist(), supervised=np.diff(sums[:, 1]).tolist(),
+            n_read=n_read, read=read, epochs=self._progress(group.begin, done),
         )  # fmt: skip
-        self._keep(taken, packed.rest)
+        self._keep(taken)
         return taken
 
     def _progress(self, cursor: _Cursor, done: NDArray[np.float64]) -> NDArray[np.float64]:
         """Turn bytes into epochs: never falling, and never past the end of the epoch that is being read."""
-        whole = cursor.epoch_weight or self.total_bytes or sum(one.size.total for one in self._inputs)
+        whole = cursor.epoch_weight or self._guessed_bytes()
         most = min(cursor.epoch + 1, self.epochs or cursor.epoch + 1)
         values = np.maximum.accumulate(np.append(self._epoch, np.minimum(done / max(1, whole), most)))
         self._epoch = float(values[-1])
         return values[1:]
 
-    def _keep(self, taken: _Taken, rest: NDArray[np.int32]) -> None:
+    def _keep(self, taken: _Taken) -> None:
         """Go on with the samples that are in no pack, their records, and the sums over everything before."""
-        held = taken.rows[rest]
+        held = taken.rows[taken.closed.rest]
         kept, number = np.unique(held[:, RECORD], return_inverse=True)
         held[:, RECORD] = number
         self._rows, self._records = held, taken.records[kept]
-        self.ledger = taken.base.copy()
-        self.ledger.add(gains(taken.block, len(taken.block.records)))
+        self.ledger = taken.ledger(len(taken.tokens), len(taken.block.records))
         self._read = int(taken.read[-1])
-        if len(taken.seen):
-            tokens, supervised, used = taken.sums[-1].tolist()
-            self.ledger.tokens.supervised += supervised
-            self.ledger.tokens.masked += tokens - supervised
-            self.ledger.records.used += used
 
     def _nothing(self) -> DataError:
         paths = [str(path) for one in self._inputs for path in one.source.sources.paths]
@@ -612,7 +607,7 @@ class Stream:
         self._slots = [slots.total, slots.supervised, slots.masked, slots.padding]
         while step := list(islice(packs, packs_per_step)):
             self._groups_a_step = len(_by_block(step))
-            self._check_arena()
+            self._check_known()
             yield tuple(self._step([step[i : i + at_once] for i in range(0, len(step), at_once)]))
 
     def _step(self, rounds: list[list[tuple[_Taken, int]]]) -> Iterator[Batch]:
@@ -637,13 +632,13 @@ class Stream:
                 )
 
     def _state(self, taken: _Taken, k: int, slots: Sequence[int]) -> dict[str, Any]:
-        self._check_arena()
+        self._check_known()
         return taken.state(k, slots, self._shuffled)
 
-    def _check_arena(self) -> None:
+    def _check_known(self) -> None:
         """To be called before what is mapped is used."""
-        if self._arena is not None:
-            self._arena.check()
+        if self._known is not None:
+            self._known.check()
 
     def _gathered(self, packs: Sequence[tuple[_Taken, int]]) -> tuple[Rows, int, int]:
         """Write packs as rows, those of one block by one call; also give how many tokens and samples they are."""
@@ -652,12 +647,10 @@ class Stream:
         for taken, numbers in _by_block(packs):
             first, last = numbers[0], numbers[-1] + 1
             if len(numbers) == last - first:  # of all packs in between
-                samples = taken.packed[taken.offsets[first] : taken.offsets[last]]
-                counts = taken.counts[first:last]
+                samples = taken.packed[taken.closed.offsets[first] : taken.closed.offsets[last]]
             else:
                 samples = np.concatenate([taken.pack(k) for k in numbers])
-                counts = taken.counts[numbers]
-            parts.append(gather(*taken.window, samples, counts, width=width, pad_id=self.pad_id))
+            parts.append(gather(*taken.window, samples, taken.counts[numbers], width=width, pad_id=self.pad_id))
             n += len(samples)
         return parts[0] if len(parts) == 1 else stack(parts), sum(tokens), n
 
@@ -708,21 +701,19 @@ class Stream:
             sizes = np.array([one.size.records or 0 for one in self._inputs])
             if (table[:, INDEX] >= sizes[table[:, SOURCE]]).any():
                 raise CheckpointError(CHANGED)
-            block = self._known.take(np.array(self._known.firsts, np.int64)[table[:, SOURCE]] + table[:, INDEX])
+            block = self._known.take(self._firsts()[table[:, SOURCE]] + table[:, INDEX])
             if not np.array_equal(block.records[:, : WEIGHT + 1], table):
                 raise CheckpointError(CHANGED)
             return block
-        found: list[Record | BadRecord | None] = [None] * len(held)
+        found: dict[int, Record | BadRecord] = {}
         for one in self._inputs:
             mine = [i for i, row in enumerate(held) if row[0] == one.number]
             with one.reading():
                 records = one.fetch([held[i][1] for i in mine], [Position(*held[i][2:5]) for i in mine])
                 one.check()
-            for i, record in zip(mine, records, strict=False):
-                found[i] = record
-        again = [(row, record) for row, record in zip(held, found, strict=True) if record is not None]
-        rows = [record_row(row[0], row[1], record, row[5], self._name(record.path)) for row, record in again]
-        return self._encode(_Group(self._cursor, rows, [record for _, record in again]))
+            found |= zip(mine, records, strict=False)
+        rows = [self._row(self._inputs[held[i][0]], held[i][1], found[i]) for i in sorted(found)]
+        return self._encode(_Group(self._cursor, rows, [found[i] for i in sorted(found)]))
 
     # ---------------------------------------------------------------------------------------------------- estimate
 
@@ -732,7 +723,7 @@ class Stream:
         heads = [list(islice(one.source.read(), quota + 1)) for one in self._inputs]
         small = all(len(head) <= quota for head in heads)
         rows = [
-            record_row(one.number, i, record, one.weight(record), self._name(record.path))
+            self._row(one, i, record)
             for one, head in zip(self._inputs, heads, strict=True)
             for i, record in enumerate(head)
         ]
@@ -743,8 +734,7 @@ class Stream:
         repeats = np.array([one.source.repeat for one in self._inputs])
         if small:
             twin = copy.copy(self)
-            firsts = [0, *np.cumsum(list(map(len, heads))).tolist()]
-            twin.epochs, twin._known = min(self.epochs or 1, 50), _Known(block, partial(select, block), firsts)
+            twin.epochs, twin._known = min(self.epochs or 1, 50), _Known(block)
             twin._inputs = [copy.copy(one) for one in self._inputs]
             for one, head in zip(twin._inputs, heads, strict=True):
                 one.size = one.size._replace(records=len(head))
@@ -792,10 +782,9 @@ def encode_validation(
         DataError: as ``Stream.steps``.
     """
     ledger, batches = Ledger(), list[Batch]()
-    sources = list(dict.fromkeys(source for source, _ in records))
-    rows = [record_row(sources.index(source), i, record, 1, i) for i, (source, record) in enumerate(records)]
-    names = [record.path for _, record in records]
-    block = encode_records(sources, [record for _, record in records], rows, encoder, names=names)
+    sources, found = zip(*records, strict=True) if records else ((), ())
+    rows = [record_row(i, i, record, 1, i) for i, record in enumerate(found)]
+    block = encode_records(sources, found, rows, encoder, names=[record.path for record in found])
     block = fit(block, max_length, overlong)
     if block.error is not None:
         raise block.error

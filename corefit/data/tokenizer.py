@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corefit.errors import ModelError
+from corefit.errors import ModelError, in_words
 from corefit.types import Unrenderable
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ class Tokenizer:
         if self._natural_unk is None and type(model).__name__ == "Unigram":  # its object doesn't give it
             self._natural_unk = json.loads(backend.to_str())["model"]["unk_id"]
         self.unk_token: str | None = None if self._natural_unk is None else backend.id_to_token(self._natural_unk)
-        self.vocab_size: int = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        """One more than the largest id; a vocabulary may have gaps."""
         self.bos_token, self.eos_token, self.pad_token = map(self._named.get, ("bos_token", "eos_token", "pad_token"))
         self.bos_id, self.eos_id, pad = (
             self.token_id(token) if token else None for token in (self.bos_token, self.eos_token, self.pad_token)
@@ -112,11 +113,14 @@ class Tokenizer:
                 f"{path}: no tokenizer here; needs tokenizer.json or tokenizer.model (transformers' "
                 "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes the first from older files)"
             )
-        found = cls._of(path, files)
+        try:
+            found = cls._of(path, files)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ModelError(f"{path}: the tokenizer's files are broken: {in_words(error)}") from error
         new = [token for token in dict.fromkeys(add) if found.token_id(token) is None]
         if new:
             found = cls._of(path, found._files_with(new))
-            found.new_ids = tuple(range(found.vocab_size - len(new), found.vocab_size))
+            found.new_ids = tuple(id for token in new if (id := found.token_id(token)) is not None)
         return found
 
     @classmethod

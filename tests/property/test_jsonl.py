@@ -16,7 +16,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from corefit.data import jsonl, kernel
+from corefit.data import files, jsonl, kernel
 from corefit.errors import DataError
 from corefit.types import BadRecord, Position, Record, Sources
 
@@ -45,7 +45,8 @@ def stored(data: bytes, sizes: tuple[int, int], limit: int = 2**20, *, packed: b
         path = Path(folder) / "a.json"
         path.write_bytes(gzip.compress(data, 0) if packed else data)
         with (
-            patch.object(jsonl, "_BLOCK", sizes[0]),
+            patch.object(jsonl, "BLOCK", sizes[0]),
+            patch.object(files, "BLOCK", sizes[0]),
             patch.object(jsonl, "_HOLD", sizes[1]),
             patch.object(jsonl, "_CHUNK", 1 + sizes[1]),
             patch.object(jsonl, "_ROWS", 1 + sizes[0] // 10),

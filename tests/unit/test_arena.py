@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -204,6 +205,18 @@ def test_it_is_written_whole_or_not_at_all(tmp_path, sources, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunError, match="arena: the arena can't be written: no space left on device"):
+        write(folder, *sources)
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    whole = Path.replace
+
+    def interrupt(path, target):
+        if path.name.startswith(".arena-") and not path.name.endswith("-old"):
+            raise KeyboardInterrupt
+        return whole(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
         write(folder, *sources)
     monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

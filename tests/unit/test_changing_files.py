@@ -16,7 +16,8 @@ import pytest
 from fakes import FORWARD, JSONL, FakeEncoder, source, write_records
 
 from corefit.data.arena import Arena, write_arena
-from corefit.data.jsonl import fetch_jsonl, file_state, index_jsonl, read_jsonl
+from corefit.data.files import file_state
+from corefit.data.jsonl import fetch_jsonl, index_jsonl, read_jsonl
 from corefit.data.source import as_found
 from corefit.data.stream import Stream
 from corefit.errors import DataError

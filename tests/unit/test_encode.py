@@ -18,7 +18,7 @@ from corefit.data.tokenizer import Tokenizer
 from corefit.errors import DataError, ModelError, PluginError
 from corefit.registry import Registry
 from corefit.templates import PromptTemplate
-from corefit.types import Conversation, Document, Message, Sample, Segment
+from corefit.types import Conversation, Document, Message, Sample, Segment, Unrenderable
 
 INTERNLM, CHATML, OWN = next(internlm_chat()), next(chatml()), next(own_template())
 
@@ -291,6 +291,11 @@ class TestPrompt:
         chat = [{"role": m.role, "content": m.content} for m in conversation.messages[:-1]]
         text = tokenizer.render_chat(chat, chat_template=jinja, add_generation_prompt=True)
         assert tokenizer.decode(prompt) == text
+
+    def test_a_prompt_of_nothing_is_refused(self, tokenizer):
+        template = PromptTemplate.from_strings(name="plain", summary="", user="{content}", eos=True)
+        with pytest.raises(Unrenderable, match="empty_prompt"):
+            make_encoder(template, tokenizer).prompt([Message("user", "")])
 
 
 class TestOwnTemplate:

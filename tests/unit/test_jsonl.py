@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from corefit.data import jsonl, kernel
-from corefit.data.jsonl import content_hash, extract, fetch_jsonl, find_files, index_jsonl, read_jsonl, spool
+from corefit.data.files import find_files, spool
+from corefit.data.jsonl import content_hash, extract, fetch_jsonl, index_jsonl, read_jsonl
 from corefit.errors import DataError
 from corefit.types import BadRecord, Position, Record, Sources
 
@@ -124,6 +125,7 @@ NEST = '{"a":' * 500 + "1" + "}" * 500
 BAD = {
     "comma": ('{"a": 1 "b": 2}', "expecting ',' delimiter, found '\"'", 9),
     "value": ('{"a": }', "expecting value, found '}'", 7),
+    "form feed": ('{"a": \x0c1}', r"expecting value, found '\x0c'", 7),
     "nan": ('{"a NaN": [NaN]}', "NaN is not a JSON value", 12),
     "infinity": ('{"a": Infinity}', "Infinity is not a JSON value", 7),
     "minus infinity": ('{"a": -Infinity}', "-Infinity is not a JSON value", 7),
@@ -146,7 +148,7 @@ BAD = {
     "negative digits": ('{"a": -' + "7" * 4301 + "}", "an integer of more than 4,300 digits", 8),
     "two objects": ('{"a": 1} {"b": 2}', "broken JSON: '{' after the end of the record", 10),
 }
-BROKEN = {"comma", "value", "control", "nul", "escape", "two objects"}
+BROKEN = {"comma", "value", "form feed", "control", "nul", "escape", "two objects"}
 
 
 def as_bytes(text: str | bytes) -> bytes:
@@ -806,6 +808,8 @@ def test_missing_empty_and_locked_files(tmp_path, monkeypatch):
         find_files("empty.jsonl", base=tmp_path)
     with pytest.raises(DataError, match="no data is named"):
         find_files([], base=tmp_path)
+    with pytest.raises(DataError, match="x.jsonl: no such folder: .*~nobody-here"):
+        find_files("~nobody-here/x.jsonl", base=tmp_path)
     monkeypatch.setattr(os, "access", lambda *_: False)  # permissions don't bind root
     with pytest.raises(DataError, match="other.jsonl: no permission to read it"):
         find_files("other.jsonl", base=tmp_path)
@@ -824,11 +828,13 @@ def test_spool_unpacks_once(tmp_path):
     (tmp_path / "other").mkdir()
     assert spool(write(tmp_path / "other" / "train.jsonl.gz", "{}"), tmp_path / "run" / "data") != plain
     assert len(list(plain.parent.iterdir())) == 2
+    with pytest.raises(DataError, match=r"train-\w+.jsonl: can't be written: (file exists|not a directory)"):
+        spool(path, write(tmp_path / "file", "no folder"))
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_spool_standard_input(tmp_path, packed):
-    code = "import pathlib, sys; from corefit.data.jsonl import spool; print(spool('-', pathlib.Path(sys.argv[1])))"
+    code = "import pathlib, sys; from corefit.data.files import spool; print(spool('-', pathlib.Path(sys.argv[1])))"
     data = b'{"n": 1}\n' * 100_000
     command = [sys.executable, "-c", code, str(tmp_path / "data")]
     done = subprocess.run(command, input=gzip.compress(data) if packed else data, capture_output=True, check=True)
@@ -851,7 +857,8 @@ def test_content_hash():
 BOMB = """
 import sys
 from pathlib import Path
-from corefit.data.jsonl import read_jsonl, spool
+from corefit.data.files import spool
+from corefit.data.jsonl import read_jsonl
 from corefit.errors import DataError
 from corefit.types import Sources
 def peak():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import write_model
 from tiny_export import adapted, facts
 
-from corefit.data.jsonl import spool
+from corefit.data.files import spool
 from corefit.data.tokenizer import FILES, Tokenizer
 from corefit.engine.export import INDEX, export_adapter, written_aside
 from corefit.errors import ModelError

@@ -1,6 +1,7 @@
 """The stream: order, mixtures, errors, validation, estimate, ranks, and that it reads no further than it must."""
 
 import gc
+import gzip
 import json
 import re
 import threading
@@ -549,6 +550,12 @@ def test_validation_stops_at_an_error(tmp_path):
     assert not ledger.differences()
 
 
+def test_validation_takes_options_that_hold_a_table(tmp_path):
+    made = source(write_records(tmp_path / "a.jsonl", [[5]] * 3), map_options={"roles": {"bot": "assistant"}})
+    pairs = [(made, record) for record in made.read()]
+    assert encode_validation(pairs, FakeEncoder(), max_length=32, micro_batch=1)[0][0].n_samples == 3
+
+
 # ---------------------------------------------------------------------------------------------------------- estimate
 
 
@@ -598,14 +605,20 @@ def test_total_bytes(tmp_path):
 
 
 def test_a_pipe_that_was_compressed_has_no_known_size(tmp_path):
-    import gzip
-
     plain = write_records(tmp_path / "a.jsonl", [[32]] * 5)
     packed = tmp_path / "b.jsonl.gz"
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     made = stream(source(packed), epochs=2)
     assert made.total_bytes is None
     assert batches(made)[-1].epoch == 2.0
+
+
+def test_progress_of_a_compressed_source_counts_its_passes(tmp_path):
+    packed = tmp_path / "a.jsonl.gz"
+    plain = write_records(tmp_path / "a.jsonl", [[32]] * 100)
+    packed.write_bytes(gzip.compress(plain.read_bytes(), compresslevel=0))
+    found = batches(stream(source(packed, repeat=4), held=1))
+    assert [batch.epoch for batch in found[99::100]] == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=0.02)
 
 
 def test_the_fake_map_function_drops():

@@ -9,9 +9,12 @@ import pytest
 from tiny import CHATML_JINJA, write_tokenizer
 from tokenizers_at_hand import TOKENIZERS
 
+from corefit.data.encode import make_encoder
 from corefit.data.tokenizer import Tokenizer
 from corefit.errors import ModelError
-from corefit.types import Unrenderable
+from corefit.types import Document, PromptTemplate, Unrenderable
+
+PLAIN = PromptTemplate.from_strings(name="plain", summary="", user="{content}\n", eos=True)
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -151,6 +154,8 @@ class TestFolder:
             ("tokenizer.json", "{}", "not a tokenizer"),
             ("tokenizer_config.json", "{", "not JSON"),
             ("tokenizer_config.json", "[]", "expected an object"),
+            ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "a"}}}', "are broken: ValueError"),
+            ("tokenizer_config.json", '{"chat_template": [{"x": 1}]}', "are broken: KeyError: 'name'"),
         ],
     )
     def test_broken_folders(self, tmp_path, name, content, message):
@@ -162,6 +167,25 @@ class TestFolder:
         with pytest.raises(ModelError, match=message) as caught:
             Tokenizer.load(folder)
         assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+    def test_a_chat_template_that_is_not_utf_8(self, tmp_path):
+        folder = write_tokenizer(tmp_path)
+        (folder / "chat_template.jinja").write_bytes(b"\xff")
+        with pytest.raises(ModelError, match="are broken: UnicodeDecodeError"):
+            Tokenizer.load(folder)
+
+    def test_a_vocabulary_with_gaps(self, tmp_path):
+        folder = write_tokenizer(tmp_path)
+        data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        vocab = data["model"]["vocab"]
+        vocab["a"] = 70_000
+        (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+        tokenizer = Tokenizer.load(folder)
+        assert tokenizer.vocab_size == 70_001
+        encoder = make_encoder(PLAIN, tokenizer)
+        assert encoder.encode([(Document("a"), "x:1")]).tokens.tolist() == [70_000, tokenizer.eos_id]
+        added = Tokenizer.load(folder, ["<new>"])
+        assert added.new_ids == (added.token_id("<new>"),)
 
     def test_missing(self, tmp_path):
         with pytest.raises(ModelError, match="can't read a tokenizer"):

@@ -7,7 +7,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from corefit import zoo
-from corefit.data.jsonl import find_files
+from corefit.data.files import find_files
 from corefit.engine.internlm import KINDS
 from corefit.errors import DataError, RecipeError
 from corefit.recipe import Recipe, load_recipe
