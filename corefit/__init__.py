@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from corefit.errors import CorefitError, DataError, RecipeError, UserError, encoding_hint
     from corefit.fields import Fields
     from corefit.hookspecs import hookimpl
-    from corefit.run import Run, inspect, train
+    from corefit.run import Run, train
+    from corefit.samples import inspect
     from corefit.types import (
         IGNORE_INDEX,
         BadRecord,
@@ -86,7 +87,7 @@ _HOME = {
     "fetch_jsonl": "corefit.data.jsonl",
     "hookimpl": "corefit.hookspecs",
     "index_jsonl": "corefit.data.jsonl",
-    "inspect": "corefit.run",
+    "inspect": "corefit.samples",
     "read_jsonl": "corefit.data.jsonl",
     "train": "corefit.run",
 }

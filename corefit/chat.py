@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from corefit.errors import ModelError, UserError
 from corefit.recipe import run_and_step
-from corefit.terminal import answer, notice
+from corefit.terminal import answer, notice, say
 from corefit.types import Message, Unrenderable
 
 if TYPE_CHECKING:
@@ -357,3 +357,39 @@ def chat_loop(
                 write(f"{error}: /new\n")
                 continue
             history += [question, {"role": "assistant", "content": said}]
+
+
+def chat_with(
+    target: str,
+    *,
+    prompt: str | None = None,
+    system: str | None = None,
+    compare: bool = False,
+    model: str | None = None,
+    quantizer: str | None = None,
+    max_tokens: int = 512,
+    decoding: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> None:
+    """Talk to a run, an adapter or a model on the terminal.
+
+    ``system``: a message, or the name of one that a map function puts into its data. ``decoding``: as ``Decoding``.
+    """
+    from corefit.engine.evaluate import Decoding
+    from corefit.registry import Registry
+
+    systems = {name: function.system for name, function in Registry.load().map_functions.items() if function.system}
+    how: dict[str, Any] = dict(model=model, quantizer=quantizer, device=device, trust_remote_code=trust_remote_code)
+    chatter = Chatter(target, **how, max_tokens=max_tokens, decoding=Decoding(**decoding or {}))
+    system = systems.get(system, system) if system is not None else chatter.found.facts.get("system")
+    if prompt is None:
+        chat_loop(chatter, system=system, systems=systems, compare=compare)
+        return
+    messages = [{"role": role, "content": text} for role, text in (("system", system), ("user", prompt)) if text]
+    for on in (False, True) if compare else (True,):
+        if compare:
+            answer(f"adapter {'on:  ' if on else 'off: '}")
+        for piece in chatter.answer(messages, adapter=on):
+            answer(piece)
+        say()

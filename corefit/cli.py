@@ -367,7 +367,7 @@ def _launch(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from corefit.run import inspect_from
+    from corefit.samples import inspect_from
 
     inspect_from(
         args.recipe, _flags(args), args.sets, tokenizer=args.tokenizer, samples=args.samples, as_json=args.json
@@ -390,14 +390,14 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    from corefit.run import pack_from
+    from corefit.samples import pack_from
 
     pack_from(args.recipe, _flags(args), args.sets, out=args.out, tokenizer=args.tokenizer)
     return 0
 
 
 def _chat(args: argparse.Namespace) -> int:
-    from corefit.run import chat_with
+    from corefit.chat import chat_with
 
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
     decoding = {name: value for name in names if (value := getattr(args, name)) is not None}

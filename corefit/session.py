@@ -8,16 +8,13 @@ import json
 import os
 import platform
 import random
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -27,10 +24,10 @@ from corefit import __version__, show
 from corefit.data.block import LENGTH, fit
 from corefit.data.ledger import Ledger
 from corefit.data.source import encode_items, items_of, map_record
-from corefit.data.stream import Estimate, Source, Stream, encode_validation, packs_at_once, split_validation
+from corefit.data.stream import Source, Stream, encode_validation, packs_at_once, split_validation
 from corefit.durable import claim, make_folder, read_json, sync, write_whole
 from corefit.engine import attention, checkpoint, evaluate, export, memory, model
-from corefit.engine.loop import Every, LoopState, autocast, progress_at, train, try_out
+from corefit.engine.loop import Every, LoopState, autocast, train, try_out
 from corefit.engine.loss import CausalLoss, offloaded
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_notice
 from corefit.engine.ranks import ALONE, Ranks, is_sharded, own, shard, together
@@ -45,12 +42,15 @@ from corefit.errors import (
     in_words,
     system_words,
 )
+from corefit.forecast import PROBED, forecast, limits_before, new_curve, probed
+from corefit.identity import file_facts, used_entries, without_out
+from corefit.interrupts import Interrupts
 from corefit.own import own_file
 from corefit.plan import gib, read_shape, setting_of
-from corefit.prepare import Prepared, encoding_threads, file_facts, make_stream, used_entries, without_out
+from corefit.prepare import Prepared, encoding_threads, make_stream
 from corefit.proofs import Proof, data_proofs, first_records
-from corefit.recipe import Train, flat, to_toml
-from corefit.report import JsonLines, answers_table, duration, finite, note, perplexity, read_lines, summary
+from corefit.recipe import flat, to_toml
+from corefit.report import JsonLines, answers_table, finite, note, perplexity, read_lines, summary
 from corefit.reporters import Reporters
 from corefit.terminal import without_secrets
 from corefit.types import (
@@ -71,87 +71,10 @@ from corefit.types import (
 )
 
 Say = Callable[[str], None]
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 SAMPLED_PROMPTS = 2
 """Questions taken from the validation records, else the first ones, where the recipe has no prompts of its own."""
 ENDS = ("epochs", "max_steps", "patience")
 """Reasons with which a run is over; with any other one it was stopped."""
-CURVE, BARS = 24, "▁▂▃▄▅▆▇█"
-"""Points of a learning rate's curve, and how high they can be."""
-PROBED = 3
-"""Steps that ``corefit plan --probe`` makes; the first one, which is slower, counts once."""
-FEW_STEPS = 50
-"""A run with fewer steps is pointed to a smaller ``packs_per_step``."""
-
-
-class Interrupts:
-    """SIGINT, SIGTERM and SIGHUP end the run after its step; ctrl-C after that ends it at once.
-
-    Off the main thread, and for a signal that the process was started to ignore (nohup): nothing.
-    """
-
-    def __init__(self, say: Say, *, own_process: bool = False) -> None:
-        """``say`` is told that the step is being finished. ``own_process``: "at once" may end the whole process."""
-        self._say, self._own_process = say, own_process
-        self._received = 0
-        self._before: dict[int, Any] = {}
-        self._pipe: tuple[int, int] | None = None
-        self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
-
-    def __enter__(self) -> Interrupts:
-        if threading.current_thread() is not threading.main_thread():
-            return self
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._handle)
-        if self._own_process:
-            # A handler in Python has to wait for the end of a backward pass; this thread doesn't.
-            self._pipe = os.pipe()
-            if hasattr(os, "set_blocking"):  # Windows has it from Python 3.12 on
-                os.set_blocking(self._pipe[1], False)
-            signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True).start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._pipe is not None:
-            signal.set_wakeup_fd(-1)
-            os.close(self._pipe[1])  # the thread sees the end
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._received:
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            return
-        self._received = number
-        if number != signal.SIGINT:
-            for fd in self._terminals:  # a terminal that hung up refuses every line from now on
-                if not os.isatty(fd):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-        self._say(f"{signal.Signals(number).name}: finishing the step, then saving; ctrl-C ends at once")
-
-    def _watch(self, pipe: int) -> None:
-        seen = 0
-        while received := os.read(pipe, 64):
-            for number in received:
-                if number == signal.SIGINT and seen:
-                    os._exit(128 + number)
-                seen += number in self._before
-        os.close(pipe)
-
-    @property
-    def reason(self) -> str:
-        """The signal's name; empty where none came."""
-        return signal.Signals(self._received).name if self._received else ""
-
-    @property
-    def exit_code(self) -> int:
-        """128 + the signal's number, 0 where none came."""
-        return 128 + self._received if self._received else 0
 
 
 @dataclass
@@ -829,67 +752,6 @@ class Session:
 
 
 # ------------------------------------------------------------------------------------------------------------- words
-
-
-def forecast(estimate: Estimate, settings: Train) -> list[str]:
-    """Say how long the run will be, and what gives it more steps where they are few."""
-    about = "" if estimate.exact else "about "
-    line = f"{about}{estimate.records:,} records -> {estimate.packs:,} packs"
-    steps = estimate.steps(settings.packs_per_step)
-    if steps is None and not settings.max_steps:
-        return [f"{line} an epoch; no limit"]
-    if steps is None or estimate.total_packs is None or (settings.max_steps and settings.max_steps <= steps):
-        return [f"{line} an epoch -> {settings.max_steps:,} steps (train.max_steps)"]
-    line += f" -> {steps:,} steps in {settings.epochs} epochs"
-    fewer = max(estimate.total_packs // (2 * FEW_STEPS), 1) * settings.micro_packs
-    if steps < FEW_STEPS and fewer < settings.packs_per_step:
-        line += f": few; --set train.packs_per_step={fewer} gives {estimate.steps(fewer):,}"
-    return [line + ("" if estimate.exact else " (estimated from the first records and the size of the files)")]
-
-
-def probed(reports: Sequence[StepReport], steps: int | None, *, now: float) -> list[str]:
-    """Say how long a run of so many steps takes, and when one that starts now ends; None: it has no end."""
-    if not reports:
-        raise DataError("no step was made: no record became a sample")
-    first, rest = reports[0].seconds, [report.seconds for report in reports[1:]] or [reports[0].seconds]
-    each, size = sum(rest) / len(rest), max(report.memory_bytes or 0 for report in reports)
-    took = ", ".join(f"{report.seconds:.3g}" for report in reports)
-    lines = [f"probe: {len(reports)} real steps took {took} s; the most memory was {gib(size)}; nothing is kept"]
-    if steps is None:
-        return [*lines, f"time: {each:.3g} s a step; the run has no end that is known"]
-    whole = first + each * max(steps - 1, 0)
-    end = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + whole))
-    return [*lines, f"time: {duration(whole)} for {steps:,} steps; started now, it ends at {end}, without validation"]
-
-
-def limits_before(changes: Sequence[tuple[str, str, str]], now: Train) -> Train:
-    """Give the settings with the limits that the run had."""
-    old = {key: int(value) if value.isdecimal() else None for key, value, _ in changes}
-    epochs, steps = old.get("train.epochs", now.epochs), old.get("train.max_steps", now.max_steps)
-    return replace(now, epochs=epochs or 0, max_steps=steps)
-
-
-def new_curve(lr_at: Callable[[float], float], state: LoopState, old: Train, new: Train) -> list[str]:
-    """Say how long the run was and is now to be, and how the learning rate goes on from here."""
-
-    def progress(train: Train) -> float:
-        return progress_at(state.step, state.epoch, max_steps=train.max_steps, epochs=train.epochs)
-
-    here, before = progress(new), progress(old)
-    rest = [lr_at(here + (1 - here) * i / (CURVE - 1)) for i in range(CURVE)]
-    top = max(rest) or 1.0
-    curve = "".join(BARS[round((len(BARS) - 1) * rate / top)] for rate in rest)
-    return [
-        f"extended: at {100 * before:.0f} % of the run as it was ({length(old)}), {100 * here:.0f} % as it is now "
-        f"({length(new)})",
-        f"learning rate: was {lr_at(before):.3g} here, is {rest[0]:.3g}, and goes {curve} to {rest[-1]:.3g}",
-    ]
-
-
-def length(train: Train) -> str:
-    """Give the limits of a run in words."""
-    parts = [f"{train.epochs} epochs"] if train.epochs else []
-    return ", ".join(parts + ([f"{train.max_steps:,} steps"] if train.max_steps else [])) or "no limit"
 
 
 def other_versions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -29,7 +29,7 @@ def test_chat_passes_on_what_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     decoding = ["--temperature", "0.5", "--top-k", "9", "--top-p", "0.25", "--repetition-penalty", "1.5", "--seed", "3"]
     where = ["--model", "base", "--quantizer", "int8", "--device", "cpu", "--trust-remote-code", "--max-tokens", "7"]
     asked = ["--prompt", "hi", "--system", "Be brief.", "--compare"]
-    args, more = called("corefit.run.chat_with", ["chat", "run@5", *decoding, *where, *asked], monkeypatch)
+    args, more = called("corefit.chat.chat_with", ["chat", "run@5", *decoding, *where, *asked], monkeypatch)
     assert args == ("run@5",)
     assert more == dict(
         prompt="hi",
@@ -42,9 +42,9 @@ def test_chat_passes_on_what_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None
         device="cpu",
         trust_remote_code=True,
     )
-    _, more = called("corefit.run.chat_with", ["chat", "run", "--top-k", "9"], monkeypatch)
+    _, more = called("corefit.chat.chat_with", ["chat", "run", "--top-k", "9"], monkeypatch)
     assert more["decoding"] == dict(top_k=9, temperature=1.0)  # who says so wants to sample
-    _, more = called("corefit.run.chat_with", ["chat", "run"], monkeypatch)
+    _, more = called("corefit.chat.chat_with", ["chat", "run"], monkeypatch)
     assert (more["decoding"], more["trust_remote_code"], more["compare"]) == ({}, False, False)
 
 
@@ -64,7 +64,7 @@ def test_train_and_pack_pass_on_what_it_is_told(monkeypatch: pytest.MonkeyPatch)
     assert args == ("a.py", known | {"out": "o"}, ["train.lr=1"])
     assert given == dict(resume="run@5", allow_changes=True, dry_run=True, own_process=True)
     where = ["--model", "m", "--tokenizer", "t", "--out", "o", "--set", "train.lr=1"]
-    args, given = called("corefit.run.pack_from", ["pack", "a.py", *flags, *where], monkeypatch)
+    args, given = called("corefit.samples.pack_from", ["pack", "a.py", *flags, *where], monkeypatch)
     assert args == ("a.py", known | {"model": "m"}, ["train.lr=1"])
     assert given == dict(out="o", tokenizer="t")
     args, given = called(

@@ -252,9 +252,9 @@ def test_another_base_tokenizer_template_or_plugin_is_named(here: Here, run: Pat
     (changed / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{{ 1 }}"}), "utf-8")
     with pytest.raises(RecipeError, match="tokenizer: [0-9a-f]{16} -> [0-9a-f]{16}"):
         here.goes_on(run, model=changed)
-    from corefit import prepare
+    from corefit import identity
 
-    monkeypatch.setattr(prepare, "_code", lambda folder, patterns: "0123456789abcdef")
+    monkeypatch.setattr(identity, "_code", lambda folder, patterns: "0123456789abcdef")
     with pytest.raises(RecipeError, match=r"code of map function oasst1: \['[0-9a-f]{16}'\] -> \['0123456789abcdef'\]"):
         here.goes_on(run)
 
@@ -453,7 +453,7 @@ def test_a_hang_up_that_the_user_ignores_ends_nothing(tmp_path: Path, tiny_model
 def test_a_second_ctrl_c_ends_at_once_even_inside_a_long_call_but_never_somebody_elses_program(own_process: bool):
     code = f"""
 import hashlib, sys, time
-from corefit.session import Interrupts
+from corefit.interrupts import Interrupts
 with Interrupts(print, own_process={own_process}) as interrupts:
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"x", b"y", 5_000_000)  # one call into C, as a backward pass is
