@@ -334,7 +334,7 @@ def chat_loop(
             named = (f"{name}: {text}" for name, text in sorted(systems.items()))
             write("\n".join([f"system: {system or 'none'}", *named]) + "\n")
         elif word == "/system":
-            system = systems.get(rest.strip(), rest.strip().removeprefix("-") or None)
+            system = None if (rest := rest.strip()) == "-" else systems.get(rest, rest)
             history = _system(system)
         elif word.startswith("/") and word[1:].isalpha() and not rest:
             write(f"no command {word}\n{HELP}")
