@@ -112,3 +112,12 @@ def test_a_mixture_reads_each_source_as_often_as_its_key_says(
     (tmp_path / "r.toml").write_text('[[data]]\npath = "a.jsonl"\nrepeat = 4\n[[data]]\npath = "b.jsonl"\n', "utf-8")
     assert main(["inspect", str(tmp_path / "r.toml"), "--tokenizer", str(tiny_tokenizer), "--template", "chatml"]) == 0
     assert "17 read = 17 used" in capsys.readouterr().out
+
+
+def test_processes_are_told_to_show_tracebacks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr("corefit.launch.launch", lambda n, words: told.append((n, list(words))) or 0)
+    assert main(["--debug", "launch", "-n", "2", "a.toml", "--set", "train.lr=1"]) == 0
+    monkeypatch.setenv("NPROC_PER_NODE", "3")
+    assert main(["train", "a.toml", "--debug"]) == 0
+    assert told == [("2", ["a.toml", "--set", "train.lr=1", "--debug"]), ("3", ["a.toml", "--debug"])]
