@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import json
 import os
 import re
@@ -101,7 +102,7 @@ def _new_folder(recipe: Recipe, name: str) -> Path:
 
 def _earlier(recipe: Recipe, name: str, say: Say) -> Path | None:
     """Give the newest run of this recipe, finished or not, where only its limits may differ; None: there is none."""
-    numbered = [p for p in Path("runs").glob(f"{name}-*") if p.name.removeprefix(f"{name}-").isdecimal()]
+    numbered = [p for p in Path("runs").glob(f"{glob.escape(name)}-*") if p.name.removeprefix(f"{name}-").isdecimal()]
     wanted, nearest = flat(without_out(recipe)), ""
     for folder in sorted(numbered, key=lambda p: int(p.name.removeprefix(f"{name}-")), reverse=True):
         if (folder / "run.json").is_file() and (folder / "recipe.toml").is_file():

@@ -170,7 +170,7 @@ class Session:
         )
         if off:
             self.say(f"validation: off ({off})")
-        elif batches:
+        else:
             self.say(f"validation: {len(held_out):,} records, {sum(batch.n_samples for batch in batches):,} samples")
         first = first_records(plan.sources)
         for proof in data_proofs(plan, first):
@@ -375,11 +375,14 @@ class Session:
 
         ``identity``: what must not change unnoticed until the run ends; ``changes``: (key, before, now) of it, allowed.
         """
+        with self._claimed():
+            saved = self._saved(changes) if resuming else None
+            self._same_step()
+            self._open(identity, saved, changes)
+            return self._play(saved)
+
+    def _play(self, saved: checkpoint.Checkpoint | None) -> int:
         every = self.recipe.checkpoint
-        lock = self._claim()
-        saved = self._saved(changes) if resuming else None
-        self._same_step()
-        self._open(identity, saved, changes)
         self.checkpoint = Every(self._save, steps=every.every_steps, minutes=every.every_minutes or 0.0)
         try:
             if saved is None:
@@ -418,8 +421,6 @@ class Session:
             self.metrics.close()
             self.samples.close()
             self.reporters.close()
-            if lock is not None:
-                os.close(lock)
 
     def _steps(self) -> Iterator[tuple[Batch, ...]]:
         """Yield the batches of each step; rank 0 keeps what the first packs of a new run look like."""
@@ -480,15 +481,21 @@ class Session:
     def _lr_at(self, progress: float) -> float:
         return self.recipe.train.lr * self.scheduler.factor(progress, self.recipe.train.warmup)
 
-    def _claim(self) -> int | None:
-        """Make the run folder and lock it."""
+    @contextlib.contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """Make the run folder, and hold its lock."""
         try:
             make_folder(self.folder)
-            return claim(self.folder)
+            lock = claim(self.folder)
         except BlockingIOError:
             raise RecipeError(f"run.out: {self.folder}: another process is training in it") from None
         except OSError as error:
             raise RecipeError(f"run.out: {self.folder}: can't be written: {system_words(error)}") from error
+        try:
+            yield
+        finally:
+            if lock is not None:
+                os.close(lock)
 
     def _saved(self, changes: Sequence[tuple[str, str, str]]) -> checkpoint.Checkpoint | None:
         """Give the newest whole checkpoint and put stream and loop where it left them; None: there is none."""

@@ -19,7 +19,7 @@ from cli import corefit, environment
 from safetensors.numpy import load_file
 
 from corefit.engine import checkpoint
-from corefit.errors import CorefitError, RecipeError, RunError
+from corefit.errors import CheckpointError, CorefitError, RecipeError, RunError
 from corefit.run import Run, train_from
 
 ROWS = "".join(
@@ -375,6 +375,33 @@ def test_a_broken_run_json_is_no_traceback_and_can_be_gone_past(here: Here, run:
         here.goes_on(run)
     here.goes_on(run, allow_changes=True)
     assert weights(run) == weights(straight)
+
+
+def test_a_refused_run_gives_its_folder_back(here: Here, run: Path, straight: Path, monkeypatch):
+    cut(run, 3)
+
+    def torn(path: Path) -> None:
+        raise CheckpointError("torn")
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="torn"):
+        patch.setattr(checkpoint, "load", torn)
+        here.goes_on(run)
+    here.goes_on(run)
+    assert weights(run) == weights(straight)
+
+
+def test_a_recipe_with_brackets_in_its_name_finds_its_run(here: Here):
+    Path("my[1].toml").write_text("[train]\nmax_steps = 2\n", "utf-8")
+    sets = ("pack.max_length=128", "run.threads=1", "run.device=cpu", "val.records=0", "sample.max_tokens=4")
+    first = here.train(*sets, recipe="my[1].toml", resume=True)
+    assert here.train(*sets, recipe="my[1].toml", resume=True).path == first.path
+    assert any("is complete: nothing to do" in line for line in here.said)
+
+
+def test_validation_records_without_a_sample_are_said(here: Here):
+    Path("val.jsonl").write_text('{"text": "### Human: only a question"}\n', "utf-8")
+    here.train("val.data=val.jsonl", "train.max_steps=1", out="run")
+    assert "validation: 1 records, 0 samples" in here.said
 
 
 def test_two_processes_never_train_in_one_folder(here: Here, run: Path):
