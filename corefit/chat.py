@@ -365,14 +365,10 @@ def chat_with(
     prompt: str | None = None,
     system: str | None = None,
     compare: bool = False,
-    model: str | None = None,
-    quantizer: str | None = None,
-    max_tokens: int = 512,
     decoding: Mapping[str, Any] | None = None,
-    device: str = "auto",
-    trust_remote_code: bool = False,
+    **how: Any,  # noqa: ANN401, those of Chatter
 ) -> None:
-    """Talk to a run, an adapter or a model on the terminal.
+    """Talk to a run, an adapter or a model on the terminal; ``how``: as for ``Chatter``.
 
     ``system``: a message, or the name of one that a map function puts into its data. ``decoding``: as ``Decoding``.
     """
@@ -380,13 +376,12 @@ def chat_with(
     from corefit.registry import Registry
 
     systems = {name: function.system for name, function in Registry.load().map_functions.items() if function.system}
-    how: dict[str, Any] = dict(model=model, quantizer=quantizer, device=device, trust_remote_code=trust_remote_code)
-    chatter = Chatter(target, **how, max_tokens=max_tokens, decoding=Decoding(**decoding or {}))
+    chatter = Chatter(target, decoding=Decoding(**decoding or {}), **how)
     system = systems.get(system, system) if system is not None else chatter.found.facts.get("system")
     if prompt is None:
         chat_loop(chatter, system=system, systems=systems, compare=compare)
         return
-    messages = [{"role": role, "content": text} for role, text in (("system", system), ("user", prompt)) if text]
+    messages = [*_system(system), {"role": "user", "content": prompt}]
     for on in (False, True) if compare else (True,):
         if compare:
             answer(f"adapter {'on:  ' if on else 'off: '}")

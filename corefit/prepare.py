@@ -33,9 +33,9 @@ from corefit.recipe import (
     apply_overrides,
     imported_recipe,
     load_recipe,
-    option_keys,
     options_from,
     run_and_step,
+    shares,
     to_toml,
 )
 from corefit.registry import Registry
@@ -46,7 +46,6 @@ from corefit.types import (
     Document,
     Drop,
     ImportedRecipe,
-    MapFunction,
     PromptTemplate,
     Record,
     Sources,
@@ -333,8 +332,11 @@ def _sources(
         mapper = registry.map_function(name)
     if reader.needs_path and not train:
         raise RecipeError(f"reader {reader.name!r} needs data.path; --data names it")
-    reader_options, map_options = _split_options(entry.options, reader, mapper)
-
+    classes, where = (reader.options, mapper.options), "data.options"
+    reader_options, map_options = (
+        options_from(cls, share, where=where)
+        for cls, share in zip(classes, shares(entry.options, classes, where=where), strict=True)
+    )
     ordered = Source(
         reader=reader,
         reader_options=reader_options,
@@ -370,20 +372,6 @@ def _plain(path: Path, recipe: Recipe, entry: Data, spool_to: Path | None, again
     if stdin and again and (spool_to / STDIN_NAME).is_file():
         return spool_to / STDIN_NAME
     return spool(path, spool_to) if stdin or packed else path
-
-
-def _split_options(
-    table: Mapping[str, Any], reader: DatasetReader, mapper: MapFunction
-) -> tuple[object | None, object | None]:
-    """Give the reader's and the map function's options from one table; a key may belong to either, or to both."""
-    ours, theirs = option_keys(reader.options), option_keys(mapper.options)
-    for key in table:
-        if key not in {*ours, *theirs}:
-            raise RecipeError(f"data.options: {unknown('key', key, {*ours, *theirs})}")
-    return (
-        options_from(reader.options, {k: v for k, v in table.items() if k in ours}, where="data.options"),
-        options_from(mapper.options, {k: v for k, v in table.items() if k in theirs}, where="data.options"),
-    )
 
 
 def _sniff(sources: Sources, reader: DatasetReader, registry: Registry, on_bad: str) -> tuple[str, list[str]]:
@@ -454,14 +442,14 @@ def _check_format(source: Source, first: Sequence[Record | BadRecord], registry:
     if mapper.name in fits:
         return []
     items = [item for record in records for item in map_record(source, record)]
-    if reasons := dict.fromkeys(item.reason for item in items if isinstance(item, Drop)):
-        if len(items) == sum(isinstance(item, Drop) for item in items):
-            reads = f"it reads {', '.join(wanted[:5])}; " if wanted else ""
-            raise DataError(
-                f"{origin}: map function {mapper.name!r} makes nothing of the first {len(records)} records "
-                f"({', '.join(reasons)}); {reads}keys there: {_keys(records)}; {_fitting(records, registry)}"
-                "`corefit plugins` lists all"
-            )
+    reasons = [item.reason for item in items if isinstance(item, Drop)]
+    if reasons and len(reasons) == len(items):
+        reads = f"it reads {', '.join(wanted[:5])}; " if wanted else ""
+        raise DataError(
+            f"{origin}: map function {mapper.name!r} makes nothing of the first {len(records)} records "
+            f"({', '.join(dict.fromkeys(reasons))}); {reads}keys there: {_keys(records)}; "
+            f"{_fitting(records, registry)}`corefit plugins` lists all"
+        )
     if fits and mapper.sniff is not None:
         return [f"data: the records look like {' or '.join(fits)}, but {mapper.name} was named"]
     return []

@@ -398,6 +398,18 @@ def option_keys(cls: type | None) -> dict[str, str]:
     return keys
 
 
+def shares(table: Mapping[str, Any], classes: Sequence[type | None], *, where: str) -> list[dict[str, Any]]:
+    """Divide a table of options: each key goes to every class that has it.
+
+    Raises:
+        RecipeError: a key that none has.
+    """
+    keys = [option_keys(cls) for cls in classes]
+    known = {key for each in keys for key in each}
+    _raise(f"{where}: {unknown('option', key, known)}" for key in table if key not in known)
+    return [{key: value for key, value in table.items() if key in each} for each in keys]
+
+
 def _options_hints(cls: type) -> dict[str, Any]:
     try:
         return _hints(cls)

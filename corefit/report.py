@@ -102,12 +102,6 @@ class JsonLines:
         self._length, self._unwritten, self.trouble = self._length + done, b"", ""
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read what ``JsonLines`` wrote; a last line that was cut short is left out."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.split("\n")[:-1]]
-
-
 def objects(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSON lines file, if it is there; what is no object, a torn line too, is left out."""
     if not path.exists():

@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, get_args
 
 from corefit import types
-from corefit.errors import PluginError, in_words, system_words, unknown
-from corefit.recipe import option_keys, options_from
+from corefit.errors import PluginError, in_words, system_words
+from corefit.recipe import options_from, shares
 from corefit.registry import GROUP, Registry
 from corefit.report import note, to_json
 from corefit.terminal import notice, without_secrets
@@ -46,18 +46,14 @@ class Reporters:
             PluginError: a name that no plugin has, or a module that isn't installed. RecipeError: an option is wrong.
         """
         entries = [registry.reporter(name) for name in dict.fromkeys(names)]
-        known = {key for entry in entries for key in option_keys(entry.options)}
-        for key in options:
-            if key not in known:
-                raise PluginError(f"run.options: {unknown('option', key, known)}")
+        own_options = shares(options, [entry.options for entry in entries], where="run.options")
         self._each: list[_Here | _Apart] = []
-        for entry in entries:
+        for entry, own in zip(entries, own_options, strict=True):
             for module, what in entry.needs.items():
                 if importlib.util.find_spec(module) is None:
                     raise PluginError(
                         f"run.reporters: {entry.name!r} needs {module}, which is not installed: pip install '{what}'"
                     )
-            own = {key: value for key, value in options.items() if key in option_keys(entry.options)}
             made = options_from(entry.options, own, where="run.options")
             plugin = registry.provider("reporter", entry.name)
             called = f"reporter {entry.name!r} ({plugin.source})"

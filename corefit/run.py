@@ -28,7 +28,7 @@ from corefit.interrupts import Interrupts
 from corefit.prepare import Prepared, prepare, resolve
 from corefit.recipe import Recipe, flat, load_recipe, parse_recipe, run_and_step, to_toml
 from corefit.registry import Registry
-from corefit.report import read_lines
+from corefit.report import objects
 from corefit.reporters import Reporters
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``: one object a step; validation lines carry ``val_loss``."""
-        return read_lines(self.path / "metrics.jsonl")
+        return list(objects(self.path / "metrics.jsonl"))
 
     @property
     def ledger(self) -> dict[str, Any]:

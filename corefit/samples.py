@@ -47,6 +47,10 @@ def inspect(
     given = dict(model=model, data=data, plugin=plugin, template=template)
     flags = {name: str(value) for name, value in {**given, "seed": seed}.items() if value is not None}
     plan = _plan(None if recipe is None else str(recipe), flags, sets, None if tokenizer is None else str(tokenizer))
+    yield from _objects(plan)
+
+
+def _objects(plan: Prepared) -> Iterator[dict[str, Any]]:
     for item, sample in walk(plan):
         yield show.as_json(item, sample, plan.tokenizer.decode(sample.input_ids))
 
@@ -63,8 +67,7 @@ def inspect_from(
     """Print what ``corefit inspect`` shows."""
     plan = _plan(recipe_name, flags, sets, tokenizer)
     if as_json:
-        for item, sample in walk(plan):
-            found = show.as_json(item, sample, plan.tokenizer.decode(sample.input_ids))
+        for found in _objects(plan):
             terminal.write(json.dumps(found, ensure_ascii=sys.stdout.isatty()))
         return
     for line in plan.choices:
@@ -110,7 +113,11 @@ def pack_from(
     out: str,
     tokenizer: str | None = None,
 ) -> None:
-    """Encode the data of a recipe into the arena ``out``, unless that is there and still good."""
+    """Encode the data of a recipe into the arena ``out``, unless that is there and still good.
+
+    Raises:
+        DataError: a bad record, or a map function that failed. RunError: the disk refuses.
+    """
     plan = _plan(recipe_name, flags, sets, tokenizer)
     folder, key = Path(out), arena_key(plan)
     for line in plan.choices:
@@ -123,7 +130,11 @@ def pack_from(
         terminal.say(f"{folder} is there and was made from just this: nothing to do")
         return
     began = time.monotonic()
-    block = make_arena(plan, folder, key, watch=_counted)
+    sources = tuple(dataclasses.replace(source, shuffle=False) for source in plan.sources)
+    threads, length = encoding_threads(plan.recipe), plan.recipe.pack.max_length
+    stream = Stream(sources, plan.encoder, max_length=length, threads=threads)
+    encoded = _counted(stream.encoded())
+    block = write_arena(folder, key, lambda: stream.sizes, encoded, vocab_size=plan.tokenizer.vocab_size)
     seconds = time.monotonic() - began
     dropped = gains(block, len(block.records)).records.dropped
     reasons = "".join(f", {n:,} dropped ({reason})" for reason, n in sorted(dropped.items()))
@@ -192,20 +203,6 @@ def look(plan: Prepared) -> Iterator[tuple[Source, list[Record | BadRecord], Blo
             rows = [record_row(0, i, record, 0, 0) for i, record in enumerate(group)]
             block = encode_records([anyhow], group, rows, plan.encoder, names=("",))
             yield source, group, fit(block, plan.recipe.pack.max_length, plan.recipe.pack.overlong)
-
-
-def make_arena(
-    plan: Prepared, folder: Path, key: Mapping[str, Any], *, watch: Callable[[Iterator[Block]], Iterator[Block]]
-) -> Block:
-    """Encode all records of a plan into an arena with its ``arena_key``; ``watch`` may look at the blocks as they pass.
-
-    Raises:
-        DataError: a bad record, or a map function that failed. RunError: the disk refuses.
-    """
-    sources = tuple(dataclasses.replace(source, shuffle=False) for source in plan.sources)
-    threads = encoding_threads(plan.recipe)
-    stream = Stream(sources, plan.encoder, max_length=plan.recipe.pack.max_length, threads=threads)
-    return write_arena(folder, key, lambda: stream.sizes, watch(stream.encoded()), vocab_size=plan.tokenizer.vocab_size)
 
 
 def tally(plan: Prepared, samples: int) -> tuple[float, dict[str, Any]]:

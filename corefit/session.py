@@ -50,7 +50,7 @@ from corefit.plan import gib, read_shape, setting_of
 from corefit.prepare import Prepared, encoding_threads, make_stream
 from corefit.proofs import Proof, data_proofs, first_records
 from corefit.recipe import flat, to_toml
-from corefit.report import JsonLines, answers_table, finite, note, perplexity, read_lines, summary
+from corefit.report import JsonLines, answers_table, finite, note, objects, perplexity, summary
 from corefit.reporters import Reporters
 from corefit.terminal import without_secrets
 from corefit.types import (
@@ -190,10 +190,16 @@ class Session:
         return stream, batches, recipe.sample.prompts or questions(held_out or first)
 
     def _stream(self, val_hashes: frozenset[int]) -> Stream:
-        threads, train = encoding_threads(self.recipe), self.recipe.train
-        packs_at_once(train.packs_per_step, train.micro_packs, self.ranks.world)
-        more: dict[str, Any] = dict(threads=threads, world=self.ranks.world, rank=self.ranks.rank)
-        return make_stream(self.plan, epochs=train.epochs, val_hashes=val_hashes, **more)
+        train, ranks = self.recipe.train, self.ranks
+        packs_at_once(train.packs_per_step, train.micro_packs, ranks.world)
+        return make_stream(
+            self.plan,
+            epochs=train.epochs,
+            val_hashes=val_hashes,
+            threads=encoding_threads(self.recipe),
+            world=ranks.world,
+            rank=ranks.rank,
+        )
 
     def _model(self) -> None:
         """Load the model and its adapter, and prove that packed documents don't see each other."""
@@ -231,17 +237,8 @@ class Session:
         sizes = model.check_vocabulary(network, tokenizer.vocab_size, ids)
         line = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
         self._proved(Proof("vocabulary", sizes, f"vocabulary: {line}; all {len(ids)} control tokens are among them"))
-        spec = model.AdapterSpec(
-            r=recipe.adapter.r,
-            alpha=recipe.adapter.alpha,
-            dropout=recipe.adapter.dropout,
-            targets=recipe.adapter.targets,
-            modules_to_save=recipe.adapter.modules_to_save,
-            dora=recipe.adapter.dora,
-            rslora=recipe.adapter.rslora,
-            start=recipe.adapter.start,
-            tokens=tuple(ids[token] for token in recipe.model.add_tokens),
-        )
+        lora = {key: value for key, value in vars(recipe.adapter).items() if key != "kind"}
+        spec = model.AdapterSpec(**lora, tokens=tuple(ids[token] for token in recipe.model.add_tokens))
         self.network = network = model.attach_adapter(network, None if full else spec, seed=settings.seed)
         wanted = settings.gradient_checkpointing
         if wanted == "auto":
@@ -272,16 +269,15 @@ class Session:
         facts = {"tensors": len(self.parameters), "parameters": counts.trainable, "dtype": "float32"}
         line = f"trainable: {counts.trainable / 1e6:,.2f}M numbers in {len(self.parameters):,} tensors, all fp32"
         self._proved(Proof("trainable", facts, line))
-        plan = self.plan
         self.provenance = export.Provenance(
             base=str(recipe.model.base),
             base_folder=self.base,
             fingerprint=self.fingerprint,
-            tokenizer_files=plan.tokenizer.files(),
-            template=plan.template.name,
-            chat_template=plan.template.chat_template,
-            stop=plan.encoder.stop,
-            stop_ids=plan.encoder.stop_ids,
+            tokenizer_files=tokenizer.files(),
+            template=self.plan.template.name,
+            chat_template=self.plan.template.chat_template,
+            stop=encoder.stop,
+            stop_ids=encoder.stop_ids,
             add_tokens=recipe.model.add_tokens,
             system=self.system,
             supervise=recipe.template.supervise,
@@ -691,10 +687,10 @@ class Session:
         status = "interrupted" if interrupted else "complete"
         self._write_run(status, ended_by=reason, steps=self.state.step)
         self._end(status, reason, facts)
-        rows = before_after(read_lines(self.folder / "samples.jsonl"), self.state.step)
+        rows = before_after(list(objects(self.folder / "samples.jsonl")), self.state.step)
         if rows:
             self.say(answers_table(rows))
-        lines = read_lines(self.folder / "metrics.jsonl")
+        lines = list(objects(self.folder / "metrics.jsonl"))
         for line in summary(lines, reason=reason, skipped=self.state.skipped, balanced=not differences):
             self.say(line)
         for line in show.ledger_lines(facts):

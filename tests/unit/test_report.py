@@ -21,8 +21,8 @@ from corefit.report import (
     duration,
     finite,
     note,
+    objects,
     perplexity,
-    read_lines,
     step_line,
     summary,
     to_json,
@@ -83,7 +83,7 @@ def test_lines_are_readable_at_once(tmp_path):
     lines = JsonLines(tmp_path / "run" / "metrics.jsonl")
     lines.write(report(1))
     lines.write({"val_loss": math.inf})
-    found = read_lines(tmp_path / "run" / "metrics.jsonl")
+    found = list(objects(tmp_path / "run" / "metrics.jsonl"))
     assert (found[0]["step"], found[0]["loss"], found[1]) == (1, 4.0, {"val_loss": None})
     assert lines.sync() == (tmp_path / "run" / "metrics.jsonl").stat().st_size
     lines.close()
@@ -97,12 +97,12 @@ def test_a_resume_cuts_what_the_checkpoint_had_not_seen(tmp_path):
     lines.write({"step": 2})
     lines.close()
     path.write_bytes(path.read_bytes() + b'{"step": 3, "lo')
-    assert [line["step"] for line in read_lines(path)] == [1, 2]
+    assert [line["step"] for line in objects(path)] == [1, 2]
     again = JsonLines(path, keep=keep)
     assert again.missing == 0
     again.write({"step": 2, "again": True})
     again.close()
-    assert read_lines(path) == [{"step": 1, "说": "好"}, {"step": 2, "again": True}]
+    assert list(objects(path)) == [{"step": 1, "说": "好"}, {"step": 2, "again": True}]
 
 
 def test_a_new_run_starts_an_empty_file_and_a_shortened_one_is_noticed(tmp_path):
@@ -115,7 +115,7 @@ def test_a_new_run_starts_an_empty_file_and_a_shortened_one_is_noticed(tmp_path)
     lines.close()
     assert lines.missing == 9
     assert path.read_text() == '{"old": 1}\n', "not filled up with zero bytes"
-    assert read_lines(tmp_path / "absent") == []
+    assert list(objects(tmp_path / "absent")) == []
 
 
 def test_a_file_that_cannot_be_opened_is_one_line(tmp_path):
@@ -149,7 +149,7 @@ def test_lines_that_the_disk_refuses_are_kept_and_written_later(tmp_path):
     lines._file = real
     lines.write({"a": 4})
     assert not lines.trouble
-    assert [line["a"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [line["a"] for line in objects(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     assert lines.sync() == (tmp_path / "metrics.jsonl").stat().st_size
     lines.close()
 
