@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -121,7 +122,7 @@ def resolve(
             "--set SECTION.KEY=VALUE sets a recipe's"
         )
     text = to_toml(resolved)
-    if leaked := [name for name, value in secrets().items() if value in text]:
+    if leaked := [name for name, value in secrets().items() if json.dumps(value, ensure_ascii=False)[1:-1] in text]:
         raise RecipeError(
             f"the value of ${leaked[0]} is part of a flag or of the recipe, which run folders and arenas keep; leave "
             "it in the environment, where a plugin can read it"
