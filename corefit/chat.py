@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from corefit.errors import ModelError, UserError
 from corefit.recipe import run_and_step
-from corefit.terminal import answer, notice, say
+from corefit.terminal import Say, answer, notice, say
 from corefit.types import Message, Unrenderable
 
 if TYPE_CHECKING:
     from corefit.data.tokenizer import Tokenizer
     from corefit.engine.checkpoint import Checkpoint
     from corefit.engine.evaluate import Decoding
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)

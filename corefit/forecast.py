@@ -22,20 +22,20 @@ FEW_STEPS = 50
 """A run with fewer steps is pointed to a smaller ``packs_per_step``."""
 
 
-def forecast(estimate: Estimate, settings: Train) -> list[str]:
+def forecast(estimate: Estimate, settings: Train) -> str:
     """Say how long the run will be, and what gives it more steps where they are few."""
     about = "" if estimate.exact else "about "
     line = f"{about}{estimate.records:,} records -> {estimate.packs:,} packs"
     steps = estimate.steps(settings.packs_per_step)
     if steps is None and not settings.max_steps:
-        return [f"{line} an epoch; no limit"]
+        return f"{line} an epoch; no limit"
     if steps is None or estimate.total_packs is None or (settings.max_steps and settings.max_steps <= steps):
-        return [f"{line} an epoch -> {settings.max_steps:,} steps (train.max_steps)"]
+        return f"{line} an epoch -> {settings.max_steps:,} steps (train.max_steps)"
     line += f" -> {steps:,} steps in {settings.epochs} epochs"
     fewer = max(estimate.total_packs // (2 * FEW_STEPS), 1) * settings.micro_packs
     if steps < FEW_STEPS and fewer < settings.packs_per_step:
         line += f": few; --set train.packs_per_step={fewer} gives {estimate.steps(fewer):,}"
-    return [line + ("" if estimate.exact else " (estimated from the first records and the size of the files)")]
+    return line + ("" if estimate.exact else " (estimated from the first records and the size of the files)")
 
 
 def probed(reports: Sequence[StepReport], steps: int | None, *, now: float) -> list[str]:

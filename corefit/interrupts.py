@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
+
+from corefit.terminal import Say
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -18,7 +19,7 @@ class Interrupts:
     Off the main thread, and for a signal that the process was started to ignore (nohup): nothing.
     """
 
-    def __init__(self, say: Callable[[str], None], *, own_process: bool = False) -> None:
+    def __init__(self, say: Say, *, own_process: bool = False) -> None:
         """``say`` is told that the step is being finished. ``own_process``: "at once" may end the whole process."""
         self._say, self._own_process = say, own_process
         self._received = 0

@@ -310,9 +310,12 @@ class _Mismatch(Exception):
 
 @cache
 def _hints(cls: Any) -> dict[str, Any]:  # noqa: ANN401, mypy takes a type for unhashable
-    """Field name -> annotation, with conditions."""
-    hints = get_type_hints(cls, include_extras=True)
-    return {item.name: hints[item.name] for item in dataclasses.fields(cls) if item.init}
+    """Field name -> annotation, with conditions; PluginError for a plugin's class that has none."""
+    try:
+        hints = get_type_hints(cls, include_extras=True)
+        return {item.name: hints[item.name] for item in dataclasses.fields(cls) if item.init}
+    except Exception as error:
+        raise PluginError(f"options class {cls!r}: {error}") from error
 
 
 def _convert(hint: Any, value: object) -> Any:  # noqa: ANN401, annotations and values have any type
@@ -390,7 +393,7 @@ def _mismatch(key: str, hint: Any, value: object) -> str:  # noqa: ANN401
 def option_keys(cls: type | None) -> dict[str, str]:
     """Give the keys of a plugin's options, each with its type and default in words; none where it has no options."""
     keys = {}
-    for name, hint in {} if cls is None else _options_hints(cls).items():
+    for name, hint in {} if cls is None else _hints(cls).items():
         item = next(item for item in dataclasses.fields(cls) if item.name == name)  # type: ignore[arg-type]
         default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
         known = "" if default in (None, dataclasses.MISSING) else f" (default {_value(default)})"
@@ -410,13 +413,6 @@ def shares(table: Mapping[str, Any], classes: Sequence[type | None], *, where: s
     return [{key: value for key, value in table.items() if key in each} for each in keys]
 
 
-def _options_hints(cls: type) -> dict[str, Any]:
-    try:
-        return _hints(cls)
-    except Exception as error:
-        raise PluginError(f"options class {cls!r}: {error}") from error
-
-
 def options_from(cls: type | None, table: Mapping[str, Any], *, where: str | Callable[[str], str]) -> object | None:
     """Make a plugin's options from a table, as strictly as the recipe's own keys.
 
@@ -430,7 +426,7 @@ def options_from(cls: type | None, table: Mapping[str, Any], *, where: str | Cal
         PluginError: the class has a field that a recipe can't hold.
     """
     at = where if callable(where) else lambda key: where
-    hints = {} if cls is None else _options_hints(cls)
+    hints = {} if cls is None else _hints(cls)
     problems = []
     values = {}
     for key, value in table.items():

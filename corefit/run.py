@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from corefit.recipe import Recipe, flat, load_recipe, parse_recipe, run_and_step
 from corefit.registry import Registry
 from corefit.report import objects
 from corefit.reporters import Reporters
+from corefit.terminal import Say
 
 if TYPE_CHECKING:
     from corefit.engine.ranks import Ranks
@@ -43,7 +44,6 @@ PLACES = re.compile(r"(model\.base|data\.\d+\.path|val\.data|pack\.arena)$")
 """Those that say where something lies; what lies there is compared by its fingerprint."""
 ENDS = ("train.epochs", "train.max_steps", "val.patience")
 """Those with which a finished run goes on."""
-Say = Callable[[str], None]
 
 
 # ----------------------------------------------------------------------------------------------------- the run folder

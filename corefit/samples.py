@@ -44,8 +44,8 @@ def inspect(
 
     Labels are next-token-aligned, -100 where the loss does not count. No model is loaded. Arguments as for ``train``.
     """
-    given = dict(model=model, data=data, plugin=plugin, template=template)
-    flags = {name: str(value) for name, value in {**given, "seed": seed}.items() if value is not None}
+    given = dict(model=model, data=data, plugin=plugin, template=template, seed=seed)
+    flags = {name: str(value) for name, value in given.items() if value is not None}
     plan = _plan(None if recipe is None else str(recipe), flags, sets, None if tokenizer is None else str(tokenizer))
     yield from _objects(plan)
 

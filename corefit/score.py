@@ -21,9 +21,9 @@ from corefit.recipe import run_and_step
 from corefit.registry import Registry
 from corefit.report import columns, perplexity, to_json
 from corefit.show import labels
+from corefit.terminal import Say
 from corefit.types import BadRecord, Conversation, Message, Record, Sample, Sources
 
-Say = Callable[[str], None]
 LETTERS = "ABCDEFGHIJ"
 
 

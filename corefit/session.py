@@ -10,7 +10,7 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -50,9 +50,9 @@ from corefit.plan import gib, read_shape, setting_of
 from corefit.prepare import Prepared, encoding_threads, make_stream
 from corefit.proofs import Proof, data_proofs, first_records
 from corefit.recipe import flat, to_toml
-from corefit.report import JsonLines, answers_table, finite, note, objects, perplexity, summary
+from corefit.report import JsonLines, answers_table, finite, objects, perplexity, summary
 from corefit.reporters import Reporters
-from corefit.terminal import without_secrets
+from corefit.terminal import Say, notice, without_secrets
 from corefit.types import (
     BadRecord,
     Batch,
@@ -70,7 +70,6 @@ from corefit.types import (
     ValidationReport,
 )
 
-Say = Callable[[str], None]
 SAMPLED_PROMPTS = 2
 """Questions taken from the validation records, else the first ones, where the recipe has no prompts of its own."""
 ENDS = ("epochs", "max_steps", "patience")
@@ -175,8 +174,7 @@ class Session:
         first = first_records(plan.sources)
         for proof in data_proofs(plan, first):
             self._proved(proof)
-        for line in forecast(stream.estimate(), recipe.train):
-            self.say(line)
+        self.say(forecast(stream.estimate(), recipe.train))
         if self.scheduler.decays and not recipe.train.max_steps and not (recipe.train.epochs and stream.total_bytes):
             raise RecipeError(
                 f"scheduler {self.scheduler.name!r} must know how long the run is, the size of the data isn't known: "
@@ -313,8 +311,8 @@ class Session:
             weight_decay=settings.weight_decay,
             lr_mult=settings.lr_mult,
         )
-        if notice := optimizer_notice(settings.optimizer, self.device):
-            self.say(notice)
+        if slower := optimizer_notice(settings.optimizer, self.device):
+            self.say(slower)
         self.scaler = make_scaler(self.device, enabled=self.precision.use_scaler)
         torch.manual_seed(settings.seed + self.ranks.rank)
         random.seed(settings.seed)
@@ -504,7 +502,10 @@ class Session:
         saved = checkpoint.load(newest)
         self.state = LoopState.from_dict(saved.state["loop"])
         self.lengths = saved.state["lengths"]
-        self.patience.best, self.patience.bad = saved.state["extra"]["patience"]
+        extra = saved.state["extra"]
+        self.patience.best, self.patience.bad = extra["patience"]
+        looked = extra.get("looked", (False, False))
+        self.validated, self.sampled = ({self.state.step} if done else set() for done in looked)
         self.say(f"resume: from step {self.state.step} ({newest})")
         for line in other_versions(saved.state["versions"], checkpoint.versions()):
             self.say(line)
@@ -581,7 +582,7 @@ class Session:
         before = file.trouble
         file.write(value)
         if file.trouble and not before:
-            note(f"{file.trouble}; its lines are kept until they can be, the run goes on")
+            notice(f"{file.trouble}; its lines are kept until they can be, the run goes on")
 
     def _report(self, report: StepReport) -> None:
         self._write(self.metrics, report)
@@ -590,7 +591,7 @@ class Session:
             self.first_packs = []
         self.reporters.tell(report)
         while self.stream.notices:
-            note(self.stream.notices.pop(0))
+            notice(self.stream.notices.pop(0))
 
     def _validate(self, step: int) -> None:
         """Write and show the validation loss, once a step; nothing where validation is off."""
@@ -629,7 +630,7 @@ class Session:
                 ids = self.plan.encoder.prompt(asked).tolist()
             except Unrenderable as refusal:
                 if not self.ranks.rank:
-                    note(f"sample: the template can't write this question ({refusal.reason}): {prompt[:80]!r}")
+                    notice(f"sample: the template can't write this question ({refusal.reason}): {prompt[:80]!r}")
                 continue
             how = dict(stop_ids=self.plan.encoder.stop_ids, max_tokens=self.recipe.sample.max_tokens, **self.context)
             ranks = self.ranks if self.ranks.sharded else ALONE  # else rank 0 runs it alone
@@ -656,6 +657,7 @@ class Session:
                 lengths=lambda: {"metrics.jsonl": self.metrics.sync(), "samples.jsonl": self.samples.sync()},
                 extra={
                     "patience": [self.patience.best, self.patience.bad],
+                    "looked": [step in self.validated, step in self.sampled],
                     "layout": self.layout,
                     "provenance": self.provenance.as_dict(),
                 },
@@ -668,7 +670,7 @@ class Session:
             self.reporters.tell(report(path=str(path), seconds=seconds, size_bytes=size))
         except (CheckpointError, OSError) as error:
             self._write(self.metrics, {"step": step, "save_error": str(error)})
-            note(f"{error}; earlier checkpoints are whole, the run goes on")
+            notice(f"{error}; earlier checkpoints are whole, the run goes on")
             seconds = time.perf_counter() - began
             self.reporters.tell(report(path=None, seconds=seconds, size_bytes=None, error=str(error)))
 

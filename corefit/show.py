@@ -50,7 +50,7 @@ def labels(sample: Sample) -> list[int]:
     aligned = np.full(len(sample.input_ids), IGNORE_INDEX, dtype=np.int64)
     mask = target_mask(sample)
     aligned[:-1][mask[1:]] = sample.input_ids[1:][mask[1:]]
-    return [int(label) for label in aligned]
+    return aligned.tolist()
 
 
 class Piece(NamedTuple):

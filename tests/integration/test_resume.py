@@ -356,6 +356,21 @@ def test_weights_that_cant_be_exported_fail_the_run_and_resume_writes_them(here:
     assert weights(Path("run")) == weights(straight)
 
 
+def test_what_was_looked_at_before_the_last_save_is_not_looked_at_again(here: Here, monkeypatch):
+    from corefit.engine import export
+
+    def full(*arguments: Any, **more: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(RunError):
+        patch.setattr(export, "write_tensors", full)
+        here.train("train.max_steps=4", "sample.every_steps=4", out="run")  # validated, sampled and saved at step 4
+    here.goes_on("run")
+    assert [line["step"] for line in lines(Path("run")) if "val_loss" in line] == [0, 4]
+    samples = [json.loads(line) for line in Path("run/samples.jsonl").read_text("utf-8").splitlines()]
+    assert len({(line["step"], line["prompt"]) for line in samples}) == len(samples) > 0
+
+
 def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(here: Here, run: Path, straight: Path):
     cut(run, 6)
     path = run / "checkpoints" / "step-00000006" / "optimizer.safetensors"

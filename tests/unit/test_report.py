@@ -20,7 +20,6 @@ from corefit.report import (
     cell_width,
     duration,
     finite,
-    note,
     objects,
     perplexity,
     step_line,
@@ -28,6 +27,7 @@ from corefit.report import (
     to_json,
     wrap,
 )
+from corefit.terminal import notice
 from corefit.types import StepReport
 
 
@@ -175,7 +175,7 @@ def test_without_a_terminal_a_plain_line_every_few_steps(capsys):
     progress = Progress(every=5)
     for step in range(1, 12):
         progress.update(report(step, skipped=step == 7, cause="nothing_supervised" if step == 7 else None))
-    note("validation loss 1.5")
+    notice("validation loss 1.5")
     progress.close()
     out, err = capsys.readouterr()
     assert out == ""
@@ -208,7 +208,7 @@ def test_on_a_terminal_one_bar_and_notes_above_it():
     file = Terminal()
     progress = Progress(file=file)
     progress.update(report(5))
-    note("validation loss 1.5", file)
+    notice("validation loss 1.5", file)
     progress.update(report(6))
     progress.close()
     text = file.getvalue()
