@@ -7,7 +7,6 @@ import datetime
 import hashlib
 import importlib.metadata
 import importlib.util
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +17,8 @@ from corefit.recipe import Recipe, flat
 if TYPE_CHECKING:
     from corefit.prepare import Prepared
 
-
 CODE = ("types.py", "templates.py", "fields.py", "own.py", "defaults.py", "prepare.py", "recipe.py")
 """Files of corefit that samples depend on, beside those in ``data``."""
-SAMPLED = re.compile(
-    r"template\.(name|supervise|options)|data\.\d+\.(map|fields|reader|first|on_bad|max_record_mb|options)"
-)
-"""Recipe keys that samples depend on, beside what lies at ``data.path``."""
 HASHED_WHOLE = 2**26
 """Bytes of a data file up to which all of it is hashed."""
 
@@ -51,18 +45,23 @@ def identity(plan: Prepared, base_fingerprint: str) -> dict[str, str]:
 
 def arena_key(plan: Prepared) -> dict[str, Any]:
     """Give everything that the samples of a plan depend on; JSON-able."""
+    recipe = plan.recipe
     key: dict[str, Any] = {
         "tokenizer": plan.tokenizer.fingerprint,
+        "template": plan.template.name,
+        "template.options": dict(recipe.template.options),
+        "template.supervise": recipe.template.supervise,
         "code of corefit": _code(Path(__file__).parent, ("data/*.py", *CODE)),
         "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "jinja2")},
     }
     if plan.template.chat_template is None and "strftime_now" in (plan.tokenizer.chat_template or ""):
         key["day"] = datetime.date.today().isoformat()  # the template writes it into every sample
-    for number, source in enumerate(plan.sources):
+    for number, (entry, source) in enumerate(zip(recipe.data, plan.sources, strict=True)):
         stats = [(str(path.resolve()), path.stat()) for path in source.sources.paths]
         key[f"data.{number}.path"] = [path for path, _ in stats]
         key |= {f"size and time of {path}": [stat.st_size, stat.st_mtime_ns] for path, stat in stats}
-    key |= {name: value for name, value in flat(plan.recipe).items() if SAMPLED.match(name)}
+        for name in ("map", "reader", "fields", "first", "on_bad", "max_record_mb", "options"):
+            key[f"data.{number}.{name}"] = getattr(entry, name)
     return key | _plugins(plan, ("reader", "map function", "template"))
 
 
