@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from corefit.errors import CorefitError, DataError, RecipeError, UserError, encoding_hint
     from corefit.fields import Fields
     from corefit.hookspecs import hookimpl
-    from corefit.run import Run, inspect, train
+    from corefit.run import Run, train
+    from corefit.samples import inspect
     from corefit.templates import PromptTemplate
     from corefit.types import (
         IGNORE_INDEX,
@@ -47,49 +48,23 @@ if TYPE_CHECKING:
         ValidationReport,
     )
 
-_HOME = {
-    "BadRecord": "corefit.types",
-    "CheckpointReport": "corefit.types",
-    "Conversation": "corefit.types",
+_ELSEWHERE = {
     "CorefitError": "corefit.errors",
     "DataError": "corefit.errors",
-    "DatasetReader": "corefit.types",
-    "Document": "corefit.types",
-    "Drop": "corefit.types",
-    "EndReport": "corefit.types",
     "Fields": "corefit.fields",
-    "IGNORE_INDEX": "corefit.types",
-    "ImportedRecipe": "corefit.types",
-    "MapFunction": "corefit.types",
-    "Message": "corefit.types",
-    "PacksReport": "corefit.types",
-    "Position": "corefit.types",
     "PromptTemplate": "corefit.templates",
-    "Quantizer": "corefit.types",
     "RecipeError": "corefit.errors",
-    "RecipeReader": "corefit.types",
-    "Record": "corefit.types",
-    "Reporter": "corefit.types",
     "Run": "corefit.run",
-    "Sample": "corefit.types",
-    "SampleReport": "corefit.types",
-    "Scheduler": "corefit.types",
-    "Segment": "corefit.types",
-    "Sources": "corefit.types",
-    "StartReport": "corefit.types",
-    "StepReport": "corefit.types",
-    "Tokenizer": "corefit.types",
-    "Unrenderable": "corefit.types",
     "UserError": "corefit.errors",
-    "ValidationReport": "corefit.types",
     "encoding_hint": "corefit.errors",
     "fetch_jsonl": "corefit.data.jsonl",
     "hookimpl": "corefit.hookspecs",
     "index_jsonl": "corefit.data.jsonl",
-    "inspect": "corefit.run",
+    "inspect": "corefit.samples",
     "read_jsonl": "corefit.data.jsonl",
     "train": "corefit.run",
 }
+"""Where public names live that are not in ``corefit.types``."""
 
 __all__ = [
     "BadRecord",
@@ -137,8 +112,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401, a module attribute has any type
-    if name in _HOME:
-        value = getattr(importlib.import_module(_HOME[name]), name)
+    if name in __all__:
+        value = getattr(importlib.import_module(_ELSEWHERE.get(name, "corefit.types")), name)
         globals()[name] = value
         return value
     from corefit.deprecated import GOING, warn

@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from corefit.errors import ModelError, UserError
 from corefit.recipe import run_and_step
-from corefit.terminal import answer, notice
+from corefit.terminal import Say, answer, notice, say
 from corefit.types import Message, Unrenderable
 
 if TYPE_CHECKING:
     from corefit.data.tokenizer import Tokenizer
     from corefit.engine.checkpoint import Checkpoint
     from corefit.engine.evaluate import Decoding
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,7 +332,7 @@ def chat_loop(
             named = (f"{name}: {text}" for name, text in sorted(systems.items()))
             write("\n".join([f"system: {system or 'none'}", *named]) + "\n")
         elif word == "/system":
-            system = systems.get(rest.strip(), rest.strip().removeprefix("-") or None)
+            system = None if (rest := rest.strip()) == "-" else systems.get(rest, rest)
             history = _system(system)
         elif word.startswith("/") and word[1:].isalpha() and not rest:
             write(f"no command {word}\n{HELP}")
@@ -357,3 +355,34 @@ def chat_loop(
                 write(f"{error}: /new\n")
                 continue
             history += [question, {"role": "assistant", "content": said}]
+
+
+def chat_with(
+    target: str,
+    *,
+    prompt: str | None = None,
+    system: str | None = None,
+    compare: bool = False,
+    decoding: Mapping[str, Any] | None = None,
+    **how: Any,  # noqa: ANN401, those of Chatter
+) -> None:
+    """Talk to a run, an adapter or a model on the terminal; ``how``: as for ``Chatter``.
+
+    ``system``: a message, or the name of one that a map function puts into its data. ``decoding``: as ``Decoding``.
+    """
+    from corefit.engine.evaluate import Decoding
+    from corefit.registry import Registry
+
+    systems = {name: function.system for name, function in Registry.load().map_functions.items() if function.system}
+    chatter = Chatter(target, decoding=Decoding(**decoding or {}), **how)
+    system = systems.get(system, system) if system is not None else chatter.found.facts.get("system")
+    if prompt is None:
+        chat_loop(chatter, system=system, systems=systems, compare=compare)
+        return
+    messages = [*_system(system), {"role": "user", "content": prompt}]
+    for on in (False, True) if compare else (True,):
+        if compare:
+            answer(f"adapter {'on:  ' if on else 'off: '}")
+        for piece in chatter.answer(messages, adapter=on):
+            answer(piece)
+        say()

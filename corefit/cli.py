@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         args = _parsed([a for a in arguments if a != "--debug"])
+        args.more = ["--debug"] * debug  # for the processes that are started
         code = int(args.run(args))
         sys.stdout.flush()  # a broken pipe must show here, not at interpreter exit
         return code
@@ -354,7 +355,7 @@ def _train(args: argparse.Namespace) -> int:
     if n != "1" and "WORLD_SIZE" not in os.environ:
         from corefit.launch import launch
 
-        return launch(n, args.words)
+        return launch(n, args.words + args.more)
     flags = _flags(args, "quantizer", "scheduler", "out")
     how = dict(resume=args.resume, allow_changes=args.allow_changes, dry_run=args.dry_run, own_process=True)
     return train_from(args.recipe, flags, args.sets, **how).exit_code
@@ -363,11 +364,11 @@ def _train(args: argparse.Namespace) -> int:
 def _launch(args: argparse.Namespace) -> int:
     from corefit.launch import launch
 
-    return launch(args.n, args.rest)
+    return launch(args.n, args.rest + args.more)
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from corefit.run import inspect_from
+    from corefit.samples import inspect_from
 
     inspect_from(
         args.recipe, _flags(args), args.sets, tokenizer=args.tokenizer, samples=args.samples, as_json=args.json
@@ -390,14 +391,14 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    from corefit.run import pack_from
+    from corefit.samples import pack_from
 
     pack_from(args.recipe, _flags(args), args.sets, out=args.out, tokenizer=args.tokenizer)
     return 0
 
 
 def _chat(args: argparse.Namespace) -> int:
-    from corefit.run import chat_with
+    from corefit.chat import chat_with
 
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
     decoding = {name: value for name in names if (value := getattr(args, name)) is not None}

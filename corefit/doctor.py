@@ -22,7 +22,7 @@ from typing import Any
 
 from corefit import __version__
 from corefit.data import kernel
-from corefit.errors import CorefitError
+from corefit.errors import CorefitError, in_words
 from corefit.registry import GROUP, Registry
 from corefit.report import columns, to_json
 from corefit.terminal import say, secrets, visible, without_secrets, write
@@ -80,7 +80,7 @@ def examine() -> Report:
         try:
             look(report)
         except Exception as error:
-            report.broken.append(f"{section}: {_words(error)}")
+            report.broken.append(f"{section}: {in_words(error)}")
     report.facts["environment"] = report.facts.pop("environment", {})  # looked at first, shown last
     return report
 
@@ -93,11 +93,6 @@ def private(text: str) -> str:
     if len(home) > 1:
         text = re.sub(re.escape(home) + r"(?![\w.-])", "~", text)
     return re.sub(r"(?<=://)[^/\s@]+@", "", text)
-
-
-def _words(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def _size(n: float) -> str:
@@ -127,7 +122,7 @@ def _packages(report: Report) -> None:
             try:
                 importlib.import_module(name)
             except BaseException as error:  # a broken package may raise anything, SystemExit too
-                report.broken.append(f"{name} {version}: importing it raised {_words(error)}")
+                report.broken.append(f"{name} {version}: importing it raised {in_words(error)}")
     for name in ("tokenizers", "numpy", "huggingface_hub"):
         if version := _version(name):
             report.add("versions", name, version)
@@ -166,7 +161,7 @@ def _gpu(report: Report) -> None:
             cards = "; ".join(done.stdout.split("\n")[:8]).strip("; ")
             report.add("GPU", "driver", cards or done.stderr or "no answer")
         except (OSError, subprocess.TimeoutExpired) as error:
-            report.add("GPU", "driver", _words(error))
+            report.add("GPU", "driver", in_words(error))
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(i)
         bf16 = properties.major >= 8
@@ -195,7 +190,9 @@ def _bitsandbytes(report: Report) -> None:
             packed, state = quantize_4bit(weights, quant_type="nf4", compress_statistics=True)
             off = float((dequantize_4bit(packed, state) - weights).norm() / weights.norm())
         except Exception as error:
-            report.broken.append(f"bitsandbytes: NF4 on {device} raised {_words(error)}; --quantizer none does without")
+            report.broken.append(
+                f"bitsandbytes: NF4 on {device} raised {in_words(error)}; --quantizer none does without"
+            )
             continue
         if not 0 < off < NF4_ERROR:
             words = f"changes numbers by {100 * off:.1f} %; expected 9 to 10"
@@ -214,7 +211,7 @@ def _kernel(report: Report) -> None:
             importlib.import_module("corefit.data.kernel._kernel")
             why = "unknown"
         except ImportError as error:
-            why = f"{_words(error)}; there was no C compiler when corefit was installed: get one, install again"
+            why = f"{in_words(error)}; there was no C compiler when corefit was installed: get one, install again"
     report.add("kernels", "corefit's own", f"Python ({why})")
     report.slow.append(f"reading and packing are done by the Python twins of the C kernel: {why}")
 

@@ -15,7 +15,8 @@ from typing import Any
 from corefit.durable import read_json, write_whole
 from corefit.errors import CorefitError, RecipeError, RunError, system_words
 from corefit.recipe import flat, load_recipe
-from corefit.report import note, objects, to_json
+from corefit.report import objects, to_json
+from corefit.terminal import notice
 from corefit.types import EndReport, Event, PacksReport, StartReport
 
 NAME = "report.html"
@@ -50,7 +51,7 @@ def reporter(options: object = None) -> Callable[[Event], None]:
             due = began + EVERY
             if not trouble:
                 trouble = f"{folder / NAME}: can't be written: {system_words(error)}"
-                note(f"{trouble}; it is tried again, the run goes on")
+                notice(f"{trouble}; it is tried again, the run goes on")
 
     return tell
 

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
-import hashlib
-import importlib.metadata
-import importlib.util
+import json
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from corefit.data.arena import Arena, write_arena
-from corefit.data.block import RECORD, Block, fit
+from corefit.data.arena import Arena
 from corefit.data.encode import Encoder, make_encoder
 from corefit.data.files import STDIN_NAME, find_files, spool
-from corefit.data.ledger import Ledger
 from corefit.data.source import (
-    At,
-    Input,
     as_found,
-    encode_items,
-    encode_records,
     items_of,
     map_record,
-    record_row,
     refused,
 )
 from corefit.data.stream import Source, Stream
@@ -37,17 +27,16 @@ from corefit.data.tokenizer import Tokenizer
 from corefit.durable import read_json
 from corefit.errors import CorefitError, DataError, ModelError, PluginError, RecipeError, in_words, unknown
 from corefit.fields import Fields
-from corefit.own import own_code, own_file
+from corefit.identity import arena_key
 from corefit.recipe import (
     Data,
     Recipe,
     apply_overrides,
-    flat,
     imported_recipe,
     load_recipe,
-    option_keys,
     options_from,
     run_and_step,
+    shares,
     to_toml,
 )
 from corefit.registry import Registry
@@ -59,10 +48,7 @@ from corefit.types import (
     Document,
     Drop,
     ImportedRecipe,
-    Item,
-    MapFunction,
     Record,
-    Sample,
     Sources,
 )
 from corefit.zoo import named_recipe
@@ -72,10 +58,6 @@ SNIFFED = 32
 """Records looked at when no map function is named."""
 FIELDS = "fields"
 """Name of the map function that ``[data.fields]`` describes."""
-CODE = ("types.py", "templates.py", "fields.py", "own.py", "defaults.py", "prepare.py", "recipe.py")
-"""Files of corefit that samples depend on, beside those in ``data``."""
-HASHED_WHOLE = 2**26
-"""Bytes of a data file up to which all of it is hashed."""
 OTHER_LORA = (
     *("alpha_pattern", "rank_pattern", "lora_bias", "layer_replication"),
     *("trainable_token_indices", "target_parameters"),
@@ -140,7 +122,7 @@ def resolve(
             "--set SECTION.KEY=VALUE sets a recipe's"
         )
     text = to_toml(resolved)
-    if leaked := [name for name, value in secrets().items() if value in text]:
+    if leaked := [name for name, value in secrets().items() if json.dumps(value, ensure_ascii=False)[1:-1] in text]:
         raise RecipeError(
             f"the value of ${leaked[0]} is part of a flag or of the recipe, which run folders and arenas keep; leave "
             "it in the environment, where a plugin can read it"
@@ -351,8 +333,11 @@ def _sources(
         mapper = registry.map_function(name)
     if reader.needs_path and not train:
         raise RecipeError(f"reader {reader.name!r} needs data.path; --data names it")
-    reader_options, map_options = _split_options(entry.options, reader, mapper)
-
+    classes, where = (reader.options, mapper.options), "data.options"
+    reader_options, map_options = (
+        options_from(cls, share, where=where)
+        for cls, share in zip(classes, shares(entry.options, classes, where=where), strict=True)
+    )
     ordered = Source(
         reader=reader,
         reader_options=reader_options,
@@ -388,20 +373,6 @@ def _plain(path: Path, recipe: Recipe, entry: Data, spool_to: Path | None, again
     if stdin and again and (spool_to / STDIN_NAME).is_file():
         return spool_to / STDIN_NAME
     return spool(path, spool_to) if stdin or packed else path
-
-
-def _split_options(
-    table: Mapping[str, Any], reader: DatasetReader, mapper: MapFunction
-) -> tuple[object | None, object | None]:
-    """Give the reader's and the map function's options from one table; a key may belong to either, or to both."""
-    ours, theirs = option_keys(reader.options), option_keys(mapper.options)
-    for key in table:
-        if key not in {*ours, *theirs}:
-            raise RecipeError(f"data.options: {unknown('key', key, {*ours, *theirs})}")
-    return (
-        options_from(reader.options, {k: v for k, v in table.items() if k in ours}, where="data.options"),
-        options_from(mapper.options, {k: v for k, v in table.items() if k in theirs}, where="data.options"),
-    )
 
 
 def _sniff(sources: Sources, reader: DatasetReader, registry: Registry, on_bad: str) -> tuple[str, list[str]]:
@@ -472,62 +443,17 @@ def _check_format(source: Source, first: Sequence[Record | BadRecord], registry:
     if mapper.name in fits:
         return []
     items = [item for record in records for item in map_record(source, record)]
-    if reasons := dict.fromkeys(item.reason for item in items if isinstance(item, Drop)):
-        if len(items) == sum(isinstance(item, Drop) for item in items):
-            reads = f"it reads {', '.join(wanted[:5])}; " if wanted else ""
-            raise DataError(
-                f"{origin}: map function {mapper.name!r} makes nothing of the first {len(records)} records "
-                f"({', '.join(reasons)}); {reads}keys there: {_keys(records)}; {_fitting(records, registry)}"
-                "`corefit plugins` lists all"
-            )
+    reasons = [item.reason for item in items if isinstance(item, Drop)]
+    if reasons and len(reasons) == len(items):
+        reads = f"it reads {', '.join(wanted[:5])}; " if wanted else ""
+        raise DataError(
+            f"{origin}: map function {mapper.name!r} makes nothing of the first {len(records)} records "
+            f"({', '.join(dict.fromkeys(reasons))}); {reads}keys there: {_keys(records)}; "
+            f"{_fitting(records, registry)}`corefit plugins` lists all"
+        )
     if fits and mapper.sniff is not None:
         return [f"data: the records look like {' or '.join(fits)}, but {mapper.name} was named"]
     return []
-
-
-def without_out(recipe: Recipe) -> Recipe:
-    """Give the recipe without its run folder: what makes two runs the same."""
-    return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, out=None))
-
-
-# ---------------------------------------------------------------------------------------------- looking at samples
-
-
-def walk(plan: Prepared) -> Iterator[tuple[Item, Sample]]:
-    """Yield every training sample with its item, in data order; a split conversation yields each of its parts.
-
-    Raises:
-        DataError: a bad record where ``on_bad`` is ``"error"``; a map function that failed.
-    """
-    for source in plan.sources:
-        records = source.read()
-        while group := list(islice(records, 64)):
-            for record in group:
-                if isinstance(record, BadRecord) and source.on_bad == "error":
-                    raise refused(record)
-            items = items_of(((source, record) for record in group), plan.encoder.supervise)
-            block, _ = encode_items(items, plan.encoder)
-            block = fit(block, plan.recipe.pack.max_length, plan.recipe.pack.overlong)
-            for i, number in enumerate(block.samples[:, RECORD].tolist()):
-                yield items[number][0], block.sample(i, items[number][1])
-            if block.error is not None:
-                raise block.error
-
-
-def look(plan: Prepared) -> Iterator[tuple[Source, list[Record | BadRecord], Block]]:
-    """Yield records and what becomes of them, in the order of the first epoch; what is wrong with them ends nothing.
-
-    A block with an error has fewer records than the list: those before the one that would end the run.
-    """
-    for number, source in enumerate(plan.sources):
-        anyhow = dataclasses.replace(source, on_bad="skip")
-        if any(path.suffix == ".gz" for path in source.sources.paths):
-            anyhow = dataclasses.replace(anyhow, shuffle=False)  # a run unpacks such files first
-        records = (record for _, record in Input(number, anyhow, plan.recipe.train.seed, []).read(0, At()))
-        while group := list(islice(records, 64)):
-            rows = [record_row(0, i, record, 0, 0) for i, record in enumerate(group)]
-            block = encode_records([anyhow], group, rows, plan.encoder, names=("",))
-            yield source, group, fit(block, plan.recipe.pack.max_length, plan.recipe.pack.overlong)
 
 
 def encoding_threads(recipe: Recipe) -> int:
@@ -569,134 +495,3 @@ def make_stream(
         rank=rank,
         arena=Arena(Path(pack.arena), arena_key(plan)) if pack.arena else None,
     )
-
-
-def arena_key(plan: Prepared) -> dict[str, Any]:
-    """Give everything that the samples of a plan depend on; JSON-able."""
-    recipe = plan.recipe
-    key: dict[str, Any] = {
-        "tokenizer": plan.tokenizer.fingerprint,
-        "template": plan.template.name,
-        "template.options": dict(recipe.template.options),
-        "template.supervise": recipe.template.supervise,
-        "code of corefit": _code(Path(__file__).parent, ("data/*.py", *CODE)),
-        "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "jinja2")},
-    }
-    if plan.template.chat_template is None and "strftime_now" in (plan.tokenizer.chat_template or ""):
-        key["day"] = datetime.date.today().isoformat()  # the template writes it into every sample
-    for number, (entry, source) in enumerate(zip(recipe.data, plan.sources, strict=True)):
-        where = f"data.{number}"
-        stats = [(str(path.resolve()), path.stat()) for path in source.sources.paths]
-        key[f"{where}.path"] = [path for path, _ in stats]
-        key |= {f"size and time of {path}": [stat.st_size, stat.st_mtime_ns] for path, stat in stats}
-        key |= {f"{where}.map": source.map_function.name, f"{where}.reader": source.reader.name}
-        key[f"{where}.fields"] = dict(entry.fields)
-        for name in ("first", "on_bad", "max_record_mb"):
-            key[f"{where}.{name}"] = getattr(entry, name)
-        key[f"{where}.options"] = dict(entry.options)
-    return key | _plugins(plan, ("reader", "map function", "template"))
-
-
-def used_entries(plan: Prepared) -> dict[str, list[str]]:
-    """Give the names of the entries that a run uses, by kind."""
-    maps = {source.map_function.name for source in plan.sources} - {FIELDS}
-    return {
-        "reader": sorted({source.reader.name for source in plan.sources}),
-        "map function": sorted(maps),
-        "template": [plan.template.name],
-        "quantizer": [plan.recipe.model.quantizer],
-        "scheduler": [plan.recipe.train.scheduler],
-        "reporter": list(plan.recipe.run.reporters),
-    }
-
-
-def _plugins(plan: Prepared, kinds: Sequence[str]) -> dict[str, Any]:
-    """Give version and code of the plugins that a run uses; corefit's own come with its version."""
-    found, used = dict[str, Any](), used_entries(plan)
-    for kind, name in [(word, name) for word in kinds for name in used[word]]:
-        plugin = plan.registry.provider(kind, name)
-        if ":" in name:  # the user's own, wherever it lies
-            found[f"code of {kind} {plugin.name}"] = plugin.version
-            continue
-        found[f"version of {kind} {name}"] = plugin.source
-        package = plugin.module.partition(":")[0].partition(".")[0]
-        spec = importlib.util.find_spec(package)
-        if package == "corefit" or spec is None:
-            continue
-        folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-        codes = [_code(folder, ("**/*",)) for folder in folders]
-        file = Path(spec.origin or "")
-        found[f"code of {kind} {name}"] = codes or [_code(file.parent, (file.name,))]
-    return found
-
-
-def identity(plan: Prepared, base_fingerprint: str) -> dict[str, str]:
-    """Give what must not change unnoticed while a run goes on: key -> value in words.
-
-    All recipe keys, what is in the files that they name, and version and code of the plugins.
-    """
-    recipe = plan.recipe
-    found = flat(without_out(recipe))
-    for number, source in enumerate(plan.sources):
-        if own_file(source.map_function.name):  # may lie elsewhere now; its code is compared
-            found[f"data.{number}.map"] = own_code(source.map_function.name)[0]
-    found |= {"base model": base_fingerprint[:16], "tokenizer": plan.tokenizer.fingerprint[:16]}
-    for word, sources in (("data", plan.sources), ("val", plan.val_sources)):
-        for number, source in enumerate(sources):
-            for i, path in enumerate(source.sources.paths):
-                facts = file_facts(path)
-                found[f"file {i} of {word} {number}"] = f"{path.name}, {facts['bytes']:,} bytes, {facts['sha256'][:16]}"
-    kinds = ("reader", "map function", "template", "quantizer", "scheduler")
-    return found | {key: str(value) for key, value in _plugins(plan, kinds).items()}
-
-
-def file_facts(path: Path) -> dict[str, Any]:
-    """Give path, size and SHA-256 of a data file; of a large one only the size and 64 blocks are hashed.
-
-    So 100 GB take no time, and an edit within one that leaves its size as it was may go unseen.
-    """
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        if size <= HASHED_WHOLE:
-            return {"path": str(path), "bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-        for block in range(64):
-            file.seek((size - 2**16) * block // 63)
-            digest.update(file.read(2**16))
-    return {"path": str(path), "bytes": size, "sha256": digest.hexdigest(), "of": "64 blocks"}
-
-
-def _code(folder: Path, patterns: Sequence[str]) -> str:
-    """Give a hash of files, by name and content; compiled ones are left out."""
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
-        if path.is_file() and path.suffix != ".pyc":
-            data = path.read_bytes()
-            digest.update(f"{path.relative_to(folder).as_posix()}\0{len(data)}\0".encode() + data)
-    return digest.hexdigest()[:16]
-
-
-def make_arena(
-    plan: Prepared, folder: Path, key: Mapping[str, Any], *, watch: Callable[[Iterator[Block]], Iterator[Block]]
-) -> Block:
-    """Encode all records of a plan into an arena with its ``arena_key``; ``watch`` may look at the blocks as they pass.
-
-    Raises:
-        DataError: a bad record, or a map function that failed. RunError: the disk refuses.
-    """
-    sources = tuple(dataclasses.replace(source, shuffle=False) for source in plan.sources)
-    threads = encoding_threads(plan.recipe)
-    stream = Stream(sources, plan.encoder, max_length=plan.recipe.pack.max_length, threads=threads)
-    return write_arena(folder, key, lambda: stream.sizes, watch(stream.encoded()), vocab_size=plan.tokenizer.vocab_size)
-
-
-def tally(plan: Prepared, samples: int) -> tuple[float, dict[str, Any]]:
-    """Pack one epoch, or its first ``samples`` samples; give the fill in per cent and the ledger."""
-    used = slots = seen = 0
-    state: Callable[[], Mapping[str, Any]] | None = None
-    for (batch,) in make_stream(plan, epochs=1, shuffle=False).steps(1, 1):
-        used, slots, seen = used + batch.n_tokens, slots + plan.recipe.pack.max_length, seen + batch.n_samples
-        state = batch.state
-        if seen >= samples:
-            break
-    return 100 * used / max(slots, 1), dict(state()["ledger"]) if state else Ledger().as_dict()

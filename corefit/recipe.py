@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import glob
+import json
 import math
 import os
 import re
@@ -272,11 +273,14 @@ class Recipe:
 
     def where(self, key: str) -> str:
         """Give where a value comes from: ``file:line``, the flag as typed, or ``default``."""
-        while key:
-            if key in self.origins:
-                return self.origins[key]
-            key = key.rpartition(".")[0]
-        return "default"
+        return _place(self.origins, key) or "default"
+
+
+def _place(places: Mapping[str, str], key: str) -> str:
+    """Give the place of a dotted key, else that of the table it is in; empty: neither is known."""
+    while key and key not in places:
+        key = key.rpartition(".")[0]
+    return places.get(key, "")
 
 
 SECTIONS: Mapping[str, Any] = {
@@ -306,9 +310,12 @@ class _Mismatch(Exception):
 
 @cache
 def _hints(cls: Any) -> dict[str, Any]:  # noqa: ANN401, mypy takes a type for unhashable
-    """Field name -> annotation, with conditions."""
-    hints = get_type_hints(cls, include_extras=True)
-    return {item.name: hints[item.name] for item in dataclasses.fields(cls) if item.init}
+    """Field name -> annotation, with conditions; PluginError for a plugin's class that has none."""
+    try:
+        hints = get_type_hints(cls, include_extras=True)
+        return {item.name: hints[item.name] for item in dataclasses.fields(cls) if item.init}
+    except Exception as error:
+        raise PluginError(f"options class {cls!r}: {error}") from error
 
 
 def _convert(hint: Any, value: object) -> Any:  # noqa: ANN401, annotations and values have any type
@@ -386,7 +393,7 @@ def _mismatch(key: str, hint: Any, value: object) -> str:  # noqa: ANN401
 def option_keys(cls: type | None) -> dict[str, str]:
     """Give the keys of a plugin's options, each with its type and default in words; none where it has no options."""
     keys = {}
-    for name, hint in {} if cls is None else _options_hints(cls).items():
+    for name, hint in {} if cls is None else _hints(cls).items():
         item = next(item for item in dataclasses.fields(cls) if item.name == name)  # type: ignore[arg-type]
         default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
         known = "" if default in (None, dataclasses.MISSING) else f" (default {_value(default)})"
@@ -394,11 +401,16 @@ def option_keys(cls: type | None) -> dict[str, str]:
     return keys
 
 
-def _options_hints(cls: type) -> dict[str, Any]:
-    try:
-        return _hints(cls)
-    except Exception as error:
-        raise PluginError(f"options class {cls!r}: {error}") from error
+def shares(table: Mapping[str, Any], classes: Sequence[type | None], *, where: str) -> list[dict[str, Any]]:
+    """Divide a table of options: each key goes to every class that has it.
+
+    Raises:
+        RecipeError: a key that none has.
+    """
+    keys = [option_keys(cls) for cls in classes]
+    known = {key for each in keys for key in each}
+    _raise(f"{where}: {unknown('option', key, known)}" for key in table if key not in known)
+    return [{key: value for key, value in table.items() if key in each} for each in keys]
 
 
 def options_from(cls: type | None, table: Mapping[str, Any], *, where: str | Callable[[str], str]) -> object | None:
@@ -414,7 +426,7 @@ def options_from(cls: type | None, table: Mapping[str, Any], *, where: str | Cal
         PluginError: the class has a field that a recipe can't hold.
     """
     at = where if callable(where) else lambda key: where
-    hints = {} if cls is None else _options_hints(cls)
+    hints = {} if cls is None else _hints(cls)
     problems = []
     values = {}
     for key, value in table.items():
@@ -476,12 +488,8 @@ def parse_recipe(text: str, *, name: str, base: Path) -> Recipe:
         words, _, at = str(error).removesuffix(")").partition(" (at ")
         place = ":".join(re.findall(r"\d+", at)) or str(len(text.splitlines()))  # "end of document"
         raise RecipeError(f"{name}:{place}: not TOML: {words}") from error
-    lines = _key_lines(text)
-
-    def line_at(path: tuple[str | int, ...]) -> str:
-        return f"{name}:{lines[path]}" if path in lines else line_at(path[:-1]) if path else f"{name}:1"
-
-    return recipe_from(raw, line_at, base)
+    places = {key: f"{name}:{line}" for key, line in _key_lines(text).items()}
+    return _recipe(raw, places, name=name, base=base)
 
 
 def imported_recipe(found: ImportedRecipe, *, name: str, base: Path) -> Recipe:
@@ -490,15 +498,11 @@ def imported_recipe(found: ImportedRecipe, *, name: str, base: Path) -> Recipe:
     Raises:
         RecipeError: one line for everything that is wrong, each with file and line.
     """
-
-    def at(path: tuple[str | int, ...]) -> str:
-        return found.lines.get(".".join(map(str, path))) or (at(path[:-1]) if path else f"{name}:1")
-
-    return recipe_from(found.tables, at, base)
+    return _recipe(found.tables, found.lines, name=name, base=base)
 
 
-def recipe_from(raw: Mapping[str, Any], at: Callable[[tuple[str | int, ...]], str], base: Path) -> Recipe:
-    """Check tables as ``tomllib`` gives them; ``at`` gives ``path:line`` of ``("data", 0, "map")``.
+def _recipe(raw: Mapping[str, Any], places: Mapping[str, str], *, name: str, base: Path) -> Recipe:
+    """Check tables as ``tomllib`` gives them; ``places``: dotted key (``data.0.map``) -> ``path:line``.
 
     Raises:
         RecipeError: one line for everything that is wrong, each with file and line.
@@ -507,33 +511,35 @@ def recipe_from(raw: Mapping[str, Any], at: Callable[[tuple[str | int, ...]], st
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
 
-    def problem(path: tuple[str | int, ...], words: str) -> None:
-        problems.append((at(path), words))
+    def at(key: str) -> str:
+        return _place(places, key) or f"{name}:1"
 
-    def section(cls: type[Any], table: object, path: tuple[str | int, ...]) -> Any:  # noqa: ANN401
-        title = str(path[0])
+    def problem(key: str, words: str) -> None:
+        problems.append((at(key), words))
+
+    def section(title: str, table: object, path: str) -> Any:  # noqa: ANN401
         if not isinstance(table, dict):
             problem(path, f"{title} is a value; write a table, [{title}]")
-            return cls()
+            return SECTIONS[title]()
         taken = {}
         for key, value in table.items():
             try:
                 taken[key] = _setting(f"{title}.{key}", value, base)
-                for inner in [(key,), *((key, option) for option in (value if isinstance(value, dict) else ()))]:
-                    origins[".".join(map(str, (*path, *inner)))] = at((*path, *inner))
+                for inner in [key, *(f"{key}.{option}" for option in (value if isinstance(value, dict) else ()))]:
+                    origins[f"{path}.{inner}"] = at(f"{path}.{inner}")
             except RecipeError as error:
-                problem((*path, key), str(error))
-        return cls(**taken)
+                problem(f"{path}.{key}", str(error))
+        return SECTIONS[title](**taken)
 
     for title, table in raw.items():
         if title not in SECTIONS:
-            problem((title,), f"{unknown('section', title, SECTIONS)}{_elsewhere(title, '')}")
+            problem(title, f"{unknown('section', title, SECTIONS)}{_elsewhere(title, '')}")
         elif title != "data":
-            values[title] = section(SECTIONS[title], table, (title,))
+            values[title] = section(title, table, title)
         elif isinstance(table, (list, tuple)) and _all_tables(table):
-            values[title] = tuple(section(Data, source, (title, i)) for i, source in enumerate(table))
+            values[title] = tuple(section(title, source, f"{title}.{i}") for i, source in enumerate(table))
         else:
-            problem((title,), "data is a list of tables; write [[data]]")
+            problem(title, "data is a list of tables; write [[data]]")
     problems.sort(key=lambda problem: [int(n) if n.isdecimal() else 0 for n in problem[0].split(":")[-1:]])
     _raise(f"{where}: {words}" for where, words in problems)
     recipe = Recipe(**values, origins=origins)
@@ -618,11 +624,6 @@ def _conflicts(recipe: Recipe) -> list[str]:
     return lines
 
 
-_SKIP = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
-_PART = r"""(?:[A-Za-z0-9_-]+|"(?:\\.|[^"\\\n])*"|'[^'\n]*')"""
-_NAME = rf"{_PART}(?:[ \t]*\.[ \t]*{_PART})*"
-_HEADER = re.compile(rf"(\[\[?)[ \t]*({_NAME})[ \t]*\]\]?")
-_KEY = re.compile(rf"({_NAME})[ \t]*=")
 _TOKEN = re.compile(
     r'''"""(?:\\.|[^\\])*?""""{0,2}|"(?:\\.|[^"\\\n])*"|'''
     r"""'''.*?''''{0,2}|'[^'\n]*'|#[^\n]*|(?P<open>[\[{])|(?P<close>[\]}])|(?P<end>\n)|[^"'#\[\]{}\n]+""",
@@ -630,61 +631,39 @@ _TOKEN = re.compile(
 )
 
 
-def _key_lines(text: str) -> dict[tuple[str | int, ...], int]:
-    r"""Give the line of every key and table in text that ``tomllib`` accepts; lists of tables add an index.
+def _key_lines(text: str) -> dict[str, int]:
+    r"""Give the line of every key and table, dotted, in text that ``tomllib`` accepts; lists of tables add an index.
 
     >>> _key_lines("[[data]]\nmap = 'a'\n[data.options]\nx = 1")
-    {('data', 0): 1, ('data', 0, 'map'): 2, ('data', 0, 'options'): 3, ('data', 0, 'options', 'x'): 4}
+    {'data.0': 1, 'data.0.map': 2, 'data.0.options': 3, 'data.0.options.x': 4}
     """
-    lines: dict[tuple[str | int, ...], int] = {}
-    last: dict[tuple[str | int, ...], int] = {}  # a list of tables -> index of its newest
-    table: tuple[str | int, ...] = ()
-    at, line = 0, 1
-
-    def within(parts: Sequence[str]) -> tuple[str | int, ...]:
-        path: tuple[str | int, ...] = ()
-        for part in parts:
-            path = (*path, part)
-            if path in last:
-                path = (*path, last[path])
-        return path
-
-    while True:
-        start, at = at, cast("re.Match[str]", _SKIP.match(text, at)).end()
-        line += text.count("\n", start, at)
-        start = at
-        if header := _HEADER.match(text, at):
-            parts = _parts(header[2])
-            if header[1] == "[[":
-                path = (*within(parts[:-1]), parts[-1])
-                last[path] = last.get(path, -1) + 1
-            table = within(parts)
-            lines.setdefault(table, line)
-            at = header.end()
-        elif key := _KEY.match(text, at):
-            path = table
-            for part in _parts(key[1]):
-                path = (*path, part)
+    lines: dict[str, int] = {}
+    newest: dict[str, int] = {}  # of a list of tables
+    table, at, line = "", 0, 1
+    while at < len(text):
+        start, depth = at, 0
+        while token := _TOKEN.match(text, at):
+            at = token.end()
+            if token["end"] and not depth:
+                break
+            depth += bool(token["open"]) - bool(token["close"])
+        statement = text[start:at].strip()
+        header, node = statement.startswith("["), tomllib.loads(statement)
+        path = "" if header else table
+        while isinstance(node, dict) and len(node) == 1:
+            ((part, node),) = node.items()
+            path = f"{path}.{part}" if path else part
+            if isinstance(node, list) and header:
+                newest[path] = newest.get(path, -1) + 1
+            if path in newest:
+                path = f"{path}.{newest[path]}"
+            if not header:
                 lines.setdefault(path, line)
-            at, depth = key.end(), 0
-            while token := _TOKEN.match(text, at):
-                if token["end"] and not depth:
-                    break
-                depth += bool(token["open"]) - bool(token["close"])
-                at = token.end()
-        else:
-            return lines
+        if header:
+            table = path
+            lines.setdefault(path, line)
         line += text.count("\n", start, at)
-
-
-def _parts(name: str) -> list[str]:
-    """Split a dotted key as TOML does."""
-    node: Any = tomllib.loads(f"{name} = 0")
-    parts = []
-    while isinstance(node, dict):
-        ((part, node),) = node.items()
-        parts.append(part)
-    return parts
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------ flags
@@ -776,11 +755,7 @@ def _assign(recipe: Recipe, key: str, tries: Sequence[object], origin: str) -> R
 
 def to_toml(recipe: Recipe) -> str:
     """Write the whole recipe, defaults too, without keys that are None; ``parse_recipe`` gives an equal one back."""
-    table: dict[str, Any] = {}
-    for title in SECTIONS:
-        section = getattr(recipe, title)
-        table[title] = [_set_keys(each) for each in section] if isinstance(section, tuple) else _set_keys(section)
-    return toml_dumps(table)
+    return toml_dumps(_tables(recipe))
 
 
 def flat(recipe: Recipe) -> dict[str, str]:
@@ -791,19 +766,22 @@ def flat(recipe: Recipe) -> dict[str, str]:
         if isinstance(value, Mapping):
             for name, item in value.items():
                 add(f"{key}.{name}", item)
-        elif value is not None:
+        else:
             found[key] = _value(value)
 
-    for title in SECTIONS:
-        section = getattr(recipe, title)
-        for number, each in enumerate(section) if isinstance(section, tuple) else ((None, section),):
-            add(title if number is None else f"{title}.{number}", _set_keys(each))
+    for title, table in _tables(recipe).items():
+        add(title, dict(enumerate(table)) if isinstance(table, list) else table)
     return found
 
 
-def _set_keys(section: Any) -> dict[str, Any]:  # noqa: ANN401, one of the section classes
-    values = {item.name: getattr(section, item.name) for item in dataclasses.fields(section)}
-    return {name: value for name, value in values.items() if value is not None and value != {}}
+def _tables(recipe: Recipe) -> dict[str, Any]:
+    """Give all keys that are set, as TOML has them."""
+
+    def keys(section: Any) -> dict[str, Any]:  # noqa: ANN401, one of the section classes
+        return {name: value for name, value in vars(section).items() if value is not None and value != {}}
+
+    sections = {title: getattr(recipe, title) for title in SECTIONS}
+    return {title: list(map(keys, s)) if isinstance(s, tuple) else keys(s) for title, s in sections.items()}
 
 
 def toml_dumps(table: Mapping[str, Any]) -> str:
@@ -840,9 +818,6 @@ def _bare(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _value(key)
 
 
-_ESCAPES = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r"}
-
-
 def _value(value: object) -> str:
     """Write one value on one line."""
     if isinstance(value, bool):
@@ -850,7 +825,7 @@ def _value(value: object) -> str:
     if isinstance(value, str):
         if any("\ud800" <= letter <= "\udfff" for letter in value):
             raise RecipeError(f"{value!a} is no UTF-8 text")
-        return '"' + re.sub(r'["\\\x00-\x1f\x7f]', lambda m: _ESCAPES.get(m[0], f"\\u{ord(m[0]):04x}"), value) + '"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML escapes as JSON does, and that
     if isinstance(value, (int, float)):
         return repr(value)
     if isinstance(value, (datetime.date, datetime.time)):

@@ -102,12 +102,6 @@ class JsonLines:
         self._length, self._unwritten, self.trouble = self._length + done, b"", ""
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read what ``JsonLines`` wrote; a last line that was cut short is left out."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.split("\n")[:-1]]
-
-
 def objects(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSON lines file, if it is there; what is no object, a torn line too, is left out."""
     if not path.exists():
@@ -147,7 +141,7 @@ class Progress:
             with contextlib.suppress(OSError):
                 self._bar.refresh()
         elif self._first is None or report.skipped or report.step % self._every == 0:
-            note(text, self._file)
+            terminal.notice(text, self._file)
         self._first = self._first or (now, report.progress)
 
     def close(self) -> None:
@@ -155,16 +149,6 @@ class Progress:
         with contextlib.suppress(OSError):
             if self._bar is not None:
                 self._bar.close()
-
-
-def note(text: str, file: TextIO | None = None) -> None:
-    """Print a line on standard error, above the bar where there is one; a terminal that is gone ends no run."""
-    file = file or sys.stderr
-    with contextlib.suppress(OSError):
-        if "tqdm" in sys.modules and file.isatty():
-            sys.modules["tqdm"].tqdm.write(terminal.visible(text), file=file)
-        else:
-            terminal.say(text, file=file)
 
 
 def progress(options: object = None) -> Callable[[Event], None]:
@@ -180,7 +164,9 @@ def progress(options: object = None) -> Callable[[Event], None]:
         elif isinstance(event, StepReport):
             shown.update(event)
         elif isinstance(event, ValidationReport):
-            note(f"step {event.step}: validation loss {event.loss:.4f} (perplexity {perplexity(event.loss):,.2f})")
+            terminal.notice(
+                f"step {event.step}: validation loss {event.loss:.4f} (perplexity {perplexity(event.loss):,.2f})"
+            )
         elif isinstance(event, EndReport):
             shown.close()
 

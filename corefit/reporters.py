@@ -21,10 +21,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, get_args
 
 from corefit import types
-from corefit.errors import PluginError, in_words, system_words, unknown
-from corefit.recipe import option_keys, options_from
+from corefit.errors import PluginError, in_words, system_words
+from corefit.recipe import options_from, shares
 from corefit.registry import GROUP, Registry
-from corefit.report import note, to_json
+from corefit.report import to_json
 from corefit.terminal import notice, without_secrets
 from corefit.types import Event
 
@@ -46,18 +46,16 @@ class Reporters:
             PluginError: a name that no plugin has, or a module that isn't installed. RecipeError: an option is wrong.
         """
         entries = [registry.reporter(name) for name in dict.fromkeys(names)]
-        known = {key for entry in entries for key in option_keys(entry.options)}
-        for key in options:
-            if key not in known:
-                raise PluginError(f"run.options: {unknown('option', key, known)}")
+        own_options = shares(options, [entry.options for entry in entries], where="run.options")
         self._each: list[_Here | _Apart] = []
-        for entry in entries:
+        for entry, own in zip(entries, own_options, strict=True):
             for module, what in entry.needs.items():
-                if importlib.util.find_spec(module) is None:
-                    raise PluginError(
-                        f"run.reporters: {entry.name!r} needs {module}, which is not installed: pip install '{what}'"
-                    )
-            own = {key: value for key, value in options.items() if key in option_keys(entry.options)}
+                with contextlib.suppress(ModuleNotFoundError):  # the package that it is a part of
+                    if importlib.util.find_spec(module):
+                        continue
+                raise PluginError(
+                    f"run.reporters: {entry.name!r} needs {module}, which is not installed: pip install '{what}'"
+                )
             made = options_from(entry.options, own, where="run.options")
             plugin = registry.provider("reporter", entry.name)
             called = f"reporter {entry.name!r} ({plugin.source})"
@@ -101,7 +99,7 @@ class _Here:
                 self._tell(event)
             except Exception as error:
                 self._tell = None
-                note(f"{self._name}: {type(event).__name__}: {in_words(error)}; it is switched off, the run goes on")
+                notice(f"{self._name}: {type(event).__name__}: {in_words(error)}; it is switched off, the run goes on")
 
 
 class _Apart:
@@ -121,7 +119,7 @@ class _Apart:
                 [sys.executable, "-c", CHILD, *sys.path], stdin=subprocess.PIPE, stdout=2, start_new_session=True
             )
         except OSError as error:
-            note(f"{self._name}: can't be started: {system_words(error)}; the run goes on without it")
+            notice(f"{self._name}: can't be started: {system_words(error)}; the run goes on without it")
             return
         self._put(self._head)
         self._thread = threading.Thread(target=self._write, args=(self._process.stdin,), daemon=True)
@@ -134,14 +132,14 @@ class _Apart:
             self._put(without_secrets(to_json([type(event).__name__, event])))
         else:
             self._process = None
-            note(f"{self._name}: its process ended with {code}; the run goes on without it")
+            notice(f"{self._name}: its process ended with {code}; the run goes on without it")
 
     def _put(self, line: str) -> None:
         try:
             self._queue.put_nowait(line.encode() + b"\n")
         except queue.Full:
             if not self._left_out:
-                note(f"{self._name}: too slow; events are left out, the run goes on")
+                notice(f"{self._name}: too slow; events are left out, the run goes on")
             self._left_out += 1
 
     def _write(self, pipe: IO[bytes]) -> None:
@@ -162,14 +160,14 @@ class _Apart:
         try:
             code = process.wait(max(until - time.monotonic(), 0))
             if code:
-                note(f"{self._name}: its process ended with {code}")
+                notice(f"{self._name}: its process ended with {code}")
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            note(f"{self._name}: still busy {PATIENCE:g} s after the run, so it was ended")
+            notice(f"{self._name}: still busy {PATIENCE:g} s after the run, so it was ended")
         self._thread.join(1)
         if self._left_out:
-            note(f"{self._name}: it was too slow for {self._left_out:,} events, which it was not told")
+            notice(f"{self._name}: it was too slow for {self._left_out:,} events, which it was not told")
 
 
 def serve() -> None:
@@ -189,7 +187,6 @@ def serve() -> None:
             doing = f"tell({name})"
             tell(EVENTS[name](**values))
     except BaseException as error:  # also SystemExit
-        with contextlib.suppress(OSError):
-            notice(f"{head['called']}: {doing} raised {in_words(error)}; it is switched off, the run goes on")
+        notice(f"{head['called']}: {doing} raised {in_words(error)}; it is switched off, the run goes on")
         for _ in lines:  # whoever writes must not wait
             pass

@@ -8,32 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import json
 import os
-import random
 import re
 import shutil
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corefit import __version__, show, terminal
-from corefit.data.arena import Arena
-from corefit.data.block import LENGTH, RECORD, Block, gains
-from corefit.data.source import refused
+from corefit import __version__, terminal
 from corefit.durable import read_json, write_whole
-from corefit.errors import RecipeError, RunError, UserError, system_words
-from corefit.prepare import Prepared, arena_key, identity, look, make_arena, prepare, resolve, tally, walk, without_out
+from corefit.errors import RecipeError, RunError, system_words
+from corefit.identity import identity, without_out
+from corefit.interrupts import Interrupts
+from corefit.prepare import Prepared, prepare, resolve
 from corefit.recipe import Recipe, flat, load_recipe, parse_recipe, run_and_step, to_toml
 from corefit.registry import Registry
-from corefit.report import read_lines
+from corefit.report import objects
 from corefit.reporters import Reporters
-from corefit.types import BadRecord, Record, Sample
+from corefit.terminal import Say
 
 if TYPE_CHECKING:
     from corefit.engine.ranks import Ranks
@@ -47,10 +44,6 @@ PLACES = re.compile(r"(model\.base|data\.\d+\.path|val\.data|pack\.arena)$")
 """Those that say where something lies; what lies there is compared by its fingerprint."""
 ENDS = ("train.epochs", "train.max_steps", "val.patience")
 """Those with which a finished run goes on."""
-INSPECTED = 10_000
-"""Samples that ``corefit inspect`` looks at for its histogram."""
-
-Say = Callable[[str], None]
 
 
 # ----------------------------------------------------------------------------------------------------- the run folder
@@ -67,7 +60,7 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``: one object a step; validation lines carry ``val_loss``."""
-        return read_lines(self.path / "metrics.jsonl")
+        return list(objects(self.path / "metrics.jsonl"))
 
     @property
     def ledger(self) -> dict[str, Any]:
@@ -109,7 +102,7 @@ def _new_folder(recipe: Recipe, name: str) -> Path:
 
 def _earlier(recipe: Recipe, name: str, say: Say) -> Path | None:
     """Give the newest run of this recipe, finished or not, where only its limits may differ; None: there is none."""
-    numbered = [p for p in Path("runs").glob(f"{name}-*") if p.name.removeprefix(f"{name}-").isdecimal()]
+    numbered = [p for p in Path("runs").glob(f"{glob.escape(name)}-*") if p.name.removeprefix(f"{name}-").isdecimal()]
     wanted, nearest = flat(without_out(recipe)), ""
     for folder in sorted(numbered, key=lambda p: int(p.name.removeprefix(f"{name}-")), reverse=True):
         if (folder / "run.json").is_file() and (folder / "recipe.toml").is_file():
@@ -313,7 +306,7 @@ def _train(
         say(line)
     if changes:
         say(f"resume: changed since: {words(changes)}")
-    from corefit.session import Interrupts, Session
+    from corefit.session import Session
 
     if aside:
         dry = Session(plan, folder, base, reporters, Interrupts(say), say, try_micro_batch=tries)
@@ -360,7 +353,7 @@ def _follow(ranks: Ranks, own_process: bool) -> Run:
     told, registry = json.loads(text), Registry.load()
     recipe, folder = parse_recipe(told["recipe"], name="rank 0's recipe", base=Path()), Path(told["folder"])
     from corefit.engine.model import model_fingerprint, resolve_base
-    from corefit.session import Interrupts, Session
+    from corefit.session import Session
 
     base = resolve_base(str(recipe.model.base), trust_remote_code=recipe.model.trust_remote_code)
     plan = prepare(recipe, registry, tokenizer=base, spool_to=folder / "data", again=True)
@@ -408,170 +401,3 @@ def _unfailing(say: Say) -> Say:
             say(line)
 
     return quietly
-
-
-# -------------------------------------------------------------------------------------------------- inspect and chat
-
-
-def inspect(
-    recipe: str | os.PathLike[str] | None = None,
-    *,
-    tokenizer: str | os.PathLike[str] | None = None,
-    model: str | None = None,
-    data: str | None = None,
-    plugin: str | None = None,
-    template: str | None = None,
-    seed: int | None = None,
-    sets: Sequence[str] = (),
-) -> Iterator[dict[str, Any]]:
-    """Yield every sample as the model will see it, in data order: origin, messages, input_ids, labels, text.
-
-    Labels are next-token-aligned, -100 where the loss does not count. No model is loaded. Arguments as for ``train``.
-    """
-    given = dict(model=model, data=data, plugin=plugin, template=template)
-    flags = {name: str(value) for name, value in {**given, "seed": seed}.items() if value is not None}
-    plan = _plan(None if recipe is None else str(recipe), flags, sets, None if tokenizer is None else str(tokenizer))
-    for item, sample in walk(plan):
-        yield show.as_json(item, sample, plan.tokenizer.decode(sample.input_ids))
-
-
-def _plan(recipe_name: str | None, flags: Mapping[str, str], sets: Sequence[str], tokenizer: str | None) -> Prepared:
-    """Prepare without a model: a tokenizer is enough."""
-    registry = Registry.load()
-    recipe, _, lines = resolve(recipe_name, flags, sets, registry, need_model=tokenizer is None)
-    for line in lines[1:]:
-        terminal.notice(line)
-    base = Path(tokenizer) if tokenizer else Path(str(recipe.model.base))
-    if not base.exists():
-        from corefit.engine.model import resolve_base
-
-        base = resolve_base(str(base))
-    return prepare(recipe, registry, tokenizer=base, spool_to=None)
-
-
-def inspect_from(
-    recipe_name: str | None,
-    flags: Mapping[str, str],
-    sets: Sequence[str],
-    *,
-    tokenizer: str | None = None,
-    samples: int = 3,
-    as_json: bool = False,
-) -> None:
-    """Print what ``corefit inspect`` shows."""
-    plan = _plan(recipe_name, flags, sets, tokenizer)
-    if as_json:
-        for item, sample in walk(plan):
-            found = show.as_json(item, sample, plan.tokenizer.decode(sample.input_ids))
-            terminal.write(json.dumps(found, ensure_ascii=sys.stdout.isatty()))
-        return
-    for line in plan.choices:
-        terminal.say(line)
-    chosen, lengths, generator = list[tuple[str, Sample]](), list[int](), random.Random(plan.recipe.train.seed)
-    reasons, error, seen = show.Reasons(), None, 0
-    for source, records, block in look(plan):
-        reasons.add(records, block)
-        bad = (r for r in records[: len(block.records)] if isinstance(r, BadRecord) and source.on_bad == "error")
-        error = error or next(map(refused, bad), block.error)
-        for row, number in enumerate(block.samples[:, RECORD].tolist()):
-            record, slot = records[number], generator.randrange(len(lengths) + 1)
-            lengths.append(int(block.samples[row, LENGTH]))
-            slot = len(chosen) if len(chosen) < samples else slot  # a reservoir
-            if slot < samples and isinstance(record, Record):
-                chosen[slot : slot + 1] = [(record.origin, block.sample(row, record.origin))]
-        seen += len(records)
-        if len(lengths) >= INSPECTED:
-            break
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for origin, sample in chosen:
-        sizes = f"{len(sample.input_ids):,} tokens, {sample.n_supervised:,} supervised"
-        terminal.say(f"\n--- {origin}, {sizes}")
-        terminal.write(show.marked(sample, plan.tokenizer, colour=colour))
-    terminal.say(f"\nlengths in tokens ({len(lengths):,} samples of {seen:,} records):")
-    terminal.say("\n".join(show.histogram(lengths)))
-    if lines := reasons.lines():
-        terminal.say("\nleft out or noticed, and where first:")
-        terminal.say("\n".join(lines))
-    if error is not None:
-        raise error
-    fill, ledger = tally(plan, INSPECTED)
-    terminal.say(f"\nfill: {fill:.1f} % of {plan.recipe.pack.max_length} slots a pack")
-    terminal.say("ledger:")
-    terminal.say("\n".join(show.ledger_lines(ledger)))
-
-
-def pack_from(
-    recipe_name: str | None,
-    flags: Mapping[str, str],
-    sets: Sequence[str],
-    *,
-    out: str,
-    tokenizer: str | None = None,
-) -> None:
-    """Encode the data of a recipe into the arena ``out``, unless that is there and still good."""
-    plan = _plan(recipe_name, flags, sets, tokenizer)
-    folder, key = Path(out), arena_key(plan)
-    for line in plan.choices:
-        terminal.say(line)
-    try:
-        Arena(folder, key).verify()
-    except UserError:
-        pass
-    else:
-        terminal.say(f"{folder} is there and was made from just this: nothing to do")
-        return
-    began = time.monotonic()
-    block = make_arena(plan, folder, key, watch=_counted)
-    seconds = time.monotonic() - began
-    dropped = gains(block, len(block.records)).records.dropped
-    reasons = "".join(f", {n:,} dropped ({reason})" for reason, n in sorted(dropped.items()))
-    size, n = sum(path.stat().st_size for path in folder.iterdir()), len(block.tokens)
-    terminal.say(f"{len(block.records):,} records -> {len(block.samples):,} samples{reasons}")
-    terminal.say(f"{n:,} tokens in {seconds:.1f} s ({n / max(seconds, 1e-9):,.0f} a second)")
-    terminal.say(f"arena: {folder}, {size / 2**20:,.1f} MiB; train from it: --set pack.arena={folder}")
-
-
-def _counted(blocks: Iterator[Block]) -> Iterator[Block]:
-    """Show on standard error how far the encoding is."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    with tqdm(unit=" records", disable=None, leave=False) as bar:
-        for block in blocks:
-            yield block
-            bar.update(len(block.records))
-
-
-def chat_with(
-    target: str,
-    *,
-    prompt: str | None = None,
-    system: str | None = None,
-    compare: bool = False,
-    model: str | None = None,
-    quantizer: str | None = None,
-    max_tokens: int = 512,
-    decoding: Mapping[str, Any] | None = None,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-) -> None:
-    """Talk to a run, an adapter or a model on the terminal.
-
-    ``system``: a message, or the name of one that a map function puts into its data. ``decoding``: as ``Decoding``.
-    """
-    from corefit.chat import Chatter, chat_loop
-    from corefit.engine.evaluate import Decoding
-
-    systems = {name: function.system for name, function in Registry.load().map_functions.items() if function.system}
-    how: dict[str, Any] = dict(model=model, quantizer=quantizer, device=device, trust_remote_code=trust_remote_code)
-    chatter = Chatter(target, **how, max_tokens=max_tokens, decoding=Decoding(**decoding or {}))
-    system = systems.get(system, system) if system is not None else chatter.found.facts.get("system")
-    if prompt is None:
-        chat_loop(chatter, system=system, systems=systems, compare=compare)
-        return
-    messages = [{"role": role, "content": text} for role, text in (("system", system), ("user", prompt)) if text]
-    for on in (False, True) if compare else (True,):
-        if compare:
-            terminal.answer(f"adapter {'on:  ' if on else 'off: '}")
-        for piece in chatter.answer(messages, adapter=on):
-            terminal.answer(piece)
-        terminal.say()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,15 +15,15 @@ from corefit.chat import Chatter
 from corefit.data.jsonl import read_jsonl
 from corefit.data.source import map_record
 from corefit.data.stream import Source, encode_validation, split_validation
-from corefit.errors import DataError, UserError
+from corefit.errors import DataError, UserError, system_words
 from corefit.prepare import Prepared, prepare, resolve
 from corefit.recipe import run_and_step
 from corefit.registry import Registry
 from corefit.report import columns, perplexity, to_json
 from corefit.show import labels
+from corefit.terminal import Say
 from corefit.types import BadRecord, Conversation, Message, Record, Sample, Sources
 
-Say = Callable[[str], None]
 LETTERS = "ABCDEFGHIJ"
 
 
@@ -79,8 +80,9 @@ def evaluate(
         scores += _multiple_choice(chatter, Path(choices), records)
         say(_table("subject", "right", scores, "{:.1%}".format))
     if choices is None or "data" in flags or generate:
-        plan = _plan(chatter, target, flags, sets)
-        held_out = _held_out(plan, use_all="data" in flags, records=records)
+        with tempfile.TemporaryDirectory(prefix="corefit-") as aside:
+            plan = _plan(chatter, target, flags, sets, Path(aside))
+            held_out = _held_out(plan, use_all="data" in flags, records=records)
         losses = [_loss(chatter, plan, source, rows) for source, rows in held_out]
         say(_table("source", "loss", losses, lambda nats: f"{nats:.4f} ({perplexity(nats):,.2f})"))
         scores += losses
@@ -90,12 +92,15 @@ def evaluate(
             say(f"answers: {right:,} of {len(answers):,} are the record's own, word for word")
             written += answers
     if out is not None:
-        Path(out).write_text("".join(f"{to_json(line)}\n" for line in (*scores, *written)), "utf-8")
+        try:
+            Path(out).write_text("".join(f"{to_json(line)}\n" for line in (*scores, *written)), "utf-8")
+        except OSError as error:
+            raise UserError(f"--out {out}: can't be written: {system_words(error)}") from error
     return scores
 
 
-def _plan(chatter: Chatter, target: str, flags: Mapping[str, str], sets: Sequence[str]) -> Prepared:
-    """Prepare the run's recipe, or a new one, with the template that training used."""
+def _plan(chatter: Chatter, target: str, flags: Mapping[str, str], sets: Sequence[str], aside: Path) -> Prepared:
+    """Prepare the run's recipe, or a new one, with the template that training used; ``aside``: to unpack new data."""
     run, _ = run_and_step(target)
     known = (Path(run) / "recipe.toml").is_file()
     if not known and "data" not in flags:
@@ -105,8 +110,8 @@ def _plan(chatter: Chatter, target: str, flags: Mapping[str, str], sets: Sequenc
         given["template"] = chatter.encoder.template.name
     registry = Registry.load()
     recipe, _, _ = resolve(run if known else None, given, sets, registry, need_model=False)
-    found = chatter.found
-    return prepare(recipe, registry, tokenizer=found.tokenizer_folder, spool_to=Path(run) / "data", again=known)
+    spool_to, again = (aside, False) if "data" in flags else (Path(run) / "data", True)
+    return prepare(recipe, registry, tokenizer=chatter.found.tokenizer_folder, spool_to=spool_to, again=again)
 
 
 def _held_out(

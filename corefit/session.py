@@ -8,16 +8,13 @@ import json
 import os
 import platform
 import random
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -27,10 +24,10 @@ from corefit import __version__, show
 from corefit.data.block import LENGTH, fit
 from corefit.data.ledger import Ledger
 from corefit.data.source import encode_items, items_of, map_record
-from corefit.data.stream import Estimate, Source, Stream, encode_validation, packs_at_once, split_validation
+from corefit.data.stream import Source, Stream, encode_validation, packs_at_once, split_validation
 from corefit.durable import claim, make_folder, read_json, sync, write_whole
 from corefit.engine import attention, checkpoint, evaluate, export, memory, model
-from corefit.engine.loop import Every, LoopState, autocast, progress_at, train, try_out
+from corefit.engine.loop import Every, LoopState, autocast, train, try_out
 from corefit.engine.loss import CausalLoss, offloaded
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_notice
 from corefit.engine.ranks import ALONE, Ranks, is_sharded, own, shard, together
@@ -45,14 +42,17 @@ from corefit.errors import (
     in_words,
     system_words,
 )
+from corefit.forecast import PROBED, forecast, limits_before, new_curve, probed
+from corefit.identity import file_facts, used_entries, without_out
+from corefit.interrupts import Interrupts
 from corefit.own import own_file
 from corefit.plan import gib, read_shape, setting_of
-from corefit.prepare import Prepared, encoding_threads, file_facts, make_stream, used_entries, without_out
+from corefit.prepare import Prepared, encoding_threads, make_stream
 from corefit.proofs import Proof, data_proofs, first_records
-from corefit.recipe import Train, flat, to_toml
-from corefit.report import JsonLines, answers_table, duration, finite, note, perplexity, read_lines, summary
+from corefit.recipe import flat, to_toml
+from corefit.report import JsonLines, answers_table, finite, objects, perplexity, summary
 from corefit.reporters import Reporters
-from corefit.terminal import without_secrets
+from corefit.terminal import Say, notice, without_secrets
 from corefit.types import (
     BadRecord,
     Batch,
@@ -70,88 +70,10 @@ from corefit.types import (
     ValidationReport,
 )
 
-Say = Callable[[str], None]
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 SAMPLED_PROMPTS = 2
 """Questions taken from the validation records, else the first ones, where the recipe has no prompts of its own."""
 ENDS = ("epochs", "max_steps", "patience")
 """Reasons with which a run is over; with any other one it was stopped."""
-CURVE, BARS = 24, "▁▂▃▄▅▆▇█"
-"""Points of a learning rate's curve, and how high they can be."""
-PROBED = 3
-"""Steps that ``corefit plan --probe`` makes; the first one, which is slower, counts once."""
-FEW_STEPS = 50
-"""A run with fewer steps is pointed to a smaller ``packs_per_step``."""
-
-
-class Interrupts:
-    """SIGINT, SIGTERM and SIGHUP end the run after its step; ctrl-C after that ends it at once.
-
-    Off the main thread, and for a signal that the process was started to ignore (nohup): nothing.
-    """
-
-    def __init__(self, say: Say, *, own_process: bool = False) -> None:
-        """``say`` is told that the step is being finished. ``own_process``: "at once" may end the whole process."""
-        self._say, self._own_process = say, own_process
-        self._received = 0
-        self._before: dict[int, Any] = {}
-        self._pipe: tuple[int, int] | None = None
-        self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
-
-    def __enter__(self) -> Interrupts:
-        if threading.current_thread() is not threading.main_thread():
-            return self
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._handle)
-        if self._own_process:
-            # A handler in Python has to wait for the end of a backward pass; this thread doesn't.
-            self._pipe = os.pipe()
-            if hasattr(os, "set_blocking"):  # Windows has it from Python 3.12 on
-                os.set_blocking(self._pipe[1], False)
-            signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True).start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._pipe is not None:
-            signal.set_wakeup_fd(-1)
-            os.close(self._pipe[1])  # the thread sees the end
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._received:
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            return
-        self._received = number
-        if number != signal.SIGINT:
-            for fd in self._terminals:  # a terminal that hung up refuses every line from now on
-                if not os.isatty(fd):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-        self._say(f"{signal.Signals(number).name}: finishing the step, then saving; ctrl-C ends at once")
-
-    def _watch(self, pipe: int) -> None:
-        seen = 0
-        while received := os.read(pipe, 64):
-            for number in received:
-                if number == signal.SIGINT and seen:
-                    os._exit(128 + number)
-                seen += number in self._before
-        os.close(pipe)
-
-    @property
-    def reason(self) -> str:
-        """The signal's name; empty where none came."""
-        return signal.Signals(self._received).name if self._received else ""
-
-    @property
-    def exit_code(self) -> int:
-        """128 + the signal's number, 0 where none came."""
-        return 128 + self._received if self._received else 0
 
 
 @dataclass
@@ -247,13 +169,12 @@ class Session:
         )
         if off:
             self.say(f"validation: off ({off})")
-        elif batches:
+        else:
             self.say(f"validation: {len(held_out):,} records, {sum(batch.n_samples for batch in batches):,} samples")
         first = first_records(plan.sources)
         for proof in data_proofs(plan, first):
             self._proved(proof)
-        for line in forecast(stream.estimate(), recipe.train):
-            self.say(line)
+        self.say(forecast(stream.estimate(), recipe.train))
         if self.scheduler.decays and not recipe.train.max_steps and not (recipe.train.epochs and stream.total_bytes):
             raise RecipeError(
                 f"scheduler {self.scheduler.name!r} must know how long the run is, the size of the data isn't known: "
@@ -267,10 +188,16 @@ class Session:
         return stream, batches, recipe.sample.prompts or questions(held_out or first)
 
     def _stream(self, val_hashes: frozenset[int]) -> Stream:
-        threads, train = encoding_threads(self.recipe), self.recipe.train
-        packs_at_once(train.packs_per_step, train.micro_packs, self.ranks.world)
-        more: dict[str, Any] = dict(threads=threads, world=self.ranks.world, rank=self.ranks.rank)
-        return make_stream(self.plan, epochs=train.epochs, val_hashes=val_hashes, **more)
+        train, ranks = self.recipe.train, self.ranks
+        packs_at_once(train.packs_per_step, train.micro_packs, ranks.world)
+        return make_stream(
+            self.plan,
+            epochs=train.epochs,
+            val_hashes=val_hashes,
+            threads=encoding_threads(self.recipe),
+            world=ranks.world,
+            rank=ranks.rank,
+        )
 
     def _model(self) -> None:
         """Load the model and its adapter, and prove that packed documents don't see each other."""
@@ -308,17 +235,8 @@ class Session:
         sizes = model.check_vocabulary(network, tokenizer.vocab_size, ids)
         line = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
         self._proved(Proof("vocabulary", sizes, f"vocabulary: {line}; all {len(ids)} control tokens are among them"))
-        spec = model.AdapterSpec(
-            r=recipe.adapter.r,
-            alpha=recipe.adapter.alpha,
-            dropout=recipe.adapter.dropout,
-            targets=recipe.adapter.targets,
-            modules_to_save=recipe.adapter.modules_to_save,
-            dora=recipe.adapter.dora,
-            rslora=recipe.adapter.rslora,
-            start=recipe.adapter.start,
-            tokens=tuple(ids[token] for token in recipe.model.add_tokens),
-        )
+        lora = {key: value for key, value in vars(recipe.adapter).items() if key != "kind"}
+        spec = model.AdapterSpec(**lora, tokens=tuple(ids[token] for token in recipe.model.add_tokens))
         self.network = network = model.attach_adapter(network, None if full else spec, seed=settings.seed)
         wanted = settings.gradient_checkpointing
         if wanted == "auto":
@@ -349,16 +267,15 @@ class Session:
         facts = {"tensors": len(self.parameters), "parameters": counts.trainable, "dtype": "float32"}
         line = f"trainable: {counts.trainable / 1e6:,.2f}M numbers in {len(self.parameters):,} tensors, all fp32"
         self._proved(Proof("trainable", facts, line))
-        plan = self.plan
         self.provenance = export.Provenance(
             base=str(recipe.model.base),
             base_folder=self.base,
             fingerprint=self.fingerprint,
-            tokenizer_files=plan.tokenizer.files(),
-            template=plan.template.name,
-            chat_template=plan.template.chat_template,
-            stop=plan.encoder.stop,
-            stop_ids=plan.encoder.stop_ids,
+            tokenizer_files=tokenizer.files(),
+            template=self.plan.template.name,
+            chat_template=self.plan.template.chat_template,
+            stop=encoder.stop,
+            stop_ids=encoder.stop_ids,
             add_tokens=recipe.model.add_tokens,
             system=self.system,
             supervise=recipe.template.supervise,
@@ -394,8 +311,8 @@ class Session:
             weight_decay=settings.weight_decay,
             lr_mult=settings.lr_mult,
         )
-        if notice := optimizer_notice(settings.optimizer, self.device):
-            self.say(notice)
+        if slower := optimizer_notice(settings.optimizer, self.device):
+            self.say(slower)
         self.scaler = make_scaler(self.device, enabled=self.precision.use_scaler)
         torch.manual_seed(settings.seed + self.ranks.rank)
         random.seed(settings.seed)
@@ -452,11 +369,14 @@ class Session:
 
         ``identity``: what must not change unnoticed until the run ends; ``changes``: (key, before, now) of it, allowed.
         """
+        with self._claimed():
+            saved = self._saved(changes) if resuming else None
+            self._same_step()
+            self._open(identity, saved, changes)
+            return self._play(saved)
+
+    def _play(self, saved: checkpoint.Checkpoint | None) -> int:
         every = self.recipe.checkpoint
-        lock = self._claim()
-        saved = self._saved(changes) if resuming else None
-        self._same_step()
-        self._open(identity, saved, changes)
         self.checkpoint = Every(self._save, steps=every.every_steps, minutes=every.every_minutes or 0.0)
         try:
             if saved is None:
@@ -495,8 +415,6 @@ class Session:
             self.metrics.close()
             self.samples.close()
             self.reporters.close()
-            if lock is not None:
-                os.close(lock)
 
     def _steps(self) -> Iterator[tuple[Batch, ...]]:
         """Yield the batches of each step; rank 0 keeps what the first packs of a new run look like."""
@@ -557,15 +475,21 @@ class Session:
     def _lr_at(self, progress: float) -> float:
         return self.recipe.train.lr * self.scheduler.factor(progress, self.recipe.train.warmup)
 
-    def _claim(self) -> int | None:
-        """Make the run folder and lock it."""
+    @contextlib.contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """Make the run folder, and hold its lock."""
         try:
             make_folder(self.folder)
-            return claim(self.folder)
+            lock = claim(self.folder)
         except BlockingIOError:
             raise RecipeError(f"run.out: {self.folder}: another process is training in it") from None
         except OSError as error:
             raise RecipeError(f"run.out: {self.folder}: can't be written: {system_words(error)}") from error
+        try:
+            yield
+        finally:
+            if lock is not None:
+                os.close(lock)
 
     def _saved(self, changes: Sequence[tuple[str, str, str]]) -> checkpoint.Checkpoint | None:
         """Give the newest whole checkpoint and put stream and loop where it left them; None: there is none."""
@@ -578,7 +502,10 @@ class Session:
         saved = checkpoint.load(newest)
         self.state = LoopState.from_dict(saved.state["loop"])
         self.lengths = saved.state["lengths"]
-        self.patience.best, self.patience.bad = saved.state["extra"]["patience"]
+        extra = saved.state["extra"]
+        self.patience.best, self.patience.bad = extra["patience"]
+        looked = extra.get("looked", (False, False))
+        self.validated, self.sampled = ({self.state.step} if done else set() for done in looked)
         self.say(f"resume: from step {self.state.step} ({newest})")
         for line in other_versions(saved.state["versions"], checkpoint.versions()):
             self.say(line)
@@ -655,7 +582,7 @@ class Session:
         before = file.trouble
         file.write(value)
         if file.trouble and not before:
-            note(f"{file.trouble}; its lines are kept until they can be, the run goes on")
+            notice(f"{file.trouble}; its lines are kept until they can be, the run goes on")
 
     def _report(self, report: StepReport) -> None:
         self._write(self.metrics, report)
@@ -664,7 +591,7 @@ class Session:
             self.first_packs = []
         self.reporters.tell(report)
         while self.stream.notices:
-            note(self.stream.notices.pop(0))
+            notice(self.stream.notices.pop(0))
 
     def _validate(self, step: int) -> None:
         """Write and show the validation loss, once a step; nothing where validation is off."""
@@ -703,7 +630,7 @@ class Session:
                 ids = self.plan.encoder.prompt(asked).tolist()
             except Unrenderable as refusal:
                 if not self.ranks.rank:
-                    note(f"sample: the template can't write this question ({refusal.reason}): {prompt[:80]!r}")
+                    notice(f"sample: the template can't write this question ({refusal.reason}): {prompt[:80]!r}")
                 continue
             how = dict(stop_ids=self.plan.encoder.stop_ids, max_tokens=self.recipe.sample.max_tokens, **self.context)
             ranks = self.ranks if self.ranks.sharded else ALONE  # else rank 0 runs it alone
@@ -730,6 +657,7 @@ class Session:
                 lengths=lambda: {"metrics.jsonl": self.metrics.sync(), "samples.jsonl": self.samples.sync()},
                 extra={
                     "patience": [self.patience.best, self.patience.bad],
+                    "looked": [step in self.validated, step in self.sampled],
                     "layout": self.layout,
                     "provenance": self.provenance.as_dict(),
                 },
@@ -742,7 +670,7 @@ class Session:
             self.reporters.tell(report(path=str(path), seconds=seconds, size_bytes=size))
         except (CheckpointError, OSError) as error:
             self._write(self.metrics, {"step": step, "save_error": str(error)})
-            note(f"{error}; earlier checkpoints are whole, the run goes on")
+            notice(f"{error}; earlier checkpoints are whole, the run goes on")
             seconds = time.perf_counter() - began
             self.reporters.tell(report(path=None, seconds=seconds, size_bytes=None, error=str(error)))
 
@@ -761,10 +689,10 @@ class Session:
         status = "interrupted" if interrupted else "complete"
         self._write_run(status, ended_by=reason, steps=self.state.step)
         self._end(status, reason, facts)
-        rows = before_after(read_lines(self.folder / "samples.jsonl"), self.state.step)
+        rows = before_after(list(objects(self.folder / "samples.jsonl")), self.state.step)
         if rows:
             self.say(answers_table(rows))
-        lines = read_lines(self.folder / "metrics.jsonl")
+        lines = list(objects(self.folder / "metrics.jsonl"))
         for line in summary(lines, reason=reason, skipped=self.state.skipped, balanced=not differences):
             self.say(line)
         for line in show.ledger_lines(facts):
@@ -829,67 +757,6 @@ class Session:
 
 
 # ------------------------------------------------------------------------------------------------------------- words
-
-
-def forecast(estimate: Estimate, settings: Train) -> list[str]:
-    """Say how long the run will be, and what gives it more steps where they are few."""
-    about = "" if estimate.exact else "about "
-    line = f"{about}{estimate.records:,} records -> {estimate.packs:,} packs"
-    steps = estimate.steps(settings.packs_per_step)
-    if steps is None and not settings.max_steps:
-        return [f"{line} an epoch; no limit"]
-    if steps is None or estimate.total_packs is None or (settings.max_steps and settings.max_steps <= steps):
-        return [f"{line} an epoch -> {settings.max_steps:,} steps (train.max_steps)"]
-    line += f" -> {steps:,} steps in {settings.epochs} epochs"
-    fewer = max(estimate.total_packs // (2 * FEW_STEPS), 1) * settings.micro_packs
-    if steps < FEW_STEPS and fewer < settings.packs_per_step:
-        line += f": few; --set train.packs_per_step={fewer} gives {estimate.steps(fewer):,}"
-    return [line + ("" if estimate.exact else " (estimated from the first records and the size of the files)")]
-
-
-def probed(reports: Sequence[StepReport], steps: int | None, *, now: float) -> list[str]:
-    """Say how long a run of so many steps takes, and when one that starts now ends; None: it has no end."""
-    if not reports:
-        raise DataError("no step was made: no record became a sample")
-    first, rest = reports[0].seconds, [report.seconds for report in reports[1:]] or [reports[0].seconds]
-    each, size = sum(rest) / len(rest), max(report.memory_bytes or 0 for report in reports)
-    took = ", ".join(f"{report.seconds:.3g}" for report in reports)
-    lines = [f"probe: {len(reports)} real steps took {took} s; the most memory was {gib(size)}; nothing is kept"]
-    if steps is None:
-        return [*lines, f"time: {each:.3g} s a step; the run has no end that is known"]
-    whole = first + each * max(steps - 1, 0)
-    end = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + whole))
-    return [*lines, f"time: {duration(whole)} for {steps:,} steps; started now, it ends at {end}, without validation"]
-
-
-def limits_before(changes: Sequence[tuple[str, str, str]], now: Train) -> Train:
-    """Give the settings with the limits that the run had."""
-    old = {key: int(value) if value.isdecimal() else None for key, value, _ in changes}
-    epochs, steps = old.get("train.epochs", now.epochs), old.get("train.max_steps", now.max_steps)
-    return replace(now, epochs=epochs or 0, max_steps=steps)
-
-
-def new_curve(lr_at: Callable[[float], float], state: LoopState, old: Train, new: Train) -> list[str]:
-    """Say how long the run was and is now to be, and how the learning rate goes on from here."""
-
-    def progress(train: Train) -> float:
-        return progress_at(state.step, state.epoch, max_steps=train.max_steps, epochs=train.epochs)
-
-    here, before = progress(new), progress(old)
-    rest = [lr_at(here + (1 - here) * i / (CURVE - 1)) for i in range(CURVE)]
-    top = max(rest) or 1.0
-    curve = "".join(BARS[round((len(BARS) - 1) * rate / top)] for rate in rest)
-    return [
-        f"extended: at {100 * before:.0f} % of the run as it was ({length(old)}), {100 * here:.0f} % as it is now "
-        f"({length(new)})",
-        f"learning rate: was {lr_at(before):.3g} here, is {rest[0]:.3g}, and goes {curve} to {rest[-1]:.3g}",
-    ]
-
-
-def length(train: Train) -> str:
-    """Give the limits of a run in words."""
-    parts = [f"{train.epochs} epochs"] if train.epochs else []
-    return ", ".join(parts + ([f"{train.max_steps:,} steps"] if train.max_steps else [])) or "no limit"
 
 
 def other_versions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

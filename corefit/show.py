@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -50,7 +51,7 @@ def labels(sample: Sample) -> list[int]:
     aligned = np.full(len(sample.input_ids), IGNORE_INDEX, dtype=np.int64)
     mask = target_mask(sample)
     aligned[:-1][mask[1:]] = sample.input_ids[1:][mask[1:]]
-    return [int(label) for label in aligned]
+    return aligned.tolist()
 
 
 class Piece(NamedTuple):
@@ -65,23 +66,20 @@ class Piece(NamedTuple):
 
 def pieces(sample: Sample, tokenizer: _Bytes) -> Iterator[Piece]:
     """Yield the tokens; those that share the bytes of one character come together."""
-    pending, count, supervised = b"", 0, False
+    decoder = getincrementaldecoder("utf-8")("replace")
+    text, count, supervised = "", 0, False
     for token, target in zip(sample.input_ids, target_mask(sample), strict=True):
         if count and bool(target) != supervised:
-            yield Piece(pending.decode("utf-8", errors="replace"), supervised, n=count)
-            pending, count = b"", 0
+            yield Piece(text + decoder.decode(b"", final=True), supervised, n=count)
+            text, count = "", 0
         supervised = bool(target)
-        pending += tokenizer.token_bytes(int(token))
+        text += decoder.decode(tokenizer.token_bytes(int(token)))
         count += 1
-        try:
-            pending.decode("utf-8")
-        except UnicodeDecodeError as error:
-            if error.reason == "unexpected end of data":
-                continue
-        yield Piece(pending.decode("utf-8", errors="replace"), supervised, n=count)
-        pending, count = b"", 0
+        if not decoder.getstate()[0]:  # no character is begun
+            yield Piece(text, supervised, n=count)
+            text, count = "", 0
     if count:
-        yield Piece(pending.decode("utf-8", errors="replace"), supervised, n=count)
+        yield Piece(text + decoder.decode(b"", final=True), supervised, n=count)
 
 
 def first_packs(batches: Iterable[Batch], tokenizer: _Bytes, pad_id: int) -> list[dict[str, Any]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import TextIO
 
 _OBEYED = re.compile(
@@ -14,6 +16,8 @@ _OBEYED = re.compile(
     "\ud800-\udfff\U000e0000-\U000e007f]"  # halves of characters; ASCII that nobody sees
 )
 
+Say = Callable[[str], None]
+"""Takes lines, one at a time."""
 _SECRET = re.compile("(?i)token(?!iz)|secret|passw|credential|api_?key|access_?key|private_?key")
 
 
@@ -49,9 +53,14 @@ def say(text: object = "", *, file: TextIO | None = None) -> None:
     write(visible(str(text)), file=file)
 
 
-def notice(text: object) -> None:
-    """Print a line for people on standard error."""
-    say(text, file=sys.stderr)
+def notice(text: object, file: TextIO | None = None) -> None:
+    """Print a line for people on standard error, above the bar where there is one; one that is gone ends no run."""
+    file = file or sys.stderr
+    with contextlib.suppress(OSError):
+        if "tqdm" in sys.modules and file.isatty():
+            sys.modules["tqdm"].tqdm.write(visible(str(text)), file=file)
+        else:
+            say(text, file=file)
 
 
 def answer(text: str) -> None:

@@ -10,7 +10,8 @@ from cli import corefit
 
 from corefit.errors import RecipeError
 from corefit.recipe import load_recipe
-from corefit.run import inspect, train_from
+from corefit.run import train_from
+from corefit.samples import inspect
 
 ROWS = [{"question": f"What is {i}?", "answer": f"It is number {i}, " + "really " * (i % 5) + "so."} for i in range(30)]
 SETS = [

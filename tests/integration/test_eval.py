@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,3 +124,32 @@ def test_a_row_that_is_no_question_is_named_by_its_line(row: dict, words: str, t
     path.write_text(json.dumps(row) + "\n", "utf-8")
     with pytest.raises(DataError, match=f"mc.jsonl:1: .*{words}"):
         evaluate(str(tiny_model), {}, choices=str(path), say=lambda line: None)
+
+
+def test_new_data_is_unpacked_aside_and_piped_in_is_never_what_the_run_read(run: Path, tmp_path: Path, monkeypatch):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "data").mkdir()
+    (copy / "data" / "stdin.jsonl").write_text(ROWS, "utf-8")  # as of a run whose data were piped in
+    row = '{"text": "### Human: What is 3?### Assistant: It is three."}\n'
+    with monkeypatch.context() as patch, open(tmp_path / "new.jsonl", "w+b") as file:
+        file.write(row.encode())
+        file.seek(0)
+        stdin = os.dup(0)
+        os.dup2(file.fileno(), 0)
+        patch.setattr("sys.stdin", file)
+        try:
+            scores, _ = said(str(copy), {"data": "-", "plugin": "oasst1"})
+        finally:
+            os.dup2(stdin, 0)
+            os.close(stdin)
+    assert [score.records for score in scores] == [1]
+    assert (copy / "data" / "stdin.jsonl").read_text("utf-8") == ROWS
+    (tmp_path / "new.jsonl.gz").write_bytes(gzip.compress(row.encode()))
+    said(str(run / "adapter"), {"data": str(tmp_path / "new.jsonl.gz"), "plugin": "oasst1"})
+    assert not (run / "adapter" / "data").exists(), "a folder that is only read"
+
+
+def test_scores_that_cant_be_written_are_one_line(run: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="--out .*: can't be written: no such file or directory"):
+        said(str(run), {}, out=str(tmp_path / "none" / "scores.jsonl"))

@@ -29,7 +29,7 @@ def test_chat_passes_on_what_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     decoding = ["--temperature", "0.5", "--top-k", "9", "--top-p", "0.25", "--repetition-penalty", "1.5", "--seed", "3"]
     where = ["--model", "base", "--quantizer", "int8", "--device", "cpu", "--trust-remote-code", "--max-tokens", "7"]
     asked = ["--prompt", "hi", "--system", "Be brief.", "--compare"]
-    args, more = called("corefit.run.chat_with", ["chat", "run@5", *decoding, *where, *asked], monkeypatch)
+    args, more = called("corefit.chat.chat_with", ["chat", "run@5", *decoding, *where, *asked], monkeypatch)
     assert args == ("run@5",)
     assert more == dict(
         prompt="hi",
@@ -42,9 +42,9 @@ def test_chat_passes_on_what_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None
         device="cpu",
         trust_remote_code=True,
     )
-    _, more = called("corefit.run.chat_with", ["chat", "run", "--top-k", "9"], monkeypatch)
+    _, more = called("corefit.chat.chat_with", ["chat", "run", "--top-k", "9"], monkeypatch)
     assert more["decoding"] == dict(top_k=9, temperature=1.0)  # who says so wants to sample
-    _, more = called("corefit.run.chat_with", ["chat", "run"], monkeypatch)
+    _, more = called("corefit.chat.chat_with", ["chat", "run"], monkeypatch)
     assert (more["decoding"], more["trust_remote_code"], more["compare"]) == ({}, False, False)
 
 
@@ -64,7 +64,7 @@ def test_train_and_pack_pass_on_what_it_is_told(monkeypatch: pytest.MonkeyPatch)
     assert args == ("a.py", known | {"out": "o"}, ["train.lr=1"])
     assert given == dict(resume="run@5", allow_changes=True, dry_run=True, own_process=True)
     where = ["--model", "m", "--tokenizer", "t", "--out", "o", "--set", "train.lr=1"]
-    args, given = called("corefit.run.pack_from", ["pack", "a.py", *flags, *where], monkeypatch)
+    args, given = called("corefit.samples.pack_from", ["pack", "a.py", *flags, *where], monkeypatch)
     assert args == ("a.py", known | {"model": "m"}, ["train.lr=1"])
     assert given == dict(out="o", tokenizer="t")
     args, given = called(
@@ -112,3 +112,12 @@ def test_a_mixture_reads_each_source_as_often_as_its_key_says(
     (tmp_path / "r.toml").write_text('[[data]]\npath = "a.jsonl"\nrepeat = 4\n[[data]]\npath = "b.jsonl"\n', "utf-8")
     assert main(["inspect", str(tmp_path / "r.toml"), "--tokenizer", str(tiny_tokenizer), "--template", "chatml"]) == 0
     assert "17 read = 17 used" in capsys.readouterr().out
+
+
+def test_processes_are_told_to_show_tracebacks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr("corefit.launch.launch", lambda n, words: told.append((n, list(words))) or 0)
+    assert main(["--debug", "launch", "-n", "2", "a.toml", "--set", "train.lr=1"]) == 0
+    monkeypatch.setenv("NPROC_PER_NODE", "3")
+    assert main(["train", "a.toml", "--debug"]) == 0
+    assert told == [("2", ["a.toml", "--set", "train.lr=1", "--debug"]), ("3", ["a.toml", "--debug"])]

@@ -19,7 +19,7 @@ from cli import corefit, environment
 from safetensors.numpy import load_file
 
 from corefit.engine import checkpoint
-from corefit.errors import CorefitError, RecipeError, RunError
+from corefit.errors import CheckpointError, CorefitError, RecipeError, RunError
 from corefit.run import Run, train_from
 
 ROWS = "".join(
@@ -252,9 +252,9 @@ def test_another_base_tokenizer_template_or_plugin_is_named(here: Here, run: Pat
     (changed / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{{ 1 }}"}), "utf-8")
     with pytest.raises(RecipeError, match="tokenizer: [0-9a-f]{16} -> [0-9a-f]{16}"):
         here.goes_on(run, model=changed)
-    from corefit import prepare
+    from corefit import identity
 
-    monkeypatch.setattr(prepare, "_code", lambda folder, patterns: "0123456789abcdef")
+    monkeypatch.setattr(identity, "_code", lambda folder, patterns: "0123456789abcdef")
     with pytest.raises(RecipeError, match=r"code of map function oasst1: \['[0-9a-f]{16}'\] -> \['0123456789abcdef'\]"):
         here.goes_on(run)
 
@@ -356,6 +356,21 @@ def test_weights_that_cant_be_exported_fail_the_run_and_resume_writes_them(here:
     assert weights(Path("run")) == weights(straight)
 
 
+def test_what_was_looked_at_before_the_last_save_is_not_looked_at_again(here: Here, monkeypatch):
+    from corefit.engine import export
+
+    def full(*arguments: Any, **more: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(RunError):
+        patch.setattr(export, "write_tensors", full)
+        here.train("train.max_steps=4", "sample.every_steps=4", out="run")  # validated, sampled and saved at step 4
+    here.goes_on("run")
+    assert [line["step"] for line in lines(Path("run")) if "val_loss" in line] == [0, 4]
+    samples = [json.loads(line) for line in Path("run/samples.jsonl").read_text("utf-8").splitlines()]
+    assert len({(line["step"], line["prompt"]) for line in samples}) == len(samples) > 0
+
+
 def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(here: Here, run: Path, straight: Path):
     cut(run, 6)
     path = run / "checkpoints" / "step-00000006" / "optimizer.safetensors"
@@ -375,6 +390,33 @@ def test_a_broken_run_json_is_no_traceback_and_can_be_gone_past(here: Here, run:
         here.goes_on(run)
     here.goes_on(run, allow_changes=True)
     assert weights(run) == weights(straight)
+
+
+def test_a_refused_run_gives_its_folder_back(here: Here, run: Path, straight: Path, monkeypatch):
+    cut(run, 3)
+
+    def torn(path: Path) -> None:
+        raise CheckpointError("torn")
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="torn"):
+        patch.setattr(checkpoint, "load", torn)
+        here.goes_on(run)
+    here.goes_on(run)
+    assert weights(run) == weights(straight)
+
+
+def test_a_recipe_with_brackets_in_its_name_finds_its_run(here: Here):
+    Path("my[1].toml").write_text("[train]\nmax_steps = 2\n", "utf-8")
+    sets = ("pack.max_length=128", "run.threads=1", "run.device=cpu", "val.records=0", "sample.max_tokens=4")
+    first = here.train(*sets, recipe="my[1].toml", resume=True)
+    assert here.train(*sets, recipe="my[1].toml", resume=True).path == first.path
+    assert any("is complete: nothing to do" in line for line in here.said)
+
+
+def test_validation_records_without_a_sample_are_said(here: Here):
+    Path("val.jsonl").write_text('{"text": "### Human: only a question"}\n', "utf-8")
+    here.train("val.data=val.jsonl", "train.max_steps=1", out="run")
+    assert "validation: 1 records, 0 samples" in here.said
 
 
 def test_two_processes_never_train_in_one_folder(here: Here, run: Path):
@@ -453,7 +495,7 @@ def test_a_hang_up_that_the_user_ignores_ends_nothing(tmp_path: Path, tiny_model
 def test_a_second_ctrl_c_ends_at_once_even_inside_a_long_call_but_never_somebody_elses_program(own_process: bool):
     code = f"""
 import hashlib, sys, time
-from corefit.session import Interrupts
+from corefit.interrupts import Interrupts
 with Interrupts(print, own_process={own_process}) as interrupts:
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"x", b"y", 5_000_000)  # one call into C, as a backward pass is

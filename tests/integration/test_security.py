@@ -143,6 +143,13 @@ def test_a_secret_in_a_flag_is_refused_before_anything_is_written(tmp_path: Path
     assert done.returncode == 2 and not list(tmp_path.iterdir())
 
 
+def test_a_secret_that_toml_escapes_is_refused_too(monkeypatch) -> None:
+    secret = 'a "quoted" \\ key'
+    monkeypatch.setenv("MY_API_KEY", secret)
+    with pytest.raises(RecipeError, match=r"the value of \$MY_API_KEY"):
+        resolve(None, {"plugin": "identity"}, [f"data.options.name='{secret}'"], Registry.load())
+
+
 def test_the_run_says_and_records_that_remote_code_may_run(tour: Toured) -> None:
     lines = [line for line in tour.text.splitlines() if "runs Python code from" in line]
     recorded = json.loads((tour.folder / "run" / "run.json").read_text("utf-8"))["model"]["remote_code"]

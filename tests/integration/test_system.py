@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import corefit
-from corefit.chat import Chatter, chat_loop
+from corefit.chat import Chatter, chat_loop, chat_with
 from corefit.registry import Registry
-from corefit.run import chat_with
 from corefit.session import common_system
 
 SETS = [

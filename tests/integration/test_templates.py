@@ -13,8 +13,9 @@ from tiny import write_tokenizer
 import corefit as package
 from corefit.data.tokenizer import Tokenizer
 from corefit.errors import DataError
-from corefit.prepare import prepare, resolve, tally
+from corefit.prepare import prepare, resolve
 from corefit.registry import Registry
+from corefit.samples import tally
 from corefit.show import CONVERSATIONS, template_reader
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny_internlm import write_internlm
 from xtuner_configs import V0_1_9, V0_1_23, edited
 
-from corefit.report import read_lines
+from corefit.report import objects
 
 RANK = 4
 
@@ -72,7 +72,7 @@ def test_their_model_folder_their_data_folder_and_their_configuration_train(
     done = corefit("train", config.name, "--model", made, *out.split(), *steps, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / (out.removeprefix("--work-dir ") or "runs/internlm_chat_7b_qlora_oasst1_e3_copy-1")
-    (step,) = [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+    (step,) = [line for line in objects(run / "metrics.jsonl") if "loss" in line]
     assert step["step"] == 1 and step["loss"] > 0 and step["packs"] == 2
     lines = done.stdout.splitlines()
     assert lines[0].endswith(f"on {tmp_path / 'openassistant-guanaco'}")
@@ -85,7 +85,7 @@ def test_their_model_folder_their_data_folder_and_their_configuration_train(
     assert data == ["openassistant_best_replies_train.jsonl", "openassistant_best_replies_eval.jsonl"]
     again = corefit("train", config.name, "--model", made, "--resume", *out.split(), *steps, cwd=tmp_path)
     assert again.returncode == 0 and "is complete: nothing to do" in again.stdout
-    prompts = {line["prompt"] for line in read_lines(run / "samples.jsonl")}
+    prompts = {line["prompt"] for line in objects(run / "samples.jsonl")}
     assert prompts == {"请给我介绍五个上海的景点", "Please tell me five scenic spots in Shanghai"}
 
 

@@ -23,9 +23,10 @@ from corefit.data.source import map_record
 from corefit.data.stream import Stream, encode_validation, split_validation
 from corefit.data.tokenizer import Tokenizer
 from corefit.errors import DataError
-from corefit.prepare import _sniff, walk
+from corefit.prepare import _sniff
 from corefit.recipe import Recipe
 from corefit.registry import Registry
+from corefit.samples import walk
 from corefit.session import questions
 from corefit.types import Conversation, Document, Drop, MapFunction, Message, Record, Sources
 

@@ -246,6 +246,11 @@ def test_the_loop_keeps_the_conversation():
     assert written == "answer\n" * 3 + "\n"
 
 
+def test_a_system_message_may_begin_with_a_dash():
+    asked, _ = talk(["/system - Be brief.", "one", "/system -", "two", "/exit"])
+    assert [messages for messages, _ in asked] == [["- Be brief.", "one"], ["two"]]
+
+
 def test_commands_of_the_loop():
     asked, written = talk(
         ["/system pirate", "one", "/reset", "two", "/system Be brief.", "three", "/system -", "four", "/system", "/nwe"]

@@ -10,8 +10,9 @@ import pytest
 from corefit.data.source import items_of
 from corefit.errors import DataError, PluginError, RecipeError, UserError
 from corefit.fields import Fields
+from corefit.identity import identity
 from corefit.own import own_code, own_map_function
-from corefit.prepare import Prepared, identity, prepare, resolve
+from corefit.prepare import Prepared, prepare, resolve
 from corefit.recipe import load_recipe, parse_recipe, to_toml
 from corefit.registry import Registry
 from corefit.types import Conversation, Document, Drop, Message

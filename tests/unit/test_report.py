@@ -20,14 +20,14 @@ from corefit.report import (
     cell_width,
     duration,
     finite,
-    note,
+    objects,
     perplexity,
-    read_lines,
     step_line,
     summary,
     to_json,
     wrap,
 )
+from corefit.terminal import notice
 from corefit.types import StepReport
 
 
@@ -83,7 +83,7 @@ def test_lines_are_readable_at_once(tmp_path):
     lines = JsonLines(tmp_path / "run" / "metrics.jsonl")
     lines.write(report(1))
     lines.write({"val_loss": math.inf})
-    found = read_lines(tmp_path / "run" / "metrics.jsonl")
+    found = list(objects(tmp_path / "run" / "metrics.jsonl"))
     assert (found[0]["step"], found[0]["loss"], found[1]) == (1, 4.0, {"val_loss": None})
     assert lines.sync() == (tmp_path / "run" / "metrics.jsonl").stat().st_size
     lines.close()
@@ -97,12 +97,12 @@ def test_a_resume_cuts_what_the_checkpoint_had_not_seen(tmp_path):
     lines.write({"step": 2})
     lines.close()
     path.write_bytes(path.read_bytes() + b'{"step": 3, "lo')
-    assert [line["step"] for line in read_lines(path)] == [1, 2]
+    assert [line["step"] for line in objects(path)] == [1, 2]
     again = JsonLines(path, keep=keep)
     assert again.missing == 0
     again.write({"step": 2, "again": True})
     again.close()
-    assert read_lines(path) == [{"step": 1, "说": "好"}, {"step": 2, "again": True}]
+    assert list(objects(path)) == [{"step": 1, "说": "好"}, {"step": 2, "again": True}]
 
 
 def test_a_new_run_starts_an_empty_file_and_a_shortened_one_is_noticed(tmp_path):
@@ -115,7 +115,7 @@ def test_a_new_run_starts_an_empty_file_and_a_shortened_one_is_noticed(tmp_path)
     lines.close()
     assert lines.missing == 9
     assert path.read_text() == '{"old": 1}\n', "not filled up with zero bytes"
-    assert read_lines(tmp_path / "absent") == []
+    assert list(objects(tmp_path / "absent")) == []
 
 
 def test_a_file_that_cannot_be_opened_is_one_line(tmp_path):
@@ -149,7 +149,7 @@ def test_lines_that_the_disk_refuses_are_kept_and_written_later(tmp_path):
     lines._file = real
     lines.write({"a": 4})
     assert not lines.trouble
-    assert [line["a"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [line["a"] for line in objects(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     assert lines.sync() == (tmp_path / "metrics.jsonl").stat().st_size
     lines.close()
 
@@ -175,7 +175,7 @@ def test_without_a_terminal_a_plain_line_every_few_steps(capsys):
     progress = Progress(every=5)
     for step in range(1, 12):
         progress.update(report(step, skipped=step == 7, cause="nothing_supervised" if step == 7 else None))
-    note("validation loss 1.5")
+    notice("validation loss 1.5")
     progress.close()
     out, err = capsys.readouterr()
     assert out == ""
@@ -208,7 +208,7 @@ def test_on_a_terminal_one_bar_and_notes_above_it():
     file = Terminal()
     progress = Progress(file=file)
     progress.update(report(5))
-    note("validation loss 1.5", file)
+    notice("validation loss 1.5", file)
     progress.update(report(6))
     progress.close()
     text = file.getvalue()

@@ -52,6 +52,7 @@ CODE = """
         yield Reporter(name="slow", summary="x", open=lambda options: lambda event: time.sleep(0.01))
         yield Reporter(name="closed", summary="x", open=lambda options: 1 / 0)
         yield Reporter(name="lacks", summary="x", open=writes, needs={"nothing_there": "corefit[nothing]"})
+        yield Reporter(name="lacks_a_part", summary="x", open=writes, needs={"nothing_there.at_all": "nothing"})
 """
 
 
@@ -141,6 +142,7 @@ def test_what_cannot_be_is_refused_before_anything_runs(registry):
         (["progress"], {"file": "x"}, "run.options: no option 'file'; known: none"),
         (["writes"], {"flie": "x"}, "run.options: no option 'flie'; did you mean 'file'? known: file"),
         (["writes"], {"file": 3}, "run.options: file: found 3; expected text"),
+        (["lacks_a_part"], {}, "run.reporters: 'lacks_a_part' needs nothing_there.at_all, which is not installed: pip"),
         (["lacks"], {}, "run.reporters: 'lacks' needs nothing_there, which is not installed: pip install 'corefit[not"),
     ):
         with pytest.raises((PluginError, RecipeError)) as caught:

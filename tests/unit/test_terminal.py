@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from corefit import terminal
 from corefit.chat import chat_loop
-from corefit.report import answers_table, note
+from corefit.report import answers_table
 from corefit.show import marked
-from corefit.terminal import visible
+from corefit.terminal import notice, visible
 
 ROOT = Path(__file__).resolve().parents[2]
 texts = st.lists(st.one_of(st.sampled_from([*HOSTILE, "\n", "\t", "你", "👩\u200d🚀", "é", "a"]), st.text(max_size=3)))
@@ -51,7 +51,7 @@ def test_whatever_shows_content_shows_it_so(text):
     assert not obeyed(marked(Sample(), Tokens(), colour=False))
     assert not obeyed(answers_table([(text, text, text)], width=60))
     file = io.StringIO()
-    note(text, file)
+    notice(text, file)
     assert not obeyed(file.getvalue()) and file.getvalue() == visible(text) + "\n"
 
 
