@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from corefit.durable import make_folder, write_whole
-from corefit.engine.export import entries_of, whole_folder, write_tensors
+from corefit.durable import make_folder, whole_folder, write_whole
+from corefit.engine.export import entries_of, write_tensors
 from corefit.engine.model import misfit
 from corefit.engine.nonfinite import require_finite
 from corefit.engine.optimizer import load_optimizer_state, optimizer_state

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -19,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from corefit import __version__
-from corefit.durable import sync
+from corefit.durable import whole_folder
 from corefit.engine import internlm
 from corefit.engine.model import INDEX, hub_name, read_header, stored_tensors, weight_files
 from corefit.errors import ModelError, system_words
@@ -110,33 +109,6 @@ def public_name(base: str) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------- folders
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """Give a folder beside ``out`` to fill; it becomes ``out`` when the block ends, and goes if the block raises.
-
-    What was ``out`` stays until then. A killed process leaves ``.tmp-*`` behind.
-
-    Raises:
-        OSError: the disk refuses.
-    """
-    aside, old = out.with_name(f".tmp-{out.name}"), out.with_name(f".tmp-old-{out.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        for path in sorted(aside.rglob("*")):
-            sync(path)
-        sync(aside)
-        if out.exists():
-            out.rename(old)
-        aside.rename(out)
-        sync(out.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,6 +162,22 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         assert (out / "whole").read_text() == "1", "the old one stays until the new one is whole"
         (folder / "new").write_text("2")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+def test_a_folder_that_cannot_get_its_name_leaves_the_old_one_in_place(tmp_path, monkeypatch):
+    out, rename = tmp_path / "out", Path.rename
+    with written_aside(out) as folder:
+        (folder / "old").write_text("1")
+
+    def refused(self, target):
+        if self.name == ".tmp-out":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(ModelError, match="can't be written"), written_aside(out, replace=True) as folder:
+        (folder / "new").write_text("2")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
 
 
 def test_names_without_paths(tmp_path):
