@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from corefit.engine.fused import DocumentAttention
+from corefit.engine.fused import DocumentAttention, product_dtype
 from corefit.engine.model import causal_lm, evaluating
 from corefit.engine.nonfinite import Watch, culprit
 from corefit.errors import IsolationError, RunError
@@ -131,8 +131,7 @@ def packed_attention(
     if dropout:
         raise LostBounds("its attention has dropout")
     rows, heads, slots, width = query.shape
-    kind = query.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    kind, dtype = query.device.type, product_dtype(value)
     inner = torch.float32 if kind == "cpu" and dtype == torch.float16 else dtype  # whose products are slow there
     # whole tensors: a view would keep what it is a part of, such as one projection for all three
     q, k, v = (x.to(inner).transpose(1, 2).flatten(0, 1).contiguous() for x in (query, key, value))

@@ -31,6 +31,12 @@ FUSED = {
 """LoRA layers and what they are on, as ``LoraLinear`` computes them."""
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Give what x is multiplied in: autocast's format; without autocast its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class RMSNorm(torch.autograd.Function):
     """``weight * x / sqrt(mean(x^2) + epsilon)`` along the last dimension, in fp32, given in the format of x.
 
@@ -270,8 +276,7 @@ def fuse_lora(model: nn.Module) -> None:
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
     base, names = layer.base_layer, layer.active_adapters
-    kind, state = x.device.type, getattr(base.weight, "quant_state", None)
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dtype, state = product_dtype(x), getattr(base.weight, "quant_state", None)
     plain = layer.disable_adapters or layer.merged or args or kwargs or names != ["default"] or layer.lora_variant
     held = base.weight.dtype if state is None else base.compute_dtype
     packed = getattr(state, "packing_format_for_cpu", False)  # for inference

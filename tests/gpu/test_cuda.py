@@ -213,7 +213,8 @@ def test_a_step_waits_for_the_gpu_once(precision: str, tmp_path: Path) -> None:
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 batches = [two_packs(), two_packs()]
-                take_step(loss_fn, batches, parameters, optimizer, scaler, "cuda", DTYPES[precision], 1.0)
+                supervised = sum(batch.n_supervised for batch in batches)
+                take_step(loss_fn, batches, supervised, parameters, optimizer, scaler, "cuda", DTYPES[precision], 1.0)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     waits = [warning for warning in said if "called a synchronizing CUDA operation" in str(warning.message)]

@@ -92,16 +92,17 @@ def no_checkpointing(patch):
 def chunks_without_their_last_row(patch):
     apply = loss.LinearCrossEntropy.apply
 
-    def wrong(hidden, weight, targets, dtype, chunk, *rest):
+    def wrong(hidden, targets, *rest):
+        *_, chunk, _ = rest
         kept = torch.arange(len(hidden)) % chunk != chunk - 1
-        return apply(hidden[kept], weight, targets[kept], dtype, chunk, *rest)
+        return apply(hidden[kept], targets[kept], *rest)
 
     patch.setattr(loss, "LinearCrossEntropy", SimpleNamespace(apply=wrong))
 
 
 def head_without_gradient(patch):
     apply = loss.LinearCrossEntropy.apply
-    wrong = SimpleNamespace(apply=lambda hidden, weight, *rest: apply(hidden, weight.detach(), *rest))
+    wrong = SimpleNamespace(apply=lambda hidden, targets, weight, *rest: apply(hidden, targets, weight.detach(), *rest))
     patch.setattr(loss, "LinearCrossEntropy", wrong)
 
 
