@@ -575,7 +575,7 @@ class Session:
         if newest is None:
             self.say(f"resume: {self.folder} has no whole checkpoint, so the run starts again")
             return None
-        saved = checkpoint.load(newest)
+        saved = checkpoint.load(newest, whole=True)
         self.state = LoopState.from_dict(saved.state["loop"])
         self.lengths = saved.state["lengths"]
         self.patience.best, self.patience.bad = saved.state["extra"]["patience"]

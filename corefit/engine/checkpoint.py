@@ -172,13 +172,13 @@ def newest_whole(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
     return None, tuple(passed)
 
 
-def load(path: Path) -> Checkpoint:
-    """Read a checkpoint.
+def load(path: Path, *, whole: bool = False) -> Checkpoint:
+    """Read a checkpoint; ``whole``: it is known to be, as what ``newest_whole`` has just given.
 
     Raises:
         CheckpointError: it is torn, tampered with, or written by a later corefit.
     """
-    if why := torn(path):
+    if not whole and (why := torn(path)):
         raise CheckpointError(why)
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))

@@ -119,26 +119,13 @@ def generate(
     prompt_ids: Sequence[int],
     *,
     stop_ids: Iterable[int],
-    max_tokens: int,
-    device: str = "cpu",
-    compute_dtype: torch.dtype = torch.float32,
-    decoding: Decoding = GREEDY,
-    ranks: Ranks = ALONE,
+    **how: Any,  # noqa: ANN401, as for ``stream``
 ) -> Generated:
-    """Answer a prompt; see ``stream``. Fit to be called in the middle of a training run."""
+    """Answer a prompt as ``stream`` does. Fit to be called in the middle of a training run."""
     ids: list[int] = []
     stops = frozenset(stop_ids)
     with undisturbed(model):
-        tokens = stream(
-            model,
-            prompt_ids,
-            device=device,
-            compute_dtype=compute_dtype,
-            max_tokens=max_tokens,
-            decoding=decoding,
-            ranks=ranks,
-        )
-        for token in tokens:
+        for token in stream(model, prompt_ids, **how):
             if token in stops:
                 return Generated(tuple(ids), stopped=True)
             ids.append(token)
@@ -192,7 +179,8 @@ def pick(logits: torch.Tensor, decoding: Decoding, generator: torch.Generator, s
         logits = logits.index_copy(0, there, torch.where(was > 0, was / by, was * by))
     if decoding.temperature <= 0:
         return int(logits.argmax())
-    probabilities, order = (logits.cpu() / decoding.temperature).softmax(-1).sort(descending=True, stable=True)
+    scaled = logits.cpu() / max(decoding.temperature, 1e-9)  # which can't make an infinite one
+    probabilities, order = scaled.softmax(-1).sort(descending=True, stable=True)
     if decoding.top_k:
         probabilities[decoding.top_k :] = 0
         probabilities /= probabilities.sum()

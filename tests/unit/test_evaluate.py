@@ -249,6 +249,12 @@ def test_a_cache_that_can_not_be_cut_is_not_cut():
     assert memory.ids == [*kept, 5], "what only goes on is kept"
 
 
+def test_a_temperature_of_almost_nothing_takes_the_most_likely_token():
+    logits, generator = torch.tensor([20.0, 1.0, 19.0]), torch.Generator().manual_seed(0)
+    for temperature in (1e-3, 1e-38, 1e-45):
+        assert pick(logits, Decoding(temperature=temperature), generator) == 0
+
+
 def test_top_p_keeps_the_smallest_set_that_reaches_it():
     logits = torch.tensor([0.5, 0.2, 0.2999, 0.0001]).log()
     generator = torch.Generator().manual_seed(0)
