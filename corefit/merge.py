@@ -96,7 +96,8 @@ def merge(
                 whole[name] = file.get_tensor(key)
 
     shapes = {name: entry["shape"] for name, entry in stored_tensors(base).items()}
-    names, ids = set(shapes), {n: config["trainable_token_indices"][n.split(".")[-2]] for n in tokens}
+    of: Any = config.get("trainable_token_indices")  # a list is of the embeddings
+    names, ids = set(shapes), {name: of if isinstance(of, list) else of[name.split(".")[-2]] for name in tokens}
     rows = {name: max(ids[name]) + 1 for name in tokens} | {name: len(tensor) for name, tensor in whole.items()}
     rows = {name: n for name, n in rows.items() if name in names and n > shapes[name][0]}
     added, changes = {}, {}

@@ -278,8 +278,8 @@ class Layout:
         for key in ("target_modules", "modules_to_save"):
             if isinstance(config.get(key), list):
                 config[key] = [new for name in config[key] for new in llama_names(name)]
-        tokens = config.get("trainable_token_indices") or {}
-        config["trainable_token_indices"] = {llama_names(name)[0]: ids for name, ids in tokens.items()} or None
+        if isinstance(tokens := config.get("trainable_token_indices"), dict):  # else a list: of the embeddings
+            config["trainable_token_indices"] = {llama_names(name)[0]: ids for name, ids in tokens.items()} or None
         folded = [b for name, b in tensors.items() if ".wqkv.lora_B." in name]
         if _patterns(config).items() <= config.items() and all(self._is_folded(b, r) for b in folded):
             config |= {"rank_pattern": {}, "alpha_pattern": {}}

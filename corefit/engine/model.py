@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -869,12 +870,13 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> Any:  # noqa: ANN401, 
         from peft import PeftModel
 
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-        tokens = json.loads((adapter / "adapter_config.json").read_bytes()).get("trainable_token_indices") or {}
+        tokens = json.loads((adapter / "adapter_config.json").read_bytes()).get("trainable_token_indices") or ()
+        ids = chain.from_iterable(tokens.values()) if isinstance(tokens, dict) else tokens
         whole = {
             name: entry["shape"][0] for name, entry in read_header(adapter / "adapter_model.safetensors")[0].items()
         }
         rows = [whole.get(f"base_model.model.{name}.weight", 0) for name in vocabulary(model)]
-        add_rows(model, max([*rows, *(id + 1 for ids in tokens.values() for id in ids)]))
+        add_rows(model, max([*rows, *(id + 1 for id in ids)]))
         return PeftModel.from_pretrained(model, str(adapter))
 
 

@@ -14,7 +14,7 @@ from tiny_export import IDS, adapted, facts, load
 from corefit import merge as merging
 from corefit.chat import find
 from corefit.engine.export import export_adapter, read_header, weight_files
-from corefit.engine.model import as_stored, causal_lm, load_base
+from corefit.engine.model import as_stored, causal_lm, load_base, with_adapter
 from corefit.errors import ModelError, PluginError
 from corefit.merge import merge
 from corefit.registry import Registry
@@ -306,3 +306,20 @@ def test_only_what_bitsandbytes_stored_is_dequantised(tmp_path):
     own = Quantizer(name="own", summary="", config=lambda dtype: object())
     with pytest.raises(ModelError, match="quantizer 'own': bitsandbytes dequantises what it stored itself"):
         as_stored(str(write_model(tmp_path)), quantizer=own, compute_dtype="float32", device="cpu")
+
+
+def test_an_adapter_of_peft_that_names_its_tokens_in_a_list_opens_and_merges(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = write_model(tmp_path / "base")
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[12, 40], task_type="CAUSAL_LM")
+    model = get_peft_model(load(base), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "trainable_tokens" in name:
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["trainable_token_indices"] == [12, 40]
+    assert torch.equal(logits(with_adapter(load(base), tmp_path / "adapter").eval()), logits(model))
+    out = merge(tmp_path / "adapter", tmp_path / "merged", model=str(base))
+    assert (logits(load(out)) - logits(model)).abs().max() < 1e-5
