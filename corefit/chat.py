@@ -138,12 +138,14 @@ def _exported(saved: Checkpoint, base: Path) -> Path:
     """Make an adapter or model folder of a checkpoint, which goes when the process ends."""
     from corefit.data.tokenizer import Tokenizer
     from corefit.engine.export import Provenance, export
+    from corefit.engine.model import stored_tensor
 
     made, facts = Path(tempfile.mkdtemp(prefix="corefit-")), saved.state["extra"]["provenance"]
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     files = Tokenizer.load(base, facts.get("add_tokens", ())).files()
     provenance = Provenance.from_dict(facts, base_folder=base, tokenizer_files=files)
-    return export(made / "at", saved.state["extra"]["layout"], saved.trainable.__getitem__, provenance)
+    tensor_of = lambda name: saved.trainable[name] if name in saved.trainable else stored_tensor(base, name)  # noqa: E731
+    return export(made / "at", saved.state["extra"]["layout"], tensor_of, provenance)
 
 
 def _read(path: Path) -> dict[str, Any]:

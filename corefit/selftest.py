@@ -351,8 +351,7 @@ class Lab:
             device=self.device.partition(":")[0],
             **served,
         )
-        write = export.export_adapter if hasattr(network, "peft_config") else export.export_model
-        return find(write(network, self.folder / name, facts), model=str(self.path))
+        return find(export.export_trained(network, self.folder / name, facts), model=str(self.path))
 
     def merge(self, adapter: Any, into: str) -> Any:  # noqa: ANN401, both Found
         """Merge an adapter into the base, and find it."""

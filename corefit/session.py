@@ -783,13 +783,11 @@ class Session:
     def _export(self) -> None:
         """Write ``adapter/``, or ``model/`` after full fine-tuning."""
         name = "model" if self.recipe.adapter.kind == "none" else "adapter"
-        write = export.export_model if name == "model" else export.export_adapter
         try:
-            if is_sharded(self.parameters.values()):
-                with self.ranks.gathering(self.parameters) as tensor_of:
-                    export.export(self.folder / name, self.layout, tensor_of, self.provenance)
-            else:
-                write(self.network, self.folder / name, self.provenance)
+            with self.ranks.gathering(self.parameters) as trained:
+                buffers = dict(self.network.named_buffers())  # which every rank has
+                tensor_of = lambda name: buffers[name] if name in buffers else trained(name)  # noqa: E731
+                export.export(self.folder / name, self.layout, tensor_of, self.provenance)
         except ModelError as error:
             raise RunError(f"{error}; --resume goes on from the newest checkpoint and writes it again") from error
 

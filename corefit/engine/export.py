@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -324,7 +325,7 @@ def layout_of(model: Any, base: str) -> dict[str, Any]:  # noqa: ANN401, a PeftM
     """Give what is needed to export a model from its trained tensors alone; JSON-able.
 
     ``adapter``: the content of ``adapter_config.json``; None for full fine-tuning. ``names``: name in the exported
-    files -> name of the parameter.
+    files -> name of the parameter, or of the buffer, which training leaves as it was.
     """
     if not hasattr(model, "peft_config"):
         config, exported = None, model.state_dict()
@@ -333,15 +334,17 @@ def layout_of(model: Any, base: str) -> dict[str, Any]:  # noqa: ANN401, a PeftM
 
         # no look at the hub for changed embeddings: what was trained whole is in modules_to_save
         config, exported = _adapter_config(model, base), get_peft_model_state_dict(model, save_embedding_layers=False)
-    own = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
+    own = {tensor.data_ptr(): name for name, tensor in (*model.named_buffers(), *model.named_parameters())}
     names = {name: own[tensor.data_ptr()] for name, tensor in sorted(exported.items()) if tensor.data_ptr() in own}
     return {"adapter": config, "names": names}
 
 
 def export(out: Path, layout: Mapping[str, Any], tensor_of: Callable[[str], torch.Tensor], facts: Provenance) -> Path:
-    """Write an adapter or a model folder from a ``layout_of``; ``tensor_of`` gives a tensor by its parameter's name.
+    """Write an adapter or a model folder from a ``layout_of``; ``tensor_of`` gives a parameter or buffer by its name.
 
-    Of a model one tensor is held at a time.
+    An older one at ``out`` is replaced once the new one is whole. An adapter is plain PEFT. A model has the base's
+    stored dtypes, and is tied as the base is; one tensor is held at a time. Where its names are not those of the base's
+    files, weights are written under its own, in files of at most ``SHARD_BYTES`` bytes (or one tensor).
     """
     names: dict[str, str] = layout["names"]
     if layout["adapter"] is None:
@@ -349,9 +352,10 @@ def export(out: Path, layout: Mapping[str, Any], tensor_of: Callable[[str], torc
     return _write_adapter(out, facts, layout["adapter"], {key: tensor_of(own) for key, own in names.items()})
 
 
-def export_adapter(model: Any, out: Path, facts: Provenance) -> Path:  # noqa: ANN401, a PeftModel
-    """Write a LoRA adapter as a plain PEFT folder; an older one at ``out`` is replaced once the new one is whole."""
-    return export(out, layout_of(model, facts.name), dict(model.named_parameters()).__getitem__, facts)
+def export_trained(model: Any, out: Path, facts: Provenance) -> Path:  # noqa: ANN401, a PeftModel or a language model
+    """Write what was trained of a model in memory: see ``export``."""
+    tensors = dict((*model.named_buffers(), *model.named_parameters()))
+    return export(out, layout_of(model, facts.name), tensors.__getitem__, facts)
 
 
 def _adapter_config(model: Any, base: str) -> dict[str, Any]:  # noqa: ANN401, a PeftModel
@@ -385,18 +389,6 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
     return getattr(value, "value", value)
 
 
-def export_model(model: Any, out: Path, facts: Provenance) -> Path:  # noqa: ANN401
-    """Write a fully fine-tuned model as a plain folder; weights in the base's stored dtypes, tied as the base has them.
-
-    Where the model's names are not those of the base's files, weights are written under the model's own names, in files
-    of at most ``SHARD_BYTES`` bytes (or one tensor).
-    """
-    state = model.state_dict()
-    first = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}  # of those that are tied
-    names = {name: first[tensor.data_ptr()] for name, tensor in state.items()}
-    return export(out, {"adapter": None, "names": names}, state.__getitem__, facts)
-
-
 def _write_model(out: Path, facts: Provenance, state: internlm.Renamed) -> Path:
     known = stored_tensors(facts.base_folder)
     if layout := internlm.layout_of_folder(facts.base_folder):
@@ -411,8 +403,7 @@ def _write_model(out: Path, facts: Provenance, state: internlm.Renamed) -> Path:
             change = lambda name, read: state[name] if name in state else read()  # noqa: E731
             rewrite_weights(facts.base_folder, folder, change, rows=rows)
         else:
-            dtypes = [entry["dtype"] for entry in known.values()]
-            usual = max(dtypes, key=dtypes.count)
+            [(usual, _)] = Counter(entry["dtype"] for entry in known.values()).most_common(1)
             entries = {}
             for name, tensor in state.items():
                 if state.names[name] == name:  # else it is tied to that one

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from corefit.engine import internlm
@@ -406,6 +406,20 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
 def stored_tensors(folder: Path, base: str | None = None) -> dict[str, dict[str, Any]]:
     """Give dtype, shape and offsets of all tensors of a model folder, by name; errors as of ``weight_files``."""
     return {name: entry for path in weight_files(folder, base) for name, entry in read_header(path)[0].items()}
+
+
+def stored_tensor(folder: Path, name: str) -> torch.Tensor:
+    """Give one tensor of a model folder.
+
+    Raises:
+        ModelError: it has none of that name.
+    """
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118, not a mapping
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor
+    raise ModelError(f"{folder}: has no tensor {name}")
 
 
 def base_dtype_of(base: str) -> str:

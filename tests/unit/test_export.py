@@ -9,19 +9,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import CONTROL, write_model
 from tiny_export import IDS, JINJA, adapted, facts, load
+from tiny_families import FAMILIES, write_family
 from transformers import AutoTokenizer
 
 from corefit.data.tokenizer import Tokenizer
 from corefit.engine.export import (
-    export_adapter,
-    export_model,
+    export,
+    export_trained,
+    layout_of,
     public_name,
     read_header,
     weight_files,
     with_keys,
     written_aside,
 )
-from corefit.engine.model import attach_adapter
+from corefit.engine.model import attach_adapter, stored_tensor
 from corefit.errors import ModelError
 
 torch.set_num_threads(1)
@@ -32,7 +34,7 @@ def test_an_adapter_is_plain_peft_and_gives_the_same_logits(tiny_model, tmp_path
 
     model = adapted(tiny_model, modules_to_save=("lm_head",))
     model.peft_config["default"].target_modules = set(model.peft_config["default"].target_modules)
-    out = export_adapter(model, tmp_path / "run" / "adapter", facts(tiny_model))
+    out = export_trained(model, tmp_path / "run" / "adapter", facts(tiny_model))
     again = PeftModel.from_pretrained(load(tiny_model), out).eval()
     with torch.no_grad():
         assert (again(IDS).logits - model(IDS).logits).abs().max() == 0
@@ -50,7 +52,7 @@ def test_an_adapter_is_plain_peft_and_gives_the_same_logits(tiny_model, tmp_path
 
 
 def test_no_path_of_the_machine_is_inside(tiny_model, tmp_path):
-    out = export_adapter(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
+    out = export_trained(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
     names = {path.name for path in out.iterdir()}
     assert names == {
         *("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "corefit.json", "README.md"),
@@ -62,7 +64,7 @@ def test_no_path_of_the_machine_is_inside(tiny_model, tmp_path):
 
 
 def test_base_files_are_copied_and_changed_only_in_owned_keys(tiny_model, tmp_path):
-    out = export_adapter(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
+    out = export_trained(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
     assert (out / "tokenizer.json").read_bytes() == (tiny_model / "tokenizer.json").read_bytes()
     assert (out / "chat_template.jinja").read_text() == JINJA
     for name, key, value in (
@@ -84,7 +86,7 @@ def test_the_tokenizers_own_template_leaves_its_config_alone(tiny_model, tmp_pat
     own = Tokenizer.load(tiny_model).chat_template
     (tiny_model / "chat_template.jinja").write_text(own)
     try:
-        out = export_adapter(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model, jinja=own))
+        out = export_trained(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model, jinja=own))
     finally:
         (tiny_model / "chat_template.jinja").unlink()
     for name in ("tokenizer_config.json", "tokenizer.json"):
@@ -92,7 +94,7 @@ def test_the_tokenizers_own_template_leaves_its_config_alone(tiny_model, tmp_pat
 
 
 def test_the_readme_lines_run(tiny_model, tmp_path, capsys, monkeypatch):
-    out = export_adapter(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
+    out = export_trained(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
     code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(out)
     exec(code.replace(f'"{tiny_model.name}"', repr(str(tiny_model))).replace("=256", "=4"), {})
@@ -112,7 +114,7 @@ def test_a_full_model_is_written_as_the_base_was(tmp_path, tied, sharded):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01)
-    out = export_model(model, tmp_path / "model", facts(base))
+    out = export_trained(model, tmp_path / "model", facts(base))
     for path in weight_files(base):
         assert [*read_header(out / path.name)[0].items()] == [*read_header(path)[0].items()]
     for name in ("config.json", "tokenizer.json", "LICENSE", *(["model.safetensors.index.json"] if sharded else [])):
@@ -133,13 +135,26 @@ def test_a_model_whose_names_are_not_the_bases_is_still_saved_whole(tmp_path, mo
     from safetensors.torch import save_file
 
     save_file(renamed, base / "model.safetensors")
-    out = export_model(model, tmp_path / "model", facts(base))
+    out = export_trained(model, tmp_path / "model", facts(base))
     files = weight_files(out)
     assert len(files) > 2 and all(path.stat().st_size < 80_000 for path in files)
     again = load(out)
     assert all(
         torch.equal(a.bfloat16(), b.bfloat16()) for a, b in zip(model.parameters(), again.parameters(), strict=True)
     )
+
+
+def test_buffers_are_saved_with_a_model_whose_names_are_not_the_bases(tmp_path):
+    base = write_family(tmp_path / "base", next(family for family in FAMILIES if family.kind == "deepseek_v3"))
+    model, name = attach_adapter(load(base), None, seed=0), "model.layers.1.mlp.gate.e_score_correction_bias"
+    model.get_buffer(name).fill_(0.25)
+    trained = dict(model.named_parameters())
+    of_a_checkpoint = lambda key: trained[key] if key in trained else stored_tensor(base, key)  # noqa: E731
+    export(tmp_path / "checkpoint", layout_of(model, "base"), of_a_checkpoint, facts(base))
+    export_trained(model, tmp_path / "model", facts(base))
+    for out, value in (("checkpoint", stored_tensor(base, name)[0]), ("model", 0.25)):
+        assert (stored_tensor(tmp_path / out, name) == value).all()
+        assert name in load(tmp_path / out).state_dict()
 
 
 def test_keys_that_are_set_already_leave_the_bytes_alone():
@@ -191,7 +206,7 @@ def test_names_without_paths(tmp_path):
 
 
 def test_safetensors_files_are_what_the_library_reads(tiny_model, tmp_path):
-    out = export_adapter(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
+    out = export_trained(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
     with safe_open(out / "adapter_model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert all(key.startswith("base_model.model.model.layers.") for key in file.keys())  # noqa: SIM118

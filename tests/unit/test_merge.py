@@ -13,7 +13,7 @@ from tiny_export import IDS, adapted, facts, load
 
 from corefit import merge as merging
 from corefit.chat import find
-from corefit.engine.export import export_adapter, read_header, weight_files
+from corefit.engine.export import export_trained, read_header, weight_files
 from corefit.engine.model import as_stored, causal_lm, load_base, with_adapter
 from corefit.errors import ModelError, PluginError
 from corefit.merge import merge
@@ -32,7 +32,7 @@ def pair(tmp_path: Path, kind: str = "llama", *, spec: dict | None = None, store
     """A base, an adapter of it in memory, and the same adapter as a run folder; ``stored``: how training did it."""
     base = write_model(tmp_path / "base", kind=kind, **changes)
     model = adapted(base, **(spec or {}))
-    export_adapter(model, tmp_path / "run" / "adapter", facts(base, **(stored or {})))
+    export_trained(model, tmp_path / "run" / "adapter", facts(base, **(stored or {})))
     (tmp_path / "run" / "recipe.toml").write_text(f"[model]\nbase = {json.dumps(str(base))}\n")
     assert tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())
     return base, model, tmp_path / "run"
@@ -109,7 +109,7 @@ def test_dora_and_rslora_merge_as_peft_computes_them(tmp_path, spec):
             for name, parameter in model.named_parameters():
                 if "magnitude" in name:
                     parameter *= 1.3
-        export_adapter(model, run / "adapter", facts(base))
+        export_trained(model, run / "adapter", facts(base))
     from peft import PeftModel
 
     want = logits(PeftModel.from_pretrained(load(base), run / "adapter").eval())

@@ -507,10 +507,10 @@ def test_unknown_targets_name_the_nearest(tiny_model):
 def test_training_goes_on_from_an_adapter_with_its_shape_and_the_new_dropout(tiny_model, tmp_path, spec):
     from tiny_export import adapted, facts
 
-    from corefit.engine.export import export_adapter
+    from corefit.engine.export import export_trained
 
     first = adapted(tiny_model, r=3, alpha=12, **spec)
-    folder = export_adapter(first, tmp_path / "adapter", facts(tiny_model))
+    folder = export_trained(first, tmp_path / "adapter", facts(tiny_model))
     model = load(tiny_model)
     going_on = attach_adapter(model, AdapterSpec(r=3, alpha=12, dropout=0.25, start=str(folder), **spec), seed=5)
     old, new = (dict(m.named_parameters()) for m in (first, going_on))
@@ -527,9 +527,9 @@ def test_training_goes_on_from_an_adapter_with_its_shape_and_the_new_dropout(tin
 def test_an_adapter_of_another_base_or_pickled_is_no_start(tiny_model, tmp_path):
     from tiny_export import adapted, facts
 
-    from corefit.engine.export import export_adapter
+    from corefit.engine.export import export_trained
 
-    folder = export_adapter(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
+    folder = export_trained(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
     start = AdapterSpec(r=4, alpha=8, dropout=0.0, start=str(folder))
     other = write_model(tmp_path / "other", hidden_size=96)
     with pytest.raises(
