@@ -90,7 +90,7 @@ def ours(model: Path, quantizer: str, length: int, checkpointing: str, device: s
     """Train as ``corefit train`` does, on batches made beforehand; save what was measured."""
     import torch
 
-    from corefit.engine import attention
+    from corefit.engine import adapter, attention
     from corefit.engine import model as base
     from corefit.engine.loop import autocast, peak_memory, take_step
     from corefit.engine.loss import CausalLoss
@@ -103,7 +103,7 @@ def ours(model: Path, quantizer: str, length: int, checkpointing: str, device: s
         str(model), quantizer=Registry.load().quantizer(quantizer), compute_dtype="bfloat16", device=device
     )
     vocabulary = network.config.vocab_size
-    network = base.attach_adapter(network, base.AdapterSpec(r=16, alpha=32, dropout=0.0), seed=0)
+    network = adapter.attach_adapter(network, adapter.AdapterSpec(r=16, alpha=32, dropout=0.0), seed=0)
     if checkpointing == "on":
         base.enable_gradient_checkpointing(network)
     how: dict[str, Any] = dict(vocab_size=vocabulary, device=device, autocast=lambda: autocast(device, torch.bfloat16))
@@ -112,7 +112,7 @@ def ours(model: Path, quantizer: str, length: int, checkpointing: str, device: s
     loss_fn = CausalLoss(network)
     with how["autocast"]():
         loss_fn.probe()
-    parameters = base.check_trainable(network)
+    parameters = adapter.check_trainable(network)
     optimizer, scaler = make_optimizer("adamw", parameters, lr=1e-4), make_scaler(device, enabled=False)
     slots = TOKENS if vocabulary > 1000 else 2 * length
     batches = []

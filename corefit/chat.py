@@ -188,8 +188,9 @@ class Chatter:
             ModelError: nothing to talk to, no base, no chat template.
         """
         from corefit.data.encode import make_encoder
+        from corefit.engine.adapter import with_adapter
         from corefit.engine.evaluate import GREEDY, Memory
-        from corefit.engine.model import base_dtype_of, choose_device, choose_precision, load_base, with_adapter
+        from corefit.engine.model import base_dtype_of, choose_device, choose_precision, load_base
         from corefit.registry import Registry
 
         self.found = find(target, model=model, trust_remote_code=trust_remote_code, say=say)

@@ -21,13 +21,6 @@ BASES = ("stored", "dequantised")
 TEXTS = 24
 """Records of the embedded data on which ``merge`` measures what merging changed."""
 
-_OTHER_LORA = (
-    "lora_bias",
-    "layer_replication",
-    "target_parameters",
-)
-"""Settings under which peft computes something else than W + scale * B @ A with one scale."""
-
 
 def merge(
     target: str | Path,
@@ -199,7 +192,8 @@ def load(found: Found) -> Any:  # noqa: ANN401, a PeftModel or a language model
     """Load an adapter on its base, stored as in training, or a model; it multiplies in fp32, whatever training did."""
     import torch
 
-    from corefit.engine.model import load_base, unsaid, with_adapter
+    from corefit.engine.adapter import with_adapter
+    from corefit.engine.model import load_base, unsaid
 
     network: Any = load_base(**_storage(found), say=unsaid)
     if found.adapter:
@@ -265,7 +259,8 @@ def _alpha(config: dict[str, Any], module: str) -> float:
 def _adapter_config(adapter: Path) -> dict[str, Any]:
     path = adapter / "adapter_config.json"
     config: dict[str, Any] = json.loads(path.read_bytes())
-    odd = [key for key in _OTHER_LORA if config.get(key)]
+    # with these peft computes something else than W + scale * B @ A with one scale
+    odd = [key for key in ("lora_bias", "layer_replication", "target_parameters") if config.get(key)]
     if not all(key.replace(".", "").isidentifier() for key in config.get("alpha_pattern") or {}):
         odd.append("alpha_pattern")  # peft takes its keys for regular expressions
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):

@@ -29,7 +29,7 @@ from corefit.data.ledger import Ledger
 from corefit.data.source import encode_items, items_of, map_record
 from corefit.data.stream import Estimate, Source, Stream, encode_validation, packs_at_once, split_validation
 from corefit.durable import claim, make_folder, read_json, sync, write_whole
-from corefit.engine import attention, checkpoint, evaluate, export, memory, model
+from corefit.engine import adapter, attention, checkpoint, evaluate, export, memory, model
 from corefit.engine.loop import Every, LoopState, autocast, progress_at, train, try_out
 from corefit.engine.loss import CausalLoss, offloaded
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_notice
@@ -302,13 +302,13 @@ class Session:
         )
         tokenizer, encoder = self.plan.tokenizer, self.plan.encoder
         if tokenizer.new_ids:
-            model.add_rows(network, tokenizer.vocab_size, tokenizer.new_ids)
+            adapter.add_rows(network, tokenizer.vocab_size, tokenizer.new_ids)
         special = (*recipe.model.add_tokens, *tokenizer.control_tokens, *self.plan.template.control, *encoder.stop)
         ids = {token: id for token in special if (id := tokenizer.token_id(token)) is not None}
-        sizes = model.check_vocabulary(network, tokenizer.vocab_size, ids)
+        sizes = adapter.check_vocabulary(network, tokenizer.vocab_size, ids)
         line = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
         self._proved(Proof("vocabulary", sizes, f"vocabulary: {line}; all {len(ids)} control tokens are among them"))
-        spec = model.AdapterSpec(
+        spec = adapter.AdapterSpec(
             r=recipe.adapter.r,
             alpha=recipe.adapter.alpha,
             dropout=recipe.adapter.dropout,
@@ -319,19 +319,19 @@ class Session:
             start=recipe.adapter.start,
             tokens=tuple(ids[token] for token in recipe.model.add_tokens),
         )
-        self.network = network = model.attach_adapter(network, None if full else spec, seed=settings.seed)
+        self.network = network = adapter.attach_adapter(network, None if full else spec, seed=settings.seed)
         wanted = settings.gradient_checkpointing
         if wanted == "auto":
             wanted = self.device != "cpu"
         if wanted:
             model.enable_gradient_checkpointing(network, float(wanted))
         self.fingerprint = model.model_fingerprint(str(self.base))
-        self.counts = counts = model.count_parameters(network)
+        self.counts = counts = adapter.count_parameters(network)
         self.say(f"model: {counts.total / 1e6:,.1f}M parameters, base weights {quantizer.name}")
-        layers = {} if full else model.adapted_layers(network)
+        layers = {} if full else adapter.adapted_layers(network)
         line = f"LoRA r {spec.r} on {sum(layers.values())} layers: {', '.join(f'{n} {t}' for t, n in layers.items())}"
         self._proved(Proof("adapter", {"layers": layers}, f"adapter: {'none, all of it trains' if full else line}"))
-        self.parameters = model.check_trainable(network)
+        self.parameters = adapter.check_trainable(network)
         self.loss_fn = CausalLoss(network)
         self.layout = export.layout_of(network, export.public_name(str(recipe.model.base)))
         if self.ranks.sharded and settings.offload_activations:
@@ -340,7 +340,7 @@ class Session:
             keep = () if full else self.parameters.values()
             dtype = self.precision.compute_dtype if full else None
             shard(self.loss_fn, model.decoder_layers(network), device=self.device, keep=keep, dtype=dtype)
-            self.parameters = model.check_trainable(network)
+            self.parameters = adapter.check_trainable(network)
             shared = [p for p in network.parameters() if full or not p.requires_grad]
             mine, all_ = (sum(t.nbytes for t in tensors) / 2**20 for tensors in (map(own, shared), shared))
             also = ", and that share of gradients and optimizer state" if full else "; the adapter is whole on each"

@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from corefit.durable import make_folder, whole_folder, write_whole
+from corefit.engine.adapter import misfit
 from corefit.engine.export import entries_of, write_tensors
-from corefit.engine.model import misfit
 from corefit.engine.nonfinite import require_finite
 from corefit.engine.optimizer import load_optimizer_state, optimizer_state
 from corefit.engine.ranks import ALONE, Ranks, shared_as

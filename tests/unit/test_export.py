@@ -13,6 +13,7 @@ from tiny_families import FAMILIES, write_family
 from transformers import AutoTokenizer
 
 from corefit.data.tokenizer import Tokenizer
+from corefit.engine.adapter import attach_adapter
 from corefit.engine.export import (
     export,
     export_trained,
@@ -23,7 +24,7 @@ from corefit.engine.export import (
     with_keys,
     written_aside,
 )
-from corefit.engine.model import attach_adapter, stored_tensor
+from corefit.engine.model import stored_tensor
 from corefit.errors import ModelError
 
 torch.set_num_threads(1)

@@ -10,18 +10,11 @@ from safetensors.torch import load_file
 from tiny_export import facts
 from tiny_internlm import CONFIGS, reference, write_internlm
 
+from corefit.engine.adapter import AdapterSpec, attach_adapter, trainable_parameters, with_adapter
 from corefit.engine.attention import isolation_canary, run_packed
 from corefit.engine.export import export, export_trained, layout_of, weight_files
 from corefit.engine.internlm import DynamicNTK, Layout, llama_names, published_name
-from corefit.engine.model import (
-    AdapterSpec,
-    as_stored,
-    attach_adapter,
-    base_dtype_of,
-    load_base,
-    trainable_parameters,
-    with_adapter,
-)
+from corefit.engine.model import as_stored, base_dtype_of, load_base
 from corefit.errors import ModelError
 from corefit.merge import merge
 from corefit.types import Quantizer

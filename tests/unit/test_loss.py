@@ -5,16 +5,9 @@ import torch
 import torch.nn.functional as F
 from tiny import write_model
 
+from corefit.engine.adapter import AdapterSpec, attach_adapter, trainable_parameters
 from corefit.engine.loss import CausalLoss, Head, LinearCrossEntropy, offloaded
-from corefit.engine.model import (
-    AdapterSpec,
-    attach_adapter,
-    causal_lm,
-    enable_gradient_checkpointing,
-    evaluating,
-    load_base,
-    trainable_parameters,
-)
+from corefit.engine.model import causal_lm, enable_gradient_checkpointing, evaluating, load_base
 from corefit.types import Quantizer
 
 torch.set_num_threads(1)

@@ -13,8 +13,9 @@ from tiny_export import IDS, adapted, facts, load
 
 from corefit import merge as merging
 from corefit.chat import find
+from corefit.engine.adapter import with_adapter
 from corefit.engine.export import export_trained, read_header, weight_files
-from corefit.engine.model import as_stored, causal_lm, load_base, with_adapter
+from corefit.engine.model import as_stored, causal_lm, load_base
 from corefit.errors import ModelError, PluginError
 from corefit.merge import merge
 from corefit.registry import Registry

@@ -19,23 +19,25 @@ from tiny import write_model, write_tokenizer
 from tiny_families import FAMILIES, write_family
 
 from corefit.engine import model as model_module
-from corefit.engine.model import (
+from corefit.engine.adapter import (
     AdapterSpec,
     attach_adapter,
-    base_dtype_of,
-    causal_lm,
     check_trainable,
-    choose_device,
-    choose_precision,
     count_parameters,
     decoder_targets,
+    trainable_parameters,
+)
+from corefit.engine.model import (
+    base_dtype_of,
+    causal_lm,
+    choose_device,
+    choose_precision,
     enable_gradient_checkpointing,
     load_base,
     model_fingerprint,
     prepare_process,
     quiet,
     resolve_base,
-    trainable_parameters,
 )
 from corefit.errors import ModelError, UserError
 from corefit.registry import Registry
@@ -152,6 +154,7 @@ def test_nothing_is_printed_by_others_while_loading_and_training(tiny_model):
 import torch
 torch.set_num_threads(1)
 from corefit.engine.model import *
+from corefit.engine.adapter import *
 from corefit.engine.loss import CausalLoss
 from corefit.types import Quantizer
 def config(compute_dtype):
