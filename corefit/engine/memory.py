@@ -320,7 +320,9 @@ def memory_of_machine() -> tuple[int, int]:
         return 0, 0
     limit, used = cgroup("memory.max"), cgroup("memory.current")
     if limit.isdigit() and used.isdigit() and int(limit) < total:
-        total, available = int(limit), min(available, int(limit) - int(used))
+        # what was read of files counts as used until somebody else needs the room
+        cached = sum(map(int, re.findall(r"(?m)^(?:in)?active_file (\d+)$", cgroup("memory.stat"))))
+        total, available = int(limit), min(available, int(limit) - int(used) + cached)
     return total, available
 
 
