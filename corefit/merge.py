@@ -6,16 +6,28 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from safetensors import safe_open
 
 from corefit import terminal
+from corefit.chat import Found, find
+from corefit.data.tokenizer import Tokenizer
+from corefit.engine import export
+from corefit.engine.adapter import with_adapter
+from corefit.engine.attention import run_packed
+from corefit.engine.model import (
+    as_stored,
+    causal_lm,
+    load_base,
+    model_fingerprint,
+    stored_tensors,
+    unsaid,
+    weight_files,
+)
 from corefit.errors import ModelError, UserError, unknown
-
-if TYPE_CHECKING:
-    import torch
-
-    from corefit.chat import Found
-    from corefit.data.tokenizer import Tokenizer
+from corefit.registry import Registry
 
 BASES = ("stored", "dequantised")
 TEXTS = 24
@@ -47,22 +59,6 @@ def merge(
         ModelError: no adapter or base there, a 4-bit base, an adapter that is not plain LoRA, or one of another base;
             nothing to dequantise.
     """
-    import torch
-    from safetensors import safe_open
-
-    from corefit.chat import find
-    from corefit.engine.export import (
-        Provenance,
-        base_files,
-        rewrite_weights,
-        serving_files,
-        with_keys,
-        with_vocabulary,
-        write_files,
-        written_aside,
-    )
-    from corefit.engine.model import as_stored, model_fingerprint, stored_tensors
-
     if into not in BASES:
         raise ModelError(f"--base: {unknown('base', into, BASES)}")
     found = find(target, model=model, say=say)
@@ -142,19 +138,19 @@ def merge(
 
     tokenizer = found.tokenizer()
     here = {"base": found.name, "fingerprint": model_fingerprint(str(base)), "chat_template": tokenizer.chat_template}
-    facts = Provenance.from_dict(
+    facts = export.Provenance.from_dict(
         {"template": "tokenizer", "stop": (), **found.facts, **here, "stop_ids": found.stop_ids(tokenizer)},
         base_folder=base,
         tokenizer_files=tokenizer.files(),
     )
-    with written_aside(Path(out)) as folder:
-        files = base_files(base) | serving_files(facts, "model")
-        files["config.json"] = with_keys(files["config.json"], changes)
+    with export.written_aside(Path(out)) as folder:
+        files = export.base_files(base) | export.serving_files(facts, "model")
+        files["config.json"] = export.with_keys(files["config.json"], changes)
         if rows:
-            files["config.json"] = with_vocabulary(files["config.json"], max(rows.values()))
-        files["corefit.json"] = with_keys(files["corefit.json"], {"merged_into": into})
-        write_files(folder, files)
-        rewrite_weights(base, folder, change, added, rows)
+            files["config.json"] = export.with_vocabulary(files["config.json"], max(rows.values()))
+        files["corefit.json"] = export.with_keys(files["corefit.json"], {"merged_into": into})
+        export.write_files(folder, files)
+        export.rewrite_weights(base, folder, change, added, rows)
     if quantizer != "none":
         device, trained_on = _device(found), facts.device
         other = "" if trained_on in ("", device) else f", in training on {trained_on}: a few may be rounded otherwise"
@@ -170,15 +166,11 @@ def merge(
 
 def _device(found: Found) -> str:
     """Give the kind of device that training used, where it is here: another one's kernels may round otherwise."""
-    import torch
-
     return "cuda" if found.facts.get("device") == "cuda" and torch.cuda.is_available() else "cpu"
 
 
 def _storage(found: Found) -> dict[str, Any]:
     """Give how training stored the base, or a model its weights, as ``load_base`` and ``as_stored`` take it."""
-    from corefit.registry import Registry
-
     facts = found.facts if found.adapter else {}
     return {
         "base": str(found.base),
@@ -190,11 +182,6 @@ def _storage(found: Found) -> dict[str, Any]:
 
 def load(found: Found) -> Any:  # noqa: ANN401, a PeftModel or a language model
     """Load an adapter on its base, stored as in training, or a model; it multiplies in fp32, whatever training did."""
-    import torch
-
-    from corefit.engine.adapter import with_adapter
-    from corefit.engine.model import load_base, unsaid
-
     network: Any = load_base(**_storage(found), say=unsaid)
     if found.adapter:
         network = with_adapter(network, found.adapter)
@@ -206,19 +193,12 @@ def load(found: Found) -> Any:  # noqa: ANN401, a PeftModel or a language model
 
 def sample_ids(tokenizer: Tokenizer) -> list[list[int]]:
     """Give a few real texts, English and Chinese, as ids: those of the embedded demonstration."""
-    from corefit.engine.export import EMBEDDED_MODEL
-
-    lines = (EMBEDDED_MODEL.parent / "data" / "corefit_facts.jsonl").read_text("utf-8").splitlines()
+    lines = (export.EMBEDDED_MODEL.parent / "data" / "corefit_facts.jsonl").read_text("utf-8").splitlines()
     return tokenizer.encode([json.loads(line)["text"] for line in lines[:TEXTS]])
 
 
 def logits(network: Any, texts: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:  # noqa: ANN401, as ``load`` gives
     """Yield a model's logits of each text: [L, V]."""
-    import torch
-
-    from corefit.engine.attention import run_packed
-    from corefit.engine.model import causal_lm
-
     for text in texts:
         ids = torch.tensor([text], device=next(network.parameters()).device)
         with torch.no_grad():  # not around the yield, where it would hold for whoever takes the logits
@@ -237,9 +217,6 @@ def divergence(trained: Any, merged: Any, texts: Sequence[Sequence[int]]) -> str
 
 def _cost(found: Found, merged: Path, limit: int) -> str:
     """Say how far the merged model's answers are from those of the model that was trained, where that costs little."""
-    from corefit.chat import find
-    from corefit.engine.model import weight_files
-
     if sum(path.stat().st_size for path in weight_files(found.base)) > limit or not found.facts.get("compute_dtype"):
         return "corefit selftest measures the difference on a small model"
     try:

@@ -367,7 +367,8 @@ def _adapter_config(model: Any, base: str) -> dict[str, Any]:  # noqa: ANN401, a
     named = ("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "bias", "target_modules", "modules_to_save")
     kept = {key: value for key, value in config.items() if key in named or value != usual.get(key)}
     kept |= {"base_model_name_or_path": base, "inference_mode": True, "fan_in_fan_out": False, "revision": None}
-    return {key: _plain(kept[key]) for key in sorted(kept)}
+    ordered = {key: sorted(value) if isinstance(value, set | list | tuple) else value for key, value in kept.items()}
+    return dict(sorted(ordered.items()))
 
 
 def _write_adapter(
@@ -380,13 +381,6 @@ def _write_adapter(
         weights = folder / "adapter_model.safetensors"
         write_tensors(weights, entries_of(tensors), tensors.__getitem__, {"format": "pt"})
     return out
-
-
-def _plain(value: Any) -> Any:  # noqa: ANN401
-    """Give sets and lists sorted, enums as their values: what JSON holds, the same in every process."""
-    if isinstance(value, set | list | tuple):
-        return sorted(value)
-    return getattr(value, "value", value)
 
 
 def _write_model(out: Path, facts: Provenance, state: internlm.Renamed) -> Path:

@@ -733,15 +733,17 @@ def enable_gradient_checkpointing(model: Any, share: float = 1.0) -> None:  # no
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards every module's mode is as it was.
+    """Eval mode without gradients; afterwards every module's mode and torch's random state are as they were.
 
+    No inference mode: quantised layers keep tensors that they make in a forward pass, and those could not train later.
     Also drops autocast's cached copies of trainable weights: where torch uses a copy made without gradients again later
     in the same autocast context, that weight would silently get no gradient (torch 2.13 makes a new one).
     """
+    gpus = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.random.fork_rng(sorted(gpus)), torch.no_grad():
             yield
     finally:
         torch.clear_autocast_cache()

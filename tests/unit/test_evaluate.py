@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny_training import make_batch, make_run, make_steps
 
-from corefit.engine.evaluate import Decoding, Memory, generate, pick, stream, undisturbed, validation_loss
+from corefit.engine.evaluate import Decoding, Memory, generate, pick, stream, validation_loss
 from corefit.engine.loop import Every
+from corefit.engine.model import evaluating
 from corefit.errors import RunError, UserError
 
 PROMPT = [1, 9, 33, 70, 12]
@@ -72,7 +73,7 @@ def test_validation_loss_is_repeatable_and_leaves_no_trace():
 def test_mode_and_random_state_come_back_after_an_error():
     run = make_run()
     state = torch.get_rng_state()
-    with pytest.raises(ZeroDivisionError), undisturbed(run.model):
+    with pytest.raises(ZeroDivisionError), evaluating(run.model):
         torch.rand(1)
         _ = 1 / 0
     assert torch.equal(torch.get_rng_state(), state)
