@@ -99,8 +99,8 @@ def fuse_mlp(module: Any) -> None:  # noqa: ANN401, a module
 
 
 def _mlp(module: Any, x: Tensor) -> Tensor:  # noqa: ANN401
-    out: Tensor = module.down_proj(SwiGLU.apply(module.gate_proj(x), module.up_proj(x)))  # type: ignore[no-untyped-call]
-    return out
+    inner = SwiGLU.apply(module.gate_proj(x), module.up_proj(x))  # type: ignore[no-untyped-call]
+    return cast("Tensor", module.down_proj(inner))
 
 
 def fuse_norm(module: Any) -> None:  # noqa: ANN401, a module
@@ -120,8 +120,7 @@ def fuse_norm(module: Any) -> None:  # noqa: ANN401, a module
 
 def _norm(module: Any, epsilon: float, x: Tensor) -> Tensor:  # noqa: ANN401
     if module.weight.requires_grad:
-        out: Tensor = type(module).forward(module, x)
-        return out
+        return cast("Tensor", type(module).forward(module, x))
     if x.is_cuda:  # one kernel in place of eight; the weight has no more digits than its base had
         return F.rms_norm(x, module.weight.shape, module.weight.to(x.dtype), epsilon)
     fused: Tensor = RMSNorm.apply(x, module.weight, epsilon)  # type: ignore[no-untyped-call]
@@ -281,8 +280,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noq
     held = base.weight.dtype if state is None else base.compute_dtype
     packed = getattr(state, "packing_format_for_cpu", False)  # for inference
     if plain or packed or held != dtype or base.weight.requires_grad or layer.lora_bias["default"]:
-        out: Tensor = type(layer).forward(layer, x, *args, **kwargs)
-        return out
+        return cast("Tensor", type(layer).forward(layer, x, *args, **kwargs))
     x, dropout = x.to(dtype), layer.lora_dropout["default"]
     dropped = dropout(x) if layer.training and getattr(dropout, "p", 0) else None
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
