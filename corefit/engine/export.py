@@ -348,7 +348,7 @@ def export(out: Path, layout: Mapping[str, Any], tensor_of: Callable[[str], torc
     """
     names: dict[str, str] = layout["names"]
     if layout["adapter"] is None:
-        return _write_model(out, facts, internlm.Renamed(names, tensor_of))
+        return _write_model(out, facts, names, tensor_of)
     return _write_adapter(out, facts, layout["adapter"], {key: tensor_of(own) for key, own in names.items()})
 
 
@@ -383,27 +383,32 @@ def _write_adapter(
     return out
 
 
-def _write_model(out: Path, facts: Provenance, state: internlm.Renamed) -> Path:
+def _write_model(
+    out: Path, facts: Provenance, names: Mapping[str, str], tensor_of: Callable[[str], torch.Tensor]
+) -> Path:
     known = stored_tensors(facts.base_folder)
     if layout := internlm.layout_of_folder(facts.base_folder):
-        state = layout.to_published(state)
+        names, tensor_of = layout.to_published(names, tensor_of)
     files = base_files(facts.base_folder) | serving_files(facts, "model")
-    rows = {name: len(state[name]) for name in known if name in state and len(state[name]) > known[name]["shape"][0]}
-    if rows:  # of embeddings and head
+    rows = {}
+    if facts.add_tokens:  # embeddings and head may have more rows than the base's
+        sizes = {name: tensor_of(names[name]).shape for name in known if name in names}
+        rows = {name: size[0] for name, size in sizes.items() if list(size) != known[name]["shape"]}
+    if rows:
         files["config.json"] = with_vocabulary(files["config.json"], max(rows.values()))
     with written_aside(out, replace=True) as folder:
         write_files(folder, files)
-        if set(state.names.values()) <= set(known):
-            change = lambda name, read: state[name] if name in state else read()  # noqa: E731
+        if set(names.values()) <= set(known):
+            change = lambda name, read: tensor_of(names[name]) if name in names else read()  # noqa: E731
             rewrite_weights(facts.base_folder, folder, change, rows=rows)
         else:
             [(usual, _)] = Counter(entry["dtype"] for entry in known.values()).most_common(1)
             entries = {}
-            for name, tensor in state.items():
-                if state.names[name] == name:  # else it is tied to that one
-                    own = usual if tensor.is_floating_point() else _NAMES[tensor.dtype]
-                    entries[name] = {"dtype": known.get(name, {}).get("dtype", own), "shape": list(tensor.shape)}
-            _write_shards(folder, entries, state.__getitem__)
+            for name in dict.fromkeys(names.values()):  # the others are tied to one of these
+                tensor = tensor_of(name)
+                own = usual if tensor.is_floating_point() else _NAMES[tensor.dtype]
+                entries[name] = {"dtype": known.get(name, {}).get("dtype", own), "shape": list(tensor.shape)}
+            _write_shards(folder, entries, tensor_of)
     return out
 
 
