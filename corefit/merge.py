@@ -237,7 +237,11 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
     path = adapter / "adapter_config.json"
     config: dict[str, Any] = json.loads(path.read_bytes())
     # with these peft computes something else than W + scale * B @ A with one scale
-    odd = [key for key in ("lora_bias", "layer_replication", "target_parameters") if config.get(key)]
+    others = (
+        *("lora_bias", "layer_replication", "target_parameters", "fan_in_fan_out", "alora_invocation_tokens"),
+        *("arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "use_qalora"),
+    )
+    odd = [key for key in others if config.get(key)]
     if not all(key.replace(".", "").isidentifier() for key in config.get("alpha_pattern") or {}):
         odd.append("alpha_pattern")  # peft takes its keys for regular expressions
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):

@@ -155,6 +155,9 @@ def test_what_cant_be_merged_is_refused_in_one_line(tmp_path):
     for folder, changes, word in (
         (base / "config.json", {"quantization_config": {"load_in_4bit": True}}, "unquantised"),
         (run / "adapter" / "adapter_config.json", {"lora_bias": True}, "lora_bias"),
+        (run / "adapter" / "adapter_config.json", {"fan_in_fan_out": True}, "fan_in_fan_out"),
+        (run / "adapter" / "adapter_config.json", {"alora_invocation_tokens": [5]}, "alora_invocation_tokens"),
+        (run / "adapter" / "adapter_config.json", {"kasa_config": {"beta": 1e-4}}, "kasa_config"),
         (run / "adapter" / "adapter_config.json", {"init_lora_weights": "pissa"}, "init_lora_weights"),
         (run / "adapter" / "adapter_config.json", {"peft_type": "IA3"}, "IA3"),
     ):
