@@ -173,7 +173,7 @@ def test_a_bug_fails_its_own_line_and_no_other(bug, title, word, small, monkeypa
 
 
 def test_a_dequantised_base_that_is_the_stored_one_fails_the_merged_line_of_nf4(small, monkeypatch):
-    monkeypatch.setattr(model, "as_stored", lambda **_: (frozenset(), lambda name, weight: weight))
+    monkeypatch.setattr(merging, "as_stored", lambda **_: (frozenset(), lambda name, weight: weight))
     monkeypatch.setattr(tested, "CHECKS", {MERGED: tested.CHECKS[MERGED]})
     code, words, lines = run(small)
     assert words == {f"{MERGED} (none)": "ok", f"{MERGED} (nf4)": "FAILED"}
