@@ -24,7 +24,7 @@ def child(kind: str, dtype: str, out: str, rows: int, vocabulary: int, repeats: 
     import torch
     import torch.nn.functional as F
 
-    from corefit.engine.loss import CHUNK, LinearCrossEntropy
+    from corefit.engine.loss import CHUNK, Head, LinearCrossEntropy
 
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
@@ -41,7 +41,7 @@ def child(kind: str, dtype: str, out: str, rows: int, vocabulary: int, repeats: 
         states = hidden.clone().requires_grad_()
         began = time.process_time()
         if kind == "chunked":
-            loss = LinearCrossEntropy.apply(states, weight, targets, hidden.dtype, CHUNK, True)
+            loss = LinearCrossEntropy.apply(states, targets, *Head(weight), hidden.dtype, CHUNK, True)
         else:
             loss = F.cross_entropy(F.linear(states, weight).float(), targets, reduction="sum")
         (loss / rows).backward()

@@ -90,7 +90,7 @@ def ours(model: Path, quantizer: str, length: int, checkpointing: str, device: s
     """Train as ``corefit train`` does, on batches made beforehand; save what was measured."""
     import torch
 
-    from corefit.engine import attention
+    from corefit.engine import adapter, attention
     from corefit.engine import model as base
     from corefit.engine.loop import autocast, peak_memory, take_step
     from corefit.engine.loss import CausalLoss
@@ -103,7 +103,7 @@ def ours(model: Path, quantizer: str, length: int, checkpointing: str, device: s
         str(model), quantizer=Registry.load().quantizer(quantizer), compute_dtype="bfloat16", device=device
     )
     vocabulary = network.config.vocab_size
-    network = base.attach_adapter(network, base.AdapterSpec(r=16, alpha=32, dropout=0.0), seed=0)
+    network = adapter.attach_adapter(network, adapter.AdapterSpec(r=16, alpha=32, dropout=0.0), seed=0)
     if checkpointing == "on":
         base.enable_gradient_checkpointing(network)
     how: dict[str, Any] = dict(vocab_size=vocabulary, device=device, autocast=lambda: autocast(device, torch.bfloat16))
@@ -112,7 +112,7 @@ def ours(model: Path, quantizer: str, length: int, checkpointing: str, device: s
     loss_fn = CausalLoss(network)
     with how["autocast"]():
         loss_fn.probe()
-    parameters = base.check_trainable(network)
+    parameters = adapter.check_trainable(network)
     optimizer, scaler = make_optimizer("adamw", parameters, lr=1e-4), make_scaler(device, enabled=False)
     slots = TOKENS if vocabulary > 1000 else 2 * length
     batches = []
@@ -129,9 +129,11 @@ def ours(model: Path, quantizer: str, length: int, checkpointing: str, device: s
             )
         )  # fmt: skip
 
+    supervised = sum(batch.n_supervised for batch in batches)
+
     def step() -> float:
         start = time.perf_counter()
-        take_step(loss_fn, batches, parameters, optimizer, scaler, device, torch.bfloat16, 1.0)
+        take_step(loss_fn, batches, supervised, parameters, optimizer, scaler, device, torch.bfloat16, 1.0)
         return time.perf_counter() - start
 
     loss_fn.train()
@@ -139,11 +141,12 @@ def ours(model: Path, quantizer: str, length: int, checkpointing: str, device: s
     found: dict[str, Any] = {"route": route, "first step s": time.time() - began, "first alone s": first}
     found["seconds"] = [step() for _ in range(steps + WARM_UP - 1)][WARM_UP - 1 :]
     found["memory"] = peak_memory(device)
-    found["supervised"] = sum(batch.n_supervised for batch in batches)
+    found["supervised"] = supervised
     # of a GPU its kernels alone, and of one micro-batch: a step of 8 is half a million events
     activity = torch.profiler.ProfilerActivity.CPU if device == "cpu" else torch.profiler.ProfilerActivity.CUDA
     with torch.profiler.profile(activities=[activity]) as profile:
-        take_step(loss_fn, batches[:1], parameters, optimizer, scaler, device, torch.bfloat16, 1.0)
+        part = batches[0].n_supervised
+        take_step(loss_fn, batches[:1], part, parameters, optimizer, scaler, device, torch.bfloat16, 1.0)
     kind = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
     events = sorted(profile.key_averages(), key=lambda e: -getattr(e, kind))
     total = sum(getattr(e, kind) for e in events)

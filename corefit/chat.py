@@ -136,12 +136,14 @@ def _exported(saved: Checkpoint, base: Path) -> Path:
     """Make an adapter or model folder of a checkpoint, which goes when the process ends."""
     from corefit.data.tokenizer import Tokenizer
     from corefit.engine.export import Provenance, export
+    from corefit.engine.model import stored_tensor
 
     made, facts = Path(tempfile.mkdtemp(prefix="corefit-")), saved.state["extra"]["provenance"]
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     files = Tokenizer.load(base, facts.get("add_tokens", ())).files()
     provenance = Provenance.from_dict(facts, base_folder=base, tokenizer_files=files)
-    return export(made / "at", saved.state["extra"]["layout"], saved.trainable.__getitem__, provenance)
+    tensor_of = lambda name: saved.trainable[name] if name in saved.trainable else stored_tensor(base, name)  # noqa: E731
+    return export(made / "at", saved.state["extra"]["layout"], tensor_of, provenance)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -184,8 +186,9 @@ class Chatter:
             ModelError: nothing to talk to, no base, no chat template.
         """
         from corefit.data.encode import make_encoder
+        from corefit.engine.adapter import with_adapter
         from corefit.engine.evaluate import GREEDY, Memory
-        from corefit.engine.model import base_dtype_of, choose_device, choose_precision, load_base, with_adapter
+        from corefit.engine.model import base_dtype_of, choose_device, choose_precision, load_base
         from corefit.registry import Registry
 
         self.found = find(target, model=model, trust_remote_code=trust_remote_code, say=say)

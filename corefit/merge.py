@@ -6,27 +6,32 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from safetensors import safe_open
 
 from corefit import terminal
+from corefit.chat import Found, find
+from corefit.data.tokenizer import Tokenizer
+from corefit.engine import export
+from corefit.engine.adapter import with_adapter
+from corefit.engine.attention import run_packed
+from corefit.engine.model import (
+    as_stored,
+    causal_lm,
+    load_base,
+    model_fingerprint,
+    stored_tensors,
+    unsaid,
+    weight_files,
+)
 from corefit.errors import ModelError, UserError, unknown
-
-if TYPE_CHECKING:
-    import torch
-
-    from corefit.chat import Found
-    from corefit.data.tokenizer import Tokenizer
+from corefit.registry import Registry
 
 BASES = ("stored", "dequantised")
 TEXTS = 24
 """Records of the embedded data on which ``merge`` measures what merging changed."""
-
-_OTHER_LORA = (
-    "lora_bias",
-    "layer_replication",
-    "target_parameters",
-)
-"""Settings under which peft computes something else than W + scale * B @ A with one scale."""
 
 
 def merge(
@@ -54,22 +59,6 @@ def merge(
         ModelError: no adapter or base there, a 4-bit base, an adapter that is not plain LoRA, or one of another base;
             nothing to dequantise.
     """
-    import torch
-    from safetensors import safe_open
-
-    from corefit.chat import find
-    from corefit.engine.export import (
-        Provenance,
-        base_files,
-        rewrite_weights,
-        serving_files,
-        with_keys,
-        with_vocabulary,
-        write_files,
-        written_aside,
-    )
-    from corefit.engine.model import as_stored, model_fingerprint, stored_tensors
-
     if into not in BASES:
         raise ModelError(f"--base: {unknown('base', into, BASES)}")
     found = find(target, model=model, say=say)
@@ -96,7 +85,8 @@ def merge(
                 whole[name] = file.get_tensor(key)
 
     shapes = {name: entry["shape"] for name, entry in stored_tensors(base).items()}
-    names, ids = set(shapes), {n: config["trainable_token_indices"][n.split(".")[-2]] for n in tokens}
+    of: Any = config.get("trainable_token_indices")  # a list is of the embeddings
+    names, ids = set(shapes), {name: of if isinstance(of, list) else of[name.split(".")[-2]] for name in tokens}
     rows = {name: max(ids[name]) + 1 for name in tokens} | {name: len(tensor) for name, tensor in whole.items()}
     rows = {name: n for name, n in rows.items() if name in names and n > shapes[name][0]}
     added, changes = {}, {}
@@ -148,19 +138,19 @@ def merge(
 
     tokenizer = found.tokenizer()
     here = {"base": found.name, "fingerprint": model_fingerprint(str(base)), "chat_template": tokenizer.chat_template}
-    facts = Provenance.from_dict(
+    facts = export.Provenance.from_dict(
         {"template": "tokenizer", "stop": (), **found.facts, **here, "stop_ids": found.stop_ids(tokenizer)},
         base_folder=base,
         tokenizer_files=tokenizer.files(),
     )
-    with written_aside(Path(out)) as folder:
-        files = base_files(base) | serving_files(facts, "model")
-        files["config.json"] = with_keys(files["config.json"], changes)
+    with export.written_aside(Path(out)) as folder:
+        files = export.base_files(base) | export.serving_files(facts, "model")
+        files["config.json"] = export.with_keys(files["config.json"], changes)
         if rows:
-            files["config.json"] = with_vocabulary(files["config.json"], max(rows.values()))
-        files["corefit.json"] = with_keys(files["corefit.json"], {"merged_into": into})
-        write_files(folder, files)
-        rewrite_weights(base, folder, change, added, rows)
+            files["config.json"] = export.with_vocabulary(files["config.json"], max(rows.values()))
+        files["corefit.json"] = export.with_keys(files["corefit.json"], {"merged_into": into})
+        export.write_files(folder, files)
+        export.rewrite_weights(base, folder, change, added, rows)
     if quantizer != "none":
         device, trained_on = _device(found), facts.device
         other = "" if trained_on in ("", device) else f", in training on {trained_on}: a few may be rounded otherwise"
@@ -176,15 +166,11 @@ def merge(
 
 def _device(found: Found) -> str:
     """Give the kind of device that training used, where it is here: another one's kernels may round otherwise."""
-    import torch
-
     return "cuda" if found.facts.get("device") == "cuda" and torch.cuda.is_available() else "cpu"
 
 
 def _storage(found: Found) -> dict[str, Any]:
     """Give how training stored the base, or a model its weights, as ``load_base`` and ``as_stored`` take it."""
-    from corefit.registry import Registry
-
     facts = found.facts if found.adapter else {}
     return {
         "base": str(found.base),
@@ -196,10 +182,6 @@ def _storage(found: Found) -> dict[str, Any]:
 
 def load(found: Found) -> Any:  # noqa: ANN401, a PeftModel or a language model
     """Load an adapter on its base, stored as in training, or a model; it multiplies in fp32, whatever training did."""
-    import torch
-
-    from corefit.engine.model import load_base, unsaid, with_adapter
-
     network: Any = load_base(**_storage(found), say=unsaid)
     if found.adapter:
         network = with_adapter(network, found.adapter)
@@ -211,19 +193,12 @@ def load(found: Found) -> Any:  # noqa: ANN401, a PeftModel or a language model
 
 def sample_ids(tokenizer: Tokenizer) -> list[list[int]]:
     """Give a few real texts, English and Chinese, as ids: those of the embedded demonstration."""
-    from corefit.engine.export import EMBEDDED_MODEL
-
-    lines = (EMBEDDED_MODEL.parent / "data" / "corefit_facts.jsonl").read_text("utf-8").splitlines()
+    lines = (export.EMBEDDED_MODEL.parent / "data" / "corefit_facts.jsonl").read_text("utf-8").splitlines()
     return tokenizer.encode([json.loads(line)["text"] for line in lines[:TEXTS]])
 
 
 def logits(network: Any, texts: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:  # noqa: ANN401, as ``load`` gives
     """Yield a model's logits of each text: [L, V]."""
-    import torch
-
-    from corefit.engine.attention import run_packed
-    from corefit.engine.model import causal_lm
-
     for text in texts:
         ids = torch.tensor([text], device=next(network.parameters()).device)
         with torch.no_grad():  # not around the yield, where it would hold for whoever takes the logits
@@ -242,9 +217,6 @@ def divergence(trained: Any, merged: Any, texts: Sequence[Sequence[int]]) -> str
 
 def _cost(found: Found, merged: Path, limit: int) -> str:
     """Say how far the merged model's answers are from those of the model that was trained, where that costs little."""
-    from corefit.chat import find
-    from corefit.engine.model import weight_files
-
     if sum(path.stat().st_size for path in weight_files(found.base)) > limit or not found.facts.get("compute_dtype"):
         return "corefit selftest measures the difference on a small model"
     try:
@@ -264,7 +236,12 @@ def _alpha(config: dict[str, Any], module: str) -> float:
 def _adapter_config(adapter: Path) -> dict[str, Any]:
     path = adapter / "adapter_config.json"
     config: dict[str, Any] = json.loads(path.read_bytes())
-    odd = [key for key in _OTHER_LORA if config.get(key)]
+    # with these peft computes something else than W + scale * B @ A with one scale
+    others = (
+        *("lora_bias", "layer_replication", "target_parameters", "fan_in_fan_out", "alora_invocation_tokens"),
+        *("arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "use_qalora"),
+    )
+    odd = [key for key in others if config.get(key)]
     if not all(key.replace(".", "").isidentifier() for key in config.get("alpha_pattern") or {}):
         odd.append("alpha_pattern")  # peft takes its keys for regular expressions
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):

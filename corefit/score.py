@@ -202,9 +202,9 @@ def _likeliest(chatter: Chatter, asked: Message, n: int) -> int:
     """Give the number of the answer, one letter and its stop, whose tokens have the least loss."""
     import torch
 
-    from corefit.engine.evaluate import undisturbed
     from corefit.engine.loop import autocast
     from corefit.engine.loss import CausalLoss
+    from corefit.engine.model import evaluating
 
     losses = []
     loss_fn = CausalLoss(chatter.model)
@@ -213,7 +213,7 @@ def _likeliest(chatter: Chatter, asked: Message, n: int) -> int:
         ids = torch.from_numpy(encoded.tokens).long()[None].to(chatter.device)
         answer = labels(Sample(encoded.tokens, encoded.spans.astype("int32"), ""))
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        with undisturbed(loss_fn), autocast(chatter.device, chatter.precision.compute_dtype):
+        with evaluating(loss_fn), autocast(chatter.device, chatter.precision.compute_dtype):
             losses.append(float(loss_fn(ids, positions, torch.tensor([answer], device=ids.device))))
     return losses.index(min(losses))
 

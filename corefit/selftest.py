@@ -24,7 +24,7 @@ from corefit.chat import find
 from corefit.data.block import LENGTH, SAMPLE_COLUMNS, SPAN, SPANS, START, STOP
 from corefit.data.rows import gather, padded
 from corefit.data.tokenizer import Tokenizer
-from corefit.engine import attention, checkpoint, export, loop, model
+from corefit.engine import adapter, attention, checkpoint, export, loop, model
 from corefit.engine.loss import CausalLoss
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_state
 from corefit.errors import ModelError, RunError, in_words
@@ -203,11 +203,10 @@ class Lab:
 
     def merged(self) -> tuple[float, float]:
         """Compare logits of the merged model, and of base and adapter, the base stored as in training."""
-        adapter = self.export(self.network(), "to merge")
-        out = self.merge(adapter, "stored" if self.quantizer.name == "none" else "dequantised")
-        return apart(self.logits(load(out)), self.logits(load(adapter))), max(
-            ROUNDING, 4 * torch.finfo(self.stored).eps
-        )
+        written = self.export(self.network(), "to merge")
+        out = self.merge(written, "stored" if self.quantizer.name == "none" else "dequantised")
+        allowed = max(ROUNDING, 4 * torch.finfo(self.stored).eps)
+        return apart(self.logits(load(out)), self.logits(load(written))), allowed
 
     def saved(self) -> tuple[float, float]:
         """Compare logits with an adapter that was written and loaded by peft, and with the same one in memory."""
@@ -220,7 +219,7 @@ class Lab:
         """Compare logits of a model trained whole that was written and loaded, and of the same one in memory."""
         if self.quantizer.name != "none":
             return "quantised weights are never trained"
-        network, random = model.attach_adapter(self.base(), None, seed=0).eval(), torch.Generator().manual_seed(1)
+        network, random = adapter.attach_adapter(self.base(), None, seed=0).eval(), torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in network.parameters():
                 trained = parameter.cpu() + 0.01 * torch.randn(parameter.shape, generator=random)
@@ -229,13 +228,13 @@ class Lab:
 
     def merging(self) -> Iterator[str]:
         """Tune on the quantised base, and say what each way to merge does to that model."""
-        network, name = model.attach_adapter(self.base(), self.spec(), seed=0), self.quantizer.name
-        optimizer = make_optimizer("adamw", model.trainable_parameters(network), lr=0.0)
+        network, name = adapter.attach_adapter(self.base(), self.spec(), seed=0), self.quantizer.name
+        optimizer = make_optimizer("adamw", adapter.trainable_parameters(network), lr=0.0)
         self.train(CausalLoss(network), [(self.batch(range(PACKS)),)] * TUNING_STEPS, optimizer=optimizer)
-        adapter = self.export(network, "tuned")
+        tuned = self.export(network, "tuned")
         yield f"merging a model that was tuned on {name} weights ({TUNING_STEPS} steps, {name} made on {self.device})"
         for into, hint in (("stored", ""), ("dequantised", " (corefit merge --base dequantised)")):
-            said = divergence(load(adapter), load(self.merge(adapter, into)), self.texts)
+            said = divergence(load(tuned), load(self.merge(tuned, into)), self.texts)
             yield f"    into the {into} base{hint}: {said}"
 
     # ------------------------------------------------------------------------------------------------ what they share
@@ -245,16 +244,16 @@ class Lab:
         how: dict[str, Any] = {"compute_dtype": "float32", "device": self.device, "say": model.unsaid}
         return model.load_base(str(self.path), quantizer=self.quantizer, **how)
 
-    def spec(self, dropout: float = 0.0, save: Sequence[str] = ()) -> model.AdapterSpec:
+    def spec(self, dropout: float = 0.0, save: Sequence[str] = ()) -> adapter.AdapterSpec:
         """Give an adapter whose scale is not 1."""
-        return model.AdapterSpec(r=RANK, alpha=2 * RANK, dropout=dropout, modules_to_save=tuple(save))
+        return adapter.AdapterSpec(r=RANK, alpha=2 * RANK, dropout=dropout, modules_to_save=tuple(save))
 
     def network(self, *, dropout: float = 0.0, head: bool = False) -> Any:  # noqa: ANN401, a PeftModel
         """Load the base with an adapter that does something; ``head``: the head is trained too, where it isn't tied."""
         network = self.base()
         head = head and not network.config.tie_word_embeddings
         save = [n for n, module in network.named_modules() if head and module is network.get_output_embeddings()]
-        network = model.attach_adapter(network, self.spec(dropout, save), seed=0)
+        network = adapter.attach_adapter(network, self.spec(dropout, save), seed=0)
         random = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, parameter in network.named_parameters():
@@ -286,7 +285,7 @@ class Lab:
     def train(self, loss_fn: CausalLoss, steps: Sequence[tuple[Batch, ...]], **changes: Any) -> None:  # noqa: ANN401
         """Run the training loop over these steps."""
         settings: dict[str, Any] = {
-            "parameters": model.trainable_parameters(loss_fn.model),
+            "parameters": adapter.trainable_parameters(loss_fn.model),
             "scaler": make_scaler(self.device, enabled=False),
             "state": loop.LoopState(),
             "max_steps": len(steps),
@@ -296,7 +295,7 @@ class Lab:
 
     def step(self, loss_fn: CausalLoss, *batches: Batch) -> dict[str, Tensor]:
         """Give loss and gradients of one step of the training loop that changes no weight."""
-        parameters, reports = model.trainable_parameters(loss_fn.model), list[Any]()
+        parameters, reports = adapter.trainable_parameters(loss_fn.model), list[Any]()
         found: dict[str, Tensor] = {}
         still = torch.optim.SGD(parameters.values(), lr=0.0)
         still.register_step_pre_hook(
@@ -312,7 +311,7 @@ class Lab:
         """
         torch.manual_seed(int(resume))
         loss_fn, state, folder = CausalLoss(self.network(dropout=0.1)), loop.LoopState(), self.folder / name
-        parameters = model.trainable_parameters(loss_fn.model)
+        parameters = adapter.trainable_parameters(loss_fn.model)
         kind = "adamw" if self.quantizer.name == "none" else "adamw_8bit"
         optimizer = make_optimizer(kind, parameters, lr=0.0, weight_decay=0.01)
         scaler = make_scaler(self.device, enabled=False)
@@ -351,8 +350,7 @@ class Lab:
             device=self.device.partition(":")[0],
             **served,
         )
-        write = export.export_adapter if hasattr(network, "peft_config") else export.export_model
-        return find(write(network, self.folder / name, facts), model=str(self.path))
+        return find(export.export_trained(network, self.folder / name, facts), model=str(self.path))
 
     def merge(self, adapter: Any, into: str) -> Any:  # noqa: ANN401, both Found
         """Merge an adapter into the base, and find it."""

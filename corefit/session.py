@@ -26,7 +26,7 @@ from corefit.data.ledger import Ledger
 from corefit.data.source import encode_items, items_of, map_record
 from corefit.data.stream import Source, Stream, encode_validation, packs_at_once, split_validation
 from corefit.durable import claim, make_folder, read_json, sync, write_whole
-from corefit.engine import attention, checkpoint, evaluate, export, memory, model
+from corefit.engine import adapter, attention, checkpoint, evaluate, export, memory, model
 from corefit.engine.loop import Every, LoopState, autocast, train, try_out
 from corefit.engine.loss import CausalLoss, offloaded
 from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_notice
@@ -229,27 +229,27 @@ class Session:
         )
         tokenizer, encoder = self.plan.tokenizer, self.plan.encoder
         if tokenizer.new_ids:
-            model.add_rows(network, tokenizer.vocab_size, tokenizer.new_ids)
+            adapter.add_rows(network, tokenizer.vocab_size, tokenizer.new_ids)
         special = (*recipe.model.add_tokens, *tokenizer.control_tokens, *self.plan.template.control, *encoder.stop)
         ids = {token: id for token in special if (id := tokenizer.token_id(token)) is not None}
-        sizes = model.check_vocabulary(network, tokenizer.vocab_size, ids)
+        sizes = adapter.check_vocabulary(network, tokenizer.vocab_size, ids)
         line = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
         self._proved(Proof("vocabulary", sizes, f"vocabulary: {line}; all {len(ids)} control tokens are among them"))
         lora = {key: value for key, value in vars(recipe.adapter).items() if key != "kind"}
-        spec = model.AdapterSpec(**lora, tokens=tuple(ids[token] for token in recipe.model.add_tokens))
-        self.network = network = model.attach_adapter(network, None if full else spec, seed=settings.seed)
+        spec = adapter.AdapterSpec(**lora, tokens=tuple(ids[token] for token in recipe.model.add_tokens))
+        self.network = network = adapter.attach_adapter(network, None if full else spec, seed=settings.seed)
         wanted = settings.gradient_checkpointing
         if wanted == "auto":
             wanted = self.device != "cpu"
         if wanted:
             model.enable_gradient_checkpointing(network, float(wanted))
         self.fingerprint = model.model_fingerprint(str(self.base))
-        self.counts = counts = model.count_parameters(network)
+        self.counts = counts = adapter.count_parameters(network)
         self.say(f"model: {counts.total / 1e6:,.1f}M parameters, base weights {quantizer.name}")
-        layers = {} if full else model.adapted_layers(network)
+        layers = {} if full else adapter.adapted_layers(network)
         line = f"LoRA r {spec.r} on {sum(layers.values())} layers: {', '.join(f'{n} {t}' for t, n in layers.items())}"
         self._proved(Proof("adapter", {"layers": layers}, f"adapter: {'none, all of it trains' if full else line}"))
-        self.parameters = model.check_trainable(network)
+        self.parameters = adapter.check_trainable(network)
         self.loss_fn = CausalLoss(network)
         self.layout = export.layout_of(network, export.public_name(str(recipe.model.base)))
         if self.ranks.sharded and settings.offload_activations:
@@ -258,7 +258,7 @@ class Session:
             keep = () if full else self.parameters.values()
             dtype = self.precision.compute_dtype if full else None
             shard(self.loss_fn, model.decoder_layers(network), device=self.device, keep=keep, dtype=dtype)
-            self.parameters = model.check_trainable(network)
+            self.parameters = adapter.check_trainable(network)
             shared = [p for p in network.parameters() if full or not p.requires_grad]
             mine, all_ = (sum(t.nbytes for t in tensors) / 2**20 for tensors in (map(own, shared), shared))
             also = ", and that share of gradients and optimizer state" if full else "; the adapter is whole on each"
@@ -499,7 +499,7 @@ class Session:
         if newest is None:
             self.say(f"resume: {self.folder} has no whole checkpoint, so the run starts again")
             return None
-        saved = checkpoint.load(newest)
+        saved = checkpoint.load(newest, whole=True)
         self.state = LoopState.from_dict(saved.state["loop"])
         self.lengths = saved.state["lengths"]
         extra = saved.state["extra"]
@@ -711,13 +711,11 @@ class Session:
     def _export(self) -> None:
         """Write ``adapter/``, or ``model/`` after full fine-tuning."""
         name = "model" if self.recipe.adapter.kind == "none" else "adapter"
-        write = export.export_model if name == "model" else export.export_adapter
         try:
-            if is_sharded(self.parameters.values()):
-                with self.ranks.gathering(self.parameters) as tensor_of:
-                    export.export(self.folder / name, self.layout, tensor_of, self.provenance)
-            else:
-                write(self.network, self.folder / name, self.provenance)
+            with self.ranks.gathering(self.parameters) as trained:
+                buffers = dict(self.network.named_buffers())  # which every rank has
+                tensor_of = lambda name: buffers[name] if name in buffers else trained(name)  # noqa: E731
+                export.export(self.folder / name, self.layout, tensor_of, self.provenance)
         except ModelError as error:
             raise RunError(f"{error}; --resume goes on from the newest checkpoint and writes it again") from error
 

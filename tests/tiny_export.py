@@ -9,8 +9,9 @@ from tiny import CONTROL
 from transformers import AutoModelForCausalLM
 
 from corefit.data.tokenizer import Tokenizer
+from corefit.engine.adapter import AdapterSpec, attach_adapter
 from corefit.engine.export import Provenance
-from corefit.engine.model import AdapterSpec, attach_adapter, model_fingerprint
+from corefit.engine.model import model_fingerprint
 
 IDS = torch.randint(10, 500, (1, 40), generator=torch.Generator().manual_seed(3))
 JINJA = "{{ bos_token }}{% for m in messages %}{{ m['content'] + '<eoa>' }}{% endfor %}"

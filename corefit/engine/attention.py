@@ -13,13 +13,13 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from corefit.engine.fused import DocumentAttention
+from corefit.engine.fused import DocumentAttention, product_dtype
 from corefit.engine.model import causal_lm, evaluating
 from corefit.engine.nonfinite import Watch, culprit
 from corefit.errors import IsolationError, RunError
@@ -38,8 +38,7 @@ CHANGED = ((0, 0, 21), (1, 12, 31))
 
 def decoder(model: nn.Module) -> nn.Module:
     """Give the part of a language model that ends in hidden states."""
-    found: nn.Module = causal_lm(model).get_decoder()
-    return found
+    return cast("nn.Module", causal_lm(model).get_decoder())
 
 
 class Layout(NamedTuple):
@@ -123,16 +122,14 @@ def packed_attention(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         more |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
-        plain: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **more)
-        return plain
+        return cast("tuple[Tensor, None]", sdpa_attention_forward(module, query, key, value, attention_mask, **more))
     for name in ("softcap", "s_aux", "position_bias"):
         if more.get(name) is not None:
             raise LostBounds(f"its attention has {name}")
     if dropout:
         raise LostBounds("its attention has dropout")
     rows, heads, slots, width = query.shape
-    kind = query.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    kind, dtype = query.device.type, product_dtype(value)
     inner = torch.float32 if kind == "cpu" and dtype == torch.float16 else dtype  # whose products are slow there
     # whole tensors: a view would keep what it is a part of, such as one projection for all three
     q, k, v = (x.to(inner).transpose(1, 2).flatten(0, 1).contiguous() for x in (query, key, value))
@@ -156,18 +153,16 @@ def _varlen(
     window: int | None,
 ) -> Tensor:
     """Attend in [slots, heads, D], all documents in one kernel."""
-    sides = (window - 1 if window else -1, 0)
+    how: dict[str, Any] = {"window_size": (window - 1 if window else -1, 0)}
     function, gqa = varlen_function()
-    if function.__name__ == "flash_attn_varlen_func":
-        how: dict[str, Any] = dict(softmax_scale=scale, causal=True, window_size=sides)
-        out: Tensor = function(q, k, v, bounds, bounds, longest, longest, **how)
-        return out
     groups = q.shape[1] // k.shape[1]
+    if function.__name__ == "flash_attn_varlen_func":
+        how |= {"softmax_scale": scale, "causal": True}
+    else:
+        how |= {"scale": scale, "enable_gqa": True} if gqa and groups > 1 else {"scale": scale}
     if groups > 1 and not gqa:
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-    how = {"enable_gqa": True} if gqa and groups > 1 else {}
-    out = function(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=sides, **how)
-    return out
+    return cast("Tensor", function(q, k, v, bounds, bounds, longest, longest, **how))
 
 
 @functools.cache

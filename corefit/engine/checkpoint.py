@@ -24,9 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from corefit.durable import make_folder, write_whole
-from corefit.engine.export import entries_of, whole_folder, write_tensors
-from corefit.engine.model import misfit
+from corefit.durable import make_folder, whole_folder, write_whole
+from corefit.engine.adapter import misfit
+from corefit.engine.export import entries_of, write_tensors
 from corefit.engine.nonfinite import require_finite
 from corefit.engine.optimizer import load_optimizer_state, optimizer_state
 from corefit.engine.ranks import ALONE, Ranks, shared_as
@@ -172,13 +172,13 @@ def newest_whole(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
     return None, tuple(passed)
 
 
-def load(path: Path) -> Checkpoint:
-    """Read a checkpoint.
+def load(path: Path, *, whole: bool = False) -> Checkpoint:
+    """Read a checkpoint; ``whole``: it is known to be, as what ``newest_whole`` has just given.
 
     Raises:
         CheckpointError: it is torn, tampered with, or written by a later corefit.
     """
-    if why := torn(path):
+    if not whole and (why := torn(path)):
         raise CheckpointError(why)
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))

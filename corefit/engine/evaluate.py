@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,17 +78,6 @@ class Memory:
         self.ids = [] if self.cache is None else self.ids[:n]
 
 
-@contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Evaluate inside: dropout off, no gradients; afterwards the modules' modes and torch's random state are as before.
-
-    No inference mode: quantised layers keep tensors that they make in a forward pass, and those could not train later.
-    """
-    devices = {p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(devices)), evaluating(module):
-        yield
-
-
 def validation_loss(
     loss_fn: nn.Module,
     batches: Sequence[Batch],
@@ -104,7 +92,7 @@ def validation_loss(
         RunError: no batch has a supervised token.
     """
     total, supervised = torch.zeros((), dtype=torch.float64, device=device), 0
-    with undisturbed(loss_fn):
+    with evaluating(loss_fn):
         for batch in ranks.in_step(batches):
             total += nats(loss_fn, batch, device, compute_dtype).double()
             supervised += batch.n_supervised
@@ -119,26 +107,13 @@ def generate(
     prompt_ids: Sequence[int],
     *,
     stop_ids: Iterable[int],
-    max_tokens: int,
-    device: str = "cpu",
-    compute_dtype: torch.dtype = torch.float32,
-    decoding: Decoding = GREEDY,
-    ranks: Ranks = ALONE,
+    **how: Any,  # noqa: ANN401, as for ``stream``
 ) -> Generated:
-    """Answer a prompt; see ``stream``. Fit to be called in the middle of a training run."""
+    """Answer a prompt as ``stream`` does. Fit to be called in the middle of a training run."""
     ids: list[int] = []
     stops = frozenset(stop_ids)
-    with undisturbed(model):
-        tokens = stream(
-            model,
-            prompt_ids,
-            device=device,
-            compute_dtype=compute_dtype,
-            max_tokens=max_tokens,
-            decoding=decoding,
-            ranks=ranks,
-        )
-        for token in tokens:
+    with evaluating(model):
+        for token in stream(model, prompt_ids, **how):
             if token in stops:
                 return Generated(tuple(ids), stopped=True)
             ids.append(token)
@@ -192,7 +167,8 @@ def pick(logits: torch.Tensor, decoding: Decoding, generator: torch.Generator, s
         logits = logits.index_copy(0, there, torch.where(was > 0, was / by, was * by))
     if decoding.temperature <= 0:
         return int(logits.argmax())
-    probabilities, order = (logits.cpu() / decoding.temperature).softmax(-1).sort(descending=True, stable=True)
+    scaled = logits.cpu() / max(decoding.temperature, 1e-9)  # which can't make an infinite one
+    probabilities, order = scaled.softmax(-1).sort(descending=True, stable=True)
     if decoding.top_k:
         probabilities[decoding.top_k :] = 0
         probabilities /= probabilities.sum()

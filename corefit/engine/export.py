@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from corefit import __version__
-from corefit.durable import sync
+from corefit.durable import whole_folder
 from corefit.engine import internlm
 from corefit.engine.model import INDEX, hub_name, read_header, stored_tensors, weight_files
 from corefit.errors import ModelError, system_words
@@ -110,33 +110,6 @@ def public_name(base: str) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------- folders
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """Give a folder beside ``out`` to fill; it becomes ``out`` when the block ends, and goes if the block raises.
-
-    What was ``out`` stays until then. A killed process leaves ``.tmp-*`` behind.
-
-    Raises:
-        OSError: the disk refuses.
-    """
-    aside, old = out.with_name(f".tmp-{out.name}"), out.with_name(f".tmp-old-{out.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        for path in sorted(aside.rglob("*")):
-            sync(path)
-        sync(aside)
-        if out.exists():
-            out.rename(old)
-        aside.rename(out)
-        sync(out.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
@@ -352,7 +325,7 @@ def layout_of(model: Any, base: str) -> dict[str, Any]:  # noqa: ANN401, a PeftM
     """Give what is needed to export a model from its trained tensors alone; JSON-able.
 
     ``adapter``: the content of ``adapter_config.json``; None for full fine-tuning. ``names``: name in the exported
-    files -> name of the parameter.
+    files -> name of the parameter, or of the buffer, which training leaves as it was.
     """
     if not hasattr(model, "peft_config"):
         config, exported = None, model.state_dict()
@@ -361,25 +334,28 @@ def layout_of(model: Any, base: str) -> dict[str, Any]:  # noqa: ANN401, a PeftM
 
         # no look at the hub for changed embeddings: what was trained whole is in modules_to_save
         config, exported = _adapter_config(model, base), get_peft_model_state_dict(model, save_embedding_layers=False)
-    own = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
+    own = {tensor.data_ptr(): name for name, tensor in (*model.named_buffers(), *model.named_parameters())}
     names = {name: own[tensor.data_ptr()] for name, tensor in sorted(exported.items()) if tensor.data_ptr() in own}
     return {"adapter": config, "names": names}
 
 
 def export(out: Path, layout: Mapping[str, Any], tensor_of: Callable[[str], torch.Tensor], facts: Provenance) -> Path:
-    """Write an adapter or a model folder from a ``layout_of``; ``tensor_of`` gives a tensor by its parameter's name.
+    """Write an adapter or a model folder from a ``layout_of``; ``tensor_of`` gives a parameter or buffer by its name.
 
-    Of a model one tensor is held at a time.
+    An older one at ``out`` is replaced once the new one is whole. An adapter is plain PEFT. A model has the base's
+    stored dtypes, and is tied as the base is; one tensor is held at a time. Where its names are not those of the base's
+    files, weights are written under its own, in files of at most ``SHARD_BYTES`` bytes (or one tensor).
     """
     names: dict[str, str] = layout["names"]
     if layout["adapter"] is None:
-        return _write_model(out, facts, internlm.Renamed(names, tensor_of))
+        return _write_model(out, facts, names, tensor_of)
     return _write_adapter(out, facts, layout["adapter"], {key: tensor_of(own) for key, own in names.items()})
 
 
-def export_adapter(model: Any, out: Path, facts: Provenance) -> Path:  # noqa: ANN401, a PeftModel
-    """Write a LoRA adapter as a plain PEFT folder; an older one at ``out`` is replaced once the new one is whole."""
-    return export(out, layout_of(model, facts.name), dict(model.named_parameters()).__getitem__, facts)
+def export_trained(model: Any, out: Path, facts: Provenance) -> Path:  # noqa: ANN401, a PeftModel or a language model
+    """Write what was trained of a model in memory: see ``export``."""
+    tensors = dict((*model.named_buffers(), *model.named_parameters()))
+    return export(out, layout_of(model, facts.name), tensors.__getitem__, facts)
 
 
 def _adapter_config(model: Any, base: str) -> dict[str, Any]:  # noqa: ANN401, a PeftModel
@@ -391,7 +367,8 @@ def _adapter_config(model: Any, base: str) -> dict[str, Any]:  # noqa: ANN401, a
     named = ("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "bias", "target_modules", "modules_to_save")
     kept = {key: value for key, value in config.items() if key in named or value != usual.get(key)}
     kept |= {"base_model_name_or_path": base, "inference_mode": True, "fan_in_fan_out": False, "revision": None}
-    return {key: _plain(kept[key]) for key in sorted(kept)}
+    ordered = {key: sorted(value) if isinstance(value, set | list | tuple) else value for key, value in kept.items()}
+    return dict(sorted(ordered.items()))
 
 
 def _write_adapter(
@@ -406,47 +383,32 @@ def _write_adapter(
     return out
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401
-    """Give sets and lists sorted, enums as their values: what JSON holds, the same in every process."""
-    if isinstance(value, set | list | tuple):
-        return sorted(value)
-    return getattr(value, "value", value)
-
-
-def export_model(model: Any, out: Path, facts: Provenance) -> Path:  # noqa: ANN401
-    """Write a fully fine-tuned model as a plain folder; weights in the base's stored dtypes, tied as the base has them.
-
-    Where the model's names are not those of the base's files, weights are written under the model's own names, in files
-    of at most ``SHARD_BYTES`` bytes (or one tensor).
-    """
-    state = model.state_dict()
-    first = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}  # of those that are tied
-    names = {name: first[tensor.data_ptr()] for name, tensor in state.items()}
-    return export(out, {"adapter": None, "names": names}, state.__getitem__, facts)
-
-
-def _write_model(out: Path, facts: Provenance, state: internlm.Renamed) -> Path:
+def _write_model(
+    out: Path, facts: Provenance, names: Mapping[str, str], tensor_of: Callable[[str], torch.Tensor]
+) -> Path:
     known = stored_tensors(facts.base_folder)
     if layout := internlm.layout_of_folder(facts.base_folder):
-        state = layout.to_published(state)
+        names, tensor_of = layout.to_published(names, tensor_of)
     files = base_files(facts.base_folder) | serving_files(facts, "model")
-    rows = {name: len(state[name]) for name in known if name in state and len(state[name]) > known[name]["shape"][0]}
-    if rows:  # of embeddings and head
+    rows = {}
+    if facts.add_tokens:  # embeddings and head may have more rows than the base's
+        sizes = {name: tensor_of(names[name]).shape for name in known if name in names}
+        rows = {name: size[0] for name, size in sizes.items() if list(size) != known[name]["shape"]}
+    if rows:
         files["config.json"] = with_vocabulary(files["config.json"], max(rows.values()))
     with written_aside(out, replace=True) as folder:
         write_files(folder, files)
-        if set(state.names.values()) <= set(known):
-            change = lambda name, read: state[name] if name in state else read()  # noqa: E731
+        if set(names.values()) <= set(known):
+            change = lambda name, read: tensor_of(names[name]) if name in names else read()  # noqa: E731
             rewrite_weights(facts.base_folder, folder, change, rows=rows)
         else:
-            dtypes = [entry["dtype"] for entry in known.values()]
-            usual = max(dtypes, key=dtypes.count)
+            [(usual, _)] = Counter(entry["dtype"] for entry in known.values()).most_common(1)
             entries = {}
-            for name, tensor in state.items():
-                if state.names[name] == name:  # else it is tied to that one
-                    own = usual if tensor.is_floating_point() else _NAMES[tensor.dtype]
-                    entries[name] = {"dtype": known.get(name, {}).get("dtype", own), "shape": list(tensor.shape)}
-            _write_shards(folder, entries, state.__getitem__)
+            for name in dict.fromkeys(names.values()):  # the others are tied to one of these
+                tensor = tensor_of(name)
+                own = usual if tensor.is_floating_point() else _NAMES[tensor.dtype]
+                entries[name] = {"dtype": known.get(name, {}).get("dtype", own), "shape": list(tensor.shape)}
+            _write_shards(folder, entries, tensor_of)
     return out
 
 

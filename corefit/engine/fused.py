@@ -34,6 +34,12 @@ FUSED = {
 """LoRA layers and what they are on, as ``LoraLinear`` computes them."""
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Give what x is multiplied in: autocast's format; without autocast its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class RMSNorm(torch.autograd.Function):
     """``weight * x / sqrt(mean(x^2) + epsilon)`` along the last dimension, in fp32, given in the format of x.
 
@@ -96,8 +102,8 @@ def fuse_mlp(module: Any) -> None:  # noqa: ANN401, a module
 
 
 def _mlp(module: Any, x: Tensor) -> Tensor:  # noqa: ANN401
-    out: Tensor = module.down_proj(SwiGLU.apply(module.gate_proj(x), module.up_proj(x)))  # type: ignore[no-untyped-call]
-    return out
+    inner = SwiGLU.apply(module.gate_proj(x), module.up_proj(x))  # type: ignore[no-untyped-call]
+    return cast("Tensor", module.down_proj(inner))
 
 
 def fuse_norm(module: Any) -> None:  # noqa: ANN401, a module
@@ -117,8 +123,7 @@ def fuse_norm(module: Any) -> None:  # noqa: ANN401, a module
 
 def _norm(module: Any, epsilon: float, x: Tensor) -> Tensor:  # noqa: ANN401
     if module.weight.requires_grad:
-        out: Tensor = type(module).forward(module, x)
-        return out
+        return cast("Tensor", type(module).forward(module, x))
     if x.is_cuda:  # one kernel in place of eight; the weight has no more digits than its base had
         return F.rms_norm(x, module.weight.shape, module.weight.to(x.dtype), epsilon)
     fused: Tensor = RMSNorm.apply(x, module.weight, epsilon)  # type: ignore[no-untyped-call]
@@ -282,15 +287,13 @@ def fuse_lora(model: nn.Module) -> None:
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
     base, names = layer.base_layer, layer.active_adapters
-    kind = x.device.type  # a weight of which each rank has a share doesn't know its state, its layer does
+    dtype = product_dtype(x)  # a weight of which each rank has a share doesn't know its state, its layer does
     state = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     plain = layer.disable_adapters or layer.merged or args or kwargs or names != ["default"] or layer.lora_variant
     held = base.weight.dtype if state is None else base.compute_dtype
     packed = getattr(state, "packing_format_for_cpu", False)  # for inference
     if plain or packed or held != dtype or base.weight.requires_grad or layer.lora_bias["default"]:
-        out: Tensor = type(layer).forward(layer, x, *args, **kwargs)
-        return out
+        return cast("Tensor", type(layer).forward(layer, x, *args, **kwargs))
     x, dropout = x.to(dtype), layer.lora_dropout["default"]
     dropped = dropout(x) if layer.training and getattr(dropout, "p", 0) else None
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight

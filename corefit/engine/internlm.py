@@ -257,14 +257,19 @@ class Layout:
         changed = [change(*pair) for pair in zip(names, parts, strict=True)]
         return changed[0] if len(names) == 1 else self.fuse(*changed)
 
-    def to_published(self, state: Mapping[str, Tensor]) -> Renamed:
-        """Give a whole model's tensors by the published names; each ``wqkv`` is made when it is asked for."""
+    def to_published(
+        self, names: Mapping[str, str], tensor_of: Callable[[str], Tensor]
+    ) -> tuple[dict[str, str], Callable[[str], Tensor]]:
+        """Give, of a whole model, names and what gives a tensor by them, for the published names.
 
-        def tensor_of(name: str) -> Tensor:
-            parts = [state[own] for own in llama_names(name)]
+        ``names``: LLaMA's name -> what ``tensor_of`` is asked for. Each ``wqkv`` is made when it is asked for.
+        """
+
+        def published(name: str) -> Tensor:
+            parts = [tensor_of(names[own]) for own in llama_names(name)]
             return parts[0] if len(parts) == 1 else self.fuse(*parts)
 
-        return Renamed({name: name for name in map(published_name, state)}, tensor_of)
+        return {name: name for name in map(published_name, names)}, published
 
     def adapter_to_llama(
         self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
@@ -278,8 +283,8 @@ class Layout:
         for key in ("target_modules", "modules_to_save"):
             if isinstance(config.get(key), list):
                 config[key] = [new for name in config[key] for new in llama_names(name)]
-        tokens = config.get("trainable_token_indices") or {}
-        config["trainable_token_indices"] = {llama_names(name)[0]: ids for name, ids in tokens.items()} or None
+        if isinstance(tokens := config.get("trainable_token_indices"), dict):  # else a list: of the embeddings
+            config["trainable_token_indices"] = {llama_names(name)[0]: ids for name, ids in tokens.items()} or None
         folded = [b for name, b in tensors.items() if ".wqkv.lora_B." in name]
         if _patterns(config).items() <= config.items() and all(self._is_folded(b, r) for b in folded):
             config |= {"rank_pattern": {}, "alpha_pattern": {}}
@@ -337,27 +342,6 @@ def _patterns(config: Mapping[str, Any]) -> dict[str, Any]:
     """Give what adapter_config.json says of three adapters in one: the scale, alpha / r or alpha / sqrt(r), stays."""
     times = math.sqrt(3) if config.get("use_rslora") else 3
     return {"rank_pattern": {"wqkv": 3 * config["r"]}, "alpha_pattern": {"wqkv": times * config["lora_alpha"]}}
-
-
-@dataclass(frozen=True, slots=True)
-class Renamed(Mapping[str, Tensor]):
-    """Tensors by other names, each made when it is asked for."""
-
-    names: Mapping[str, str]
-    """Name -> what ``tensor_of`` is asked for."""
-    tensor_of: Callable[[str], Tensor]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensor_of(self.names[name])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import nn
 from corefit.engine.attention import Layout, to_device
 from corefit.engine.model import first_line
 from corefit.engine.nonfinite import explain, random_state, set_random_state
-from corefit.engine.ranks import ALONE, Ranks, stand_in, whole
+from corefit.engine.ranks import ALONE, IDLE, Ranks, stand_in, whole
 from corefit.errors import CorefitError, RunError
 from corefit.types import Batch, StepReport
 
@@ -142,7 +142,9 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
         try:
-            loss, norm = take_step(loss_fn, batches, parameters, optimizer, scaler, device, compute_dtype, clip, ranks)
+            loss, norm = take_step(
+                loss_fn, batches, totals.supervised, parameters, optimizer, scaler, device, compute_dtype, clip, ranks
+            )
         except (RuntimeError, RunError) as error:
             if not isinstance(error, RunError) and not ran_out(error):
                 raise
@@ -210,6 +212,7 @@ class Totals(NamedTuple):
 def take_step(
     loss_fn: nn.Module,
     batches: Sequence[Batch],
+    supervised: float,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     scaler: GradScaler,
@@ -220,15 +223,14 @@ def take_step(
 ) -> tuple[float, float]:
     """Give loss (nats per supervised token) and gradient norm; update the weights where both are finite.
 
-    Both are NaN, and nothing is computed, where no token of the step is supervised, on any rank. Gradients that aren't
-    finite halve the loss scale; a loss that isn't leaves it as it is.
+    Both are NaN, and nothing is computed, where none of the step's tokens, on any rank, is ``supervised``. Gradients
+    that aren't finite halve the loss scale; a loss that isn't leaves it as it is.
     """
-    (total,) = ranks.sum(sum(batch.n_supervised for batch in batches))
-    if not total:
+    if not supervised:
         return math.nan, math.nan
     loss = scaler.scale(torch.zeros((), device=device))  # a rank may have nothing else to scale
     for batch in ranks.in_step(batches):
-        part = nats(loss_fn, batch, device, compute_dtype) / total
+        part = nats(loss_fn, batch, device, compute_dtype) / supervised
         # Divided here, not after backward: a sum over thousands of tokens would overflow fp16 gradients.
         scaler.scale(part).backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
@@ -343,7 +345,8 @@ def out_of_memory(
 ) -> RunError:
     """Say how large the step was, what takes the most and what makes it smaller; let go of what the step made."""
     traceback.clear_frames(error.__traceback__)
-    rows, slots = max((batch.input_ids.shape for batch in batches), key=math.prod)
+    shapes = (batch.input_ids.shape for batch in batches)
+    rows, slots = max(shapes, key=math.prod, default=IDLE)
     said = RunError(
         f"step {step}: out of memory with {rows} packs of {slots:,} slots: {memory(rows, slots) or 'make them fewer'} "
         f"({first_line(error)}); all before this step is saved, --resume goes on at it"

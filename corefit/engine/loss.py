@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from corefit.engine.attention import Layout, decoder, run_packed, to_device
+from corefit.engine.fused import product_dtype
 from corefit.engine.model import causal_lm, evaluating
 from corefit.types import IGNORE_INDEX
 
@@ -31,10 +32,10 @@ class Head(NamedTuple):
 
     weight: Tensor
     """[V, H]"""
-    rows: Tensor | None
+    rows: Tensor | None = None
     """[R, H]: what stands in for the rows ``at`` of it; None: nothing does."""
-    at: Tensor | None
-    """int64 [R]"""
+    at: Tensor | None = None
+    """int64 [R]; None: as ``rows``."""
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         """Give the matrix [V, H] that hidden states are multiplied with."""
@@ -56,20 +57,16 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,  # noqa: ANN401
         hidden: Tensor,
-        weight: Tensor,
         targets: Tensor,
+        weight: Tensor,
+        rows: Tensor | None,
+        at: Tensor | None,
         dtype: torch.dtype,
         chunk: int,
         with_grad: bool,
-        rows: Tensor | None = None,
-        at: Tensor | None = None,
     ) -> Tensor:
-        """Take hidden [N, H], weight [V, H], targets int64 [N]; give an fp32 scalar, in nats.
-
-        ``weight``, ``rows`` and ``at`` are those of a ``Head``.
-        """
-        for_hidden, for_weight = (with_grad and need for need in ctx.needs_input_grad[:2])
-        for_rows = with_grad and any(ctx.needs_input_grad[6:7])
+        """Take hidden [N, H], targets int64 [N] and the parts of a ``Head``; give an fp32 scalar, in nats."""
+        for_hidden, _, for_weight, for_rows = (with_grad and need for need in ctx.needs_input_grad[:4])
         for_any = for_hidden or for_weight or for_rows
         loss = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty(hidden.shape, device=hidden.device) if for_hidden else None
@@ -107,7 +104,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Scale what the forward made."""
         made = ctx.saved_tensors
         grads = [None if g is None else (g * grad).to(d) for g, d in zip(made, ctx.dtypes, strict=True)]
-        return *grads[:2], None, None, None, None, grads[2], None
+        return grads[0], None, *grads[1:], None, None, None, None
 
 
 class CausalLoss(nn.Module):
@@ -148,16 +145,8 @@ class CausalLoss(nn.Module):
         hidden = states.flatten(0, 1).index_select(0, rows)
         head = _linear_head(self.model)
         assert head is not None
-        loss: Tensor = LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden,
-            head.weight,
-            targets,
-            _product_dtype(hidden),
-            self.chunk,
-            torch.is_grad_enabled(),
-            head.rows,
-            head.at,
-        )
+        how = product_dtype(hidden), self.chunk, torch.is_grad_enabled()
+        loss: Tensor = LinearCrossEntropy.apply(hidden, targets, *head, *how)  # type: ignore[no-untyped-call]
         return loss
 
     def within(self, call: Callable[[], T]) -> T:
@@ -198,7 +187,7 @@ class CausalLoss(nn.Module):
             hook.remove()
         if not seen or not _close(seen[0], hidden):
             return "the head's input is not the decoder's output"
-        dtype = _product_dtype(hidden)
+        dtype = product_dtype(hidden)
         if not _close(logits, F.linear((seen[0] * factor).to(dtype), weight.to(dtype))):
             return "the logits are not the head's output (a soft cap or a scale)"
         return None
@@ -238,12 +227,6 @@ def _linear_head(model: nn.Module) -> Head | None:
         off = head.disable_adapters or not head.active_adapters
         head = head.original_module if off else head.modules_to_save[head.active_adapters[0]]
     return Head(head.weight, rows, at) if type(head) is nn.Linear and head.bias is None else None
-
-
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """What autocast would multiply in; without autocast the tensor's own dtype."""
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -31,8 +31,8 @@ HEAP = 0.3
 Of a model of 135M parameters it is 0.2 after two steps and 0.4 after twenty."""
 KEPT_FREE = 0.1
 """Share of a device's memory that a plan leaves: for the CUDA context, fragments, and what it does not know."""
-OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2 + 8 / 256}
-"""Bytes of state for a number that trains; of 8 bits, 256 numbers share two fp32 scales."""
+MOMENTS, MOMENTS_8BIT = 8, 2 + 8 / 256
+"""Bytes of an optimizer's state for a number that trains; of 8 bits, 256 numbers share two fp32 scales."""
 SHARING = re.compile(r"(k_proj|v_proj|up_proj|w3)$")
 """Linear layers that read what another one reads too."""
 STORED_BITS = {"nf4": BITS[4], "int8": BITS[8]}
@@ -204,7 +204,7 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
         "process and libraries": WORKSPACES if s.cuda else PROCESS + imported,
         "base weights": base,
         "adapter weights": 0 if s.full else 4 * trained,
-        "optimizer state": trained * OPTIMIZER_BYTES[s.optimizer],
+        "optimizer state": trained * (MOMENTS_8BIT if "8bit" in s.optimizer else MOMENTS),
     }
     layer = layer_kept(shape, s)
     inputs = s.tokens * shape.hidden * (shape.layers * residual + (8 if s.full else c))  # and those of the last norm
@@ -320,7 +320,9 @@ def memory_of_machine() -> tuple[int, int]:
         return 0, 0
     limit, used = cgroup("memory.max"), cgroup("memory.current")
     if limit.isdigit() and used.isdigit() and int(limit) < total:
-        total, available = int(limit), min(available, int(limit) - int(used))
+        # what was read of files counts as used until somebody else needs the room
+        cached = sum(map(int, re.findall(r"(?m)^(?:in)?active_file (\d+)$", cgroup("memory.stat"))))
+        total, available = int(limit), min(available, int(limit) - int(used) + cached)
     return total, available
 
 

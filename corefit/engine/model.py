@@ -1,4 +1,4 @@
-"""The base model, how it is stored, the adapter on it, and the choice of device and precision."""
+"""The base model, how it is stored, and the choice of device and precision."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from corefit.engine import internlm
-from corefit.engine.fused import fuse_lora, fuse_mlp, fuse_norm
-from corefit.errors import ModelError, RunError, UserError, unknown
+from corefit.errors import ModelError, UserError, unknown
 from corefit.terminal import notice
 
 if TYPE_CHECKING:
@@ -118,7 +117,7 @@ def import_bitsandbytes() -> bool:
     With the package ``kernels`` at hand its import downloads and runs code from the hub: hidden from it here. It would
     also load torch's compiler, 0.9 s and 42 MB, for functions that CPUs and NVIDIA's GPUs have other code for.
     """
-    with _hidden("kernels"), _uncompiled(), contextlib.suppress(ImportError):
+    with hidden("kernels"), _uncompiled(), contextlib.suppress(ImportError):
         import bitsandbytes  # noqa: F401
 
         return True
@@ -136,7 +135,7 @@ def _uncompiled() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hidden(package: str) -> Iterator[None]:
+def hidden(package: str) -> Iterator[None]:
     """Make imports of a package fail, installed or not."""
     before = sys.modules.get(package)
     sys.modules[package] = None  # type: ignore[assignment]
@@ -418,6 +417,20 @@ def stored_tensors(folder: Path, base: str | None = None) -> dict[str, dict[str,
     return {name: entry for path in weight_files(folder, base) for name, entry in read_header(path)[0].items()}
 
 
+def stored_tensor(folder: Path, name: str) -> torch.Tensor:
+    """Give one tensor of a model folder.
+
+    Raises:
+        ModelError: it has none of that name.
+    """
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118, not a mapping
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor
+    raise ModelError(f"{folder}: has no tensor {name}")
+
+
 def base_dtype_of(base: str) -> str:
     """Give the dtype that most weights of a base are stored in: float16, bfloat16 or float32.
 
@@ -681,234 +694,12 @@ def is_quantized(model: nn.Module) -> bool:
     return any(weight is not None and not weight.is_floating_point() for weight in weights)
 
 
-# ------------------------------------------------------------------------------------------------------ the adapter
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterSpec:
-    """A LoRA adapter."""
-
-    r: int
-    """Rank."""
-    alpha: int
-    """The adapter's output is scaled by alpha / r."""
-    dropout: float
-    """In [0, 1)."""
-    targets: tuple[str, ...] = ()
-    """Names, or ends of dotted names, of linear layers; empty: all linear layers of the decoder."""
-    modules_to_save: tuple[str, ...] = ()
-    """Modules that are trained whole and stored with the adapter."""
-    dora: bool = False
-    rslora: bool = False
-    """True: the scale is alpha / sqrt(r)."""
-    start: str | None = None
-    """A folder with an adapter of just these settings, whose weights are the first ones."""
-    tokens: tuple[int, ...] = ()
-    """Ids whose rows of the embeddings, and of the head, train too."""
+# ------------------------------------------------------------------------------------------------ parts of a model
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Give every linear layer of the model by its dotted name, quantised ones too."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-
-
-def decoder_targets(model: PreTrainedModel) -> list[str]:
-    """Give the names, sorted, that stand for all linear layers of the decoder and for nothing else."""
-    layers = linear_layers(model)
-    inside = {id(module) for module in model.get_decoder().modules()} - {id(model.get_output_embeddings())}
-    wanted = [name for name, module in layers.items() if id(module) in inside]
-    if not wanted:
-        raise ModelError("adapter.targets: this decoder has no linear layers (nn.Linear) to adapt")
-    # the last part of a name, or more of it where that is only an index or stands for a layer outside the decoder too
-    others = [name for name in layers if name not in set(wanted)]
-    targets = set()
-    for name in wanted:
-        parts = name.split(".")
-        for n in range(1, len(parts) + 1):
-            end = ".".join(parts[-n:])
-            if not parts[-n].isdigit() and not any(other == end or other.endswith(f".{end}") for other in others):
-                break
-        targets.add(end)
-    return sorted(targets)
-
-
-def _taken_for_experts(model: PreTrainedModel, targets: list[str]) -> set[str]:
-    """Give the targets that peft takes for matrices of experts, which transformers 5 has in one parameter.
-
-    It would adapt those in the place of layers, or beside them, and so would whoever loads the adapter with it.
-    """
-    from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as convert
-
-    trial = LoraConfig(target_modules=targets)
-    with contextlib.suppress(ValueError):  # some of them without others, with which they are one
-        convert(trial, model, None)
-        return set(targets) - set(trial.target_modules or ())
-    return set(targets)
-
-
-def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: int) -> Any:  # noqa: ANN401, PeftModel or the model
-    """Make a loaded base trainable: with a LoRA adapter, or, where ``spec`` is None, all of it.
-
-    Trainable weights are fp32 (``check_trainable`` proves it). Norms become fp32 too; embeddings and head stay as they
-    are, unless they are trained.
-    The initial weights depend on ``seed`` alone; torch's own random state is as before.
-
-    Raises:
-        ModelError: a target that the model lacks; full fine-tuning of quantised weights.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.padding_idx = None  # that row would never train, and it may be the stop's
-    if spec is None:
-        if is_quantized(model):
-            raise ModelError(
-                "adapter.kind: full fine-tuning can't train quantised weights; --quantizer none, or kind=lora"
-            )
-        return model.float().requires_grad_(True).train()
-    with without_bitsandbytes(model):
-        return _attach_lora(model, spec, seed=seed)
-
-
-def _attach_lora(model: PreTrainedModel, spec: AdapterSpec, *, seed: int) -> Any:  # noqa: ANN401, a PeftModel
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    for module in model.modules():
-        if "norm" in type(module).__name__.lower():
-            fuse_norm(module.float())
-        elif hasattr(module, "act_fn"):
-            fuse_mlp(module)
-    targets, saved = internlm.llama_modules(model, spec.targets), internlm.llama_modules(model, spec.modules_to_save)
-    targets = targets or sorted({*(everything := decoder_targets(model))} - _taken_for_experts(model, everything))
-    if experts := _taken_for_experts(model, targets):
-        raise ModelError(f"adapter.targets: of this model peft takes {min(experts)!r} for its experts; leave it out")
-    layers, modules = linear_layers(model), [name for name, _ in model.named_modules() if name]
-    for where, names, known in (("targets", targets, list(layers)), ("modules_to_save", saved, modules)):
-        for wanted in names:
-            if not any(name == wanted or name.endswith(f".{wanted}") for name in known):
-                ends = {name.rpartition(".")[2] for name in known}
-                raise ModelError(
-                    f"adapter.{where}: {unknown('layer', wanted, {end for end in ends if not end.isdigit()})}"
-                )
-    tables = vocabulary(model) if spec.tokens else {}
-    for name in tables:
-        if [target for target in targets if f".{name}".endswith(f".{target}")]:
-            raise ModelError(f"adapter.targets: {name} can't have LoRA beside model.add_tokens")
-        if getattr(model.get_submodule(name), "bias", None) is not None:
-            raise ModelError(f"model.add_tokens: {name} has a bias, with which peft can't train single rows")
-    rows = [name.rpartition(".")[2] for name in tables if not any(f".{name}".endswith(f".{end}") for end in saved)]
-    config = LoraConfig(
-        r=spec.r,
-        lora_alpha=spec.alpha,
-        lora_dropout=spec.dropout,
-        target_modules=targets,
-        modules_to_save=saved or None,
-        bias="none",
-        task_type=TaskType.CAUSAL_LM,
-        use_dora=spec.dora,
-        use_rslora=spec.rslora,
-        trainable_token_indices={end: list(spec.tokens) for end in rows} or None,
-    )
-    device = next(model.parameters()).device
-    with warnings.catch_warnings(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-        torch.manual_seed(seed)
-        try:
-            adapted = get_peft_model(model, config)
-        except ValueError as error:
-            raise ModelError(f"adapter.targets: {first_line(error)}") from error
-    # peft keeps a set, whose order changes from process to process, and would write it so
-    adapted.peft_config["default"].target_modules = targets
-    internlm.check_adapter(adapted)
-    if spec.start is not None:
-        _load_adapter(adapted, Path(spec.start))
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    fuse_lora(adapted)
-    return adapted.train()
-
-
-@contextlib.contextmanager
-def without_bitsandbytes(model: PreTrainedModel) -> Iterator[None]:
-    """Keep peft from importing bitsandbytes for a model that has none of it; for one that has, import it first.
-
-    peft's own import of it lacks the precautions. What is imported already stays.
-    """
-    if is_quantized(model) or "bitsandbytes" in sys.modules:
-        import_bitsandbytes()
-        yield
-        return
-    try:
-        with _hidden("bitsandbytes"):
-            yield
-    finally:
-        from peft.import_utils import is_bnb_4bit_available, is_bnb_available
-
-        for answer in (is_bnb_available, is_bnb_4bit_available):  # what it found out now isn't so
-            answer.cache_clear()
-
-
-def _load_adapter(adapted: Any, folder: Path) -> None:  # noqa: ANN401, a PeftModel
-    """Put an adapter's weights into a new one of the same shape."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    weight_files(folder)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    if layout := internlm.layout_in(adapted):
-        config = json.loads((folder / "adapter_config.json").read_bytes())
-        _, tensors = layout.adapter_to_llama(config, tensors, str(folder))
-    if found := misfit(tensors, get_peft_model_state_dict(adapted, save_embedding_layers=False)):
-        raise ModelError(f"adapter.start: {folder} has {found}: an adapter of another base?")
-    set_peft_model_state_dict(adapted, tensors)
-
-
-def misfit(have: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]) -> str:
-    """Say which tensor, the first by name, has another shape than the model's or is on one side only; empty: none."""
-    shapes, wanted = ({name: tuple(tensor.shape) for name, tensor in side.items()} for side in (have, want))
-    differ = sorted(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))
-    if not differ:
-        return ""
-    of, to = (side.get(differ[0], "nothing") for side in (shapes, wanted))
-    return f"{of} for {differ[0]}, the model trains {to} ({len(differ)} such weights)"
-
-
-def with_adapter(model: PreTrainedModel, folder: Path) -> Any:  # noqa: ANN401, a PeftModel
-    """Give a loaded base with the adapter in ``folder`` on it."""
-    with without_bitsandbytes(model), warnings.catch_warnings(), internlm.llama_adapter(model, folder) as adapter:
-        from peft import PeftModel
-
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-        tokens = json.loads((adapter / "adapter_config.json").read_bytes()).get("trainable_token_indices") or {}
-        whole = {
-            name: entry["shape"][0] for name, entry in read_header(adapter / "adapter_model.safetensors")[0].items()
-        }
-        rows = [whole.get(f"base_model.model.{name}.weight", 0) for name in vocabulary(model)]
-        add_rows(model, max([*rows, *(id + 1 for ids in tokens.values() for id in ids)]))
-        return PeftModel.from_pretrained(model, str(adapter))
-
-
-def vocabulary(model: Any) -> dict[str, nn.Module]:  # noqa: ANN401
-    """Give what has a row for every token, by name: embeddings and head, or the embeddings where both are one."""
-    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
-    tables = [inner] if outer is None or outer.weight is inner.weight else [inner, outer]
-    return {name: module for name, module in model.named_modules() if any(module is table for table in tables)}
-
-
-@torch.no_grad()
-def add_rows(model: PreTrainedModel, rows: int, new: Sequence[int] = ()) -> None:
-    """Give embeddings and head at least so many rows; those beyond the old ones, and ``new``, are the mean of the rest.
-
-    Source: Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models".
-    """
-    before = len(model.get_input_embeddings().weight)
-    if rows > before:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    for table in vocabulary(model).values():
-        weight: torch.Tensor = table.requires_grad_(False).get_parameter("weight")
-        mean = weight[: min([before, *new])].mean(0, dtype=torch.float32)
-        weight[[*new, *range(before, rows)]] = mean.to(weight.dtype)
 
 
 def causal_lm(model: nn.Module) -> Any:  # noqa: ANN401, a PreTrainedModel, or what stands in for one
@@ -921,80 +712,6 @@ def decoder_layers(model: Any) -> Sequence[nn.Module]:  # noqa: ANN401, PeftMode
     """Give the layers of the decoder, which run one after another; empty: they are not in one list."""
     parts = causal_lm(model).get_decoder().modules()
     return next((list(part) for part in parts if isinstance(part, nn.ModuleList)), [])
-
-
-def adapted_layers(model: Any) -> dict[str, int]:  # noqa: ANN401, PeftModel
-    """Give how many layers each target of the adapter adapts: all that have its name.
-
-    Raises:
-        ModelError: a target adapts nothing, or not all of them.
-    """
-    adapted = {name for name, module in model.named_modules() if "default" in getattr(module, "lora_A", ())}
-    plain = set(linear_layers(model)) - adapted
-    counts = {}
-    for target in model.peft_config["default"].target_modules:
-        left, counts[target] = (sum(f".{name}".endswith(f".{target}") for name in names) for names in (plain, adapted))
-        if left or not counts[target]:
-            raise ModelError(
-                f"adapter.targets: {target!r} adapts {counts[target]} layers, {left} of that name are left"
-            )
-    return counts
-
-
-def check_vocabulary(model: Any, size: int, ids: Mapping[str, int]) -> dict[str, int]:  # noqa: ANN401
-    """Give the sizes of tokenizer, embeddings and head, once every token of the first has a row in both others.
-
-    Raises:
-        ModelError: it has not; ``ids`` names tokens that matter most.
-    """
-    sizes = {"tokenizer": size, "embeddings": len(model.get_input_embeddings().weight)}
-    if rows := getattr(model.get_output_embeddings(), "out_features", 0):
-        sizes["head"] = rows
-    for what, rows in sizes.items():
-        beyond = [f"{token!r} is {id}" for token, id in ids.items() if id >= rows]
-        if size > rows or beyond:
-            example = f" ({beyond[0]})" if beyond else ""
-            raise ModelError(f"vocabulary: the tokenizer has {size:,} tokens{example}, {what} has only {rows:,}")
-    return sizes
-
-
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Give the parameters that the optimizer changes, by name, in the model's order."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def check_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Give ``trainable_parameters``: at least one, all fp32.
-
-    Raises:
-        RunError: nothing trains, or not in fp32.
-    """
-    trainable = trainable_parameters(model)
-    if not trainable:
-        raise RunError("trainable: no weight of the model would be trained")
-    wrong = [name for name, parameter in trainable.items() if parameter.dtype != torch.float32]
-    if wrong:
-        dtype = str(trainable[wrong[0]].dtype).removeprefix("torch.")
-        raise RunError(f"trainable: {len(wrong)} of {len(trainable)} weights aren't fp32, {wrong[0]} is {dtype}")
-    return trainable
-
-
-class ParameterCount(NamedTuple):
-    """How many numbers a model has; of 4-bit weights the numbers, not the bytes."""
-
-    trainable: int
-    total: int
-
-
-def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count each parameter once, tied ones too."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        n = parameter.numel() if state is None else int(torch.Size(state.shape).numel())
-        total += n
-        trainable += n if parameter.requires_grad else 0
-    return ParameterCount(trainable, total)
 
 
 def enable_gradient_checkpointing(model: Any, share: float = 1.0) -> None:  # noqa: ANN401, Peft- or PreTrainedModel
@@ -1027,15 +744,17 @@ def enable_gradient_checkpointing(model: Any, share: float = 1.0) -> None:  # no
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards every module's mode is as it was.
+    """Eval mode without gradients; afterwards every module's mode and torch's random state are as they were.
 
+    No inference mode: quantised layers keep tensors that they make in a forward pass, and those could not train later.
     Also drops autocast's cached copies of trainable weights: where torch uses a copy made without gradients again later
     in the same autocast context, that weight would silently get no gradient (torch 2.13 makes a new one).
     """
+    gpus = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.random.fork_rng(sorted(gpus)), torch.no_grad():
             yield
     finally:
         torch.clear_autocast_cache()

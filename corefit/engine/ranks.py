@@ -32,6 +32,8 @@ from corefit.types import IGNORE_INDEX, Batch
 
 BUCKET = 2**25
 """Numbers that are added up at a time."""
+IDLE = (1, 8)
+"""Rows and slots of a micro-batch of no data that a rank runs because others have one."""
 
 
 def stand_in(rows: int, slots: int, *, supervised: bool) -> Batch:
@@ -94,7 +96,7 @@ class Ranks:
         """Give the micro-batches of this rank that are to be run; rank 0 never has fewer than another."""
         if not self.sharded:
             return [batch for batch in batches if batch.n_supervised]
-        idle = stand_in(1, 8, supervised=False)  # loss and gradient are 0
+        idle = stand_in(*IDLE, supervised=False)  # loss and gradient are 0
         return [*batches, *[idle] * (int(self.first(len(batches))) - len(batches))]
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:

@@ -104,8 +104,9 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 def on_gpu(folder: Path, precision: str) -> tuple[Any, Any]:
     """A model with an adapter that does something, and what autocast training runs in."""
+    from corefit.engine.adapter import AdapterSpec, attach_adapter
     from corefit.engine.loop import autocast
-    from corefit.engine.model import AdapterSpec, attach_adapter, load_base
+    from corefit.engine.model import load_base
     from corefit.registry import Registry
 
     dtype = DTYPES.get(precision, torch.float32)
@@ -196,10 +197,10 @@ def test_a_micro_batch_runs_without_waiting_for_the_gpu(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_step_waits_for_the_gpu_once(precision: str, tmp_path: Path) -> None:
+    from corefit.engine.adapter import check_trainable
     from corefit.engine.attention import choose_route
     from corefit.engine.loop import take_step
     from corefit.engine.loss import CausalLoss
-    from corefit.engine.model import check_trainable
     from corefit.engine.optimizer import make_optimizer, make_scaler
 
     model, autocast = on_gpu(write_model(tmp_path), precision)
@@ -213,7 +214,8 @@ def test_a_step_waits_for_the_gpu_once(precision: str, tmp_path: Path) -> None:
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 batches = [two_packs(), two_packs()]
-                take_step(loss_fn, batches, parameters, optimizer, scaler, "cuda", DTYPES[precision], 1.0)
+                supervised = sum(batch.n_supervised for batch in batches)
+                take_step(loss_fn, batches, supervised, parameters, optimizer, scaler, "cuda", DTYPES[precision], 1.0)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     waits = [warning for warning in said if "called a synchronizing CUDA operation" in str(warning.message)]

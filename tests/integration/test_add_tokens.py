@@ -15,8 +15,9 @@ from tiny_internlm import write_internlm
 import corefit
 from corefit.chat import find
 from corefit.data.tokenizer import Tokenizer
+from corefit.engine.adapter import AdapterSpec, add_rows, attach_adapter, with_adapter
 from corefit.engine.loss import CausalLoss
-from corefit.engine.model import AdapterSpec, add_rows, attach_adapter, load_base, with_adapter
+from corefit.engine.model import load_base
 from corefit.errors import ModelError
 from corefit.merge import load, logits, merge
 from corefit.registry import Registry

@@ -10,9 +10,10 @@ from tiny import write_model
 from tiny_families import FAMILIES, write_family
 
 from corefit.engine import attention
+from corefit.engine.adapter import AdapterSpec, attach_adapter
 from corefit.engine.attention import PACKED, Layout, choose_route, decoder, isolation_canary, run_packed
 from corefit.engine.evaluate import Memory, generate, stream
-from corefit.engine.model import AdapterSpec, attach_adapter, causal_lm, enable_gradient_checkpointing, load_base
+from corefit.engine.model import causal_lm, enable_gradient_checkpointing, load_base
 from corefit.errors import IsolationError, RunError
 from corefit.types import Quantizer
 

@@ -13,7 +13,7 @@ from tiny_export import adapted, facts
 from corefit.chat import Chatter, chat_loop, find
 from corefit.data.encode import make_encoder
 from corefit.data.tokenizer import Tokenizer
-from corefit.engine.export import EMBEDDED_MODEL, export_adapter
+from corefit.engine.export import EMBEDDED_MODEL, export_trained
 from corefit.errors import ModelError, UserError
 from corefit.registry import Registry
 from corefit.types import Conversation, Message
@@ -27,7 +27,7 @@ def run(tmp_path_factory) -> Path:
     """A run folder on a base in another folder."""
     folder = tmp_path_factory.mktemp("chat")
     base = write_model(folder / "base")
-    export_adapter(adapted(base), folder / "run" / "adapter", facts(base))
+    export_trained(adapted(base), folder / "run" / "adapter", facts(base))
     (folder / "run" / "recipe.toml").write_text(f"[model]\nbase = {json.dumps(str(base))}\n")
     return folder / "run"
 

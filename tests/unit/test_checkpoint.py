@@ -384,9 +384,10 @@ def test_nothing_is_pickled(tmp_path):
 def test_the_real_stack_resumes_bit_for_bit_and_evaluating_on_the_way_changes_nothing(tmp_path, tiny_model, quantizer):
     """A quantised base, peft's dropout, the chunked loss; validation and answers between the steps of one run only."""
     from corefit.defaults import corefit_quantizers
+    from corefit.engine.adapter import AdapterSpec, attach_adapter
     from corefit.engine.evaluate import Decoding, generate, validation_loss
     from corefit.engine.loss import CausalLoss
-    from corefit.engine.model import AdapterSpec, attach_adapter, load_base
+    from corefit.engine.model import load_base
 
     entry = next(entry for entry in corefit_quantizers() if entry.name == quantizer)
 

@@ -132,7 +132,8 @@ def test_the_python_kernel_is_slow_and_says_why(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_container_has_the_memory_and_the_cpus_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {"memory.max": str(2**30), "memory.current": str(2**29), "cpu.max": "50000 100000"}
+    stat = f"anon 5\ninactive_file {2**27}\nactive_file {2**27}\nfile_dirty 7\n"  # of files, which make room
+    given = {"memory.max": str(2**30), "memory.current": str(3 * 2**28), "memory.stat": stat, "cpu.max": "50000 100000"}
     monkeypatch.setattr(memory, "cgroup", given.__getitem__)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     total, available = memory.memory_of_machine()

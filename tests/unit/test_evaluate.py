@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny_training import make_batch, make_run, make_steps
 
-from corefit.engine.evaluate import Decoding, Memory, generate, pick, stream, undisturbed, validation_loss
+from corefit.engine.evaluate import Decoding, Memory, generate, pick, stream, validation_loss
 from corefit.engine.loop import Every
+from corefit.engine.model import evaluating
 from corefit.errors import RunError, UserError
 
 PROMPT = [1, 9, 33, 70, 12]
@@ -72,7 +73,7 @@ def test_validation_loss_is_repeatable_and_leaves_no_trace():
 def test_mode_and_random_state_come_back_after_an_error():
     run = make_run()
     state = torch.get_rng_state()
-    with pytest.raises(ZeroDivisionError), undisturbed(run.model):
+    with pytest.raises(ZeroDivisionError), evaluating(run.model):
         torch.rand(1)
         _ = 1 / 0
     assert torch.equal(torch.get_rng_state(), state)
@@ -247,6 +248,12 @@ def test_a_cache_that_can_not_be_cut_is_not_cut():
     kept = list(memory.ids)
     list(stream(model, [*kept, 5], max_tokens=1, memory=memory))
     assert memory.ids == [*kept, 5], "what only goes on is kept"
+
+
+def test_a_temperature_of_almost_nothing_takes_the_most_likely_token():
+    logits, generator = torch.tensor([20.0, 1.0, 19.0]), torch.Generator().manual_seed(0)
+    for temperature in (1e-3, 1e-38, 1e-45):
+        assert pick(logits, Decoding(temperature=temperature), generator) == 0
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,19 +9,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import CONTROL, write_model
 from tiny_export import IDS, JINJA, adapted, facts, load
+from tiny_families import FAMILIES, write_family
 from transformers import AutoTokenizer
 
 from corefit.data.tokenizer import Tokenizer
+from corefit.engine.adapter import attach_adapter
 from corefit.engine.export import (
-    export_adapter,
-    export_model,
+    export,
+    export_trained,
+    layout_of,
     public_name,
     read_header,
     weight_files,
     with_keys,
     written_aside,
 )
-from corefit.engine.model import attach_adapter
+from corefit.engine.model import stored_tensor
 from corefit.errors import ModelError
 
 torch.set_num_threads(1)
@@ -31,7 +35,7 @@ def test_an_adapter_is_plain_peft_and_gives_the_same_logits(tiny_model, tmp_path
 
     model = adapted(tiny_model, modules_to_save=("lm_head",))
     model.peft_config["default"].target_modules = set(model.peft_config["default"].target_modules)
-    out = export_adapter(model, tmp_path / "run" / "adapter", facts(tiny_model))
+    out = export_trained(model, tmp_path / "run" / "adapter", facts(tiny_model))
     again = PeftModel.from_pretrained(load(tiny_model), out).eval()
     with torch.no_grad():
         assert (again(IDS).logits - model(IDS).logits).abs().max() == 0
@@ -49,7 +53,7 @@ def test_an_adapter_is_plain_peft_and_gives_the_same_logits(tiny_model, tmp_path
 
 
 def test_no_path_of_the_machine_is_inside(tiny_model, tmp_path):
-    out = export_adapter(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
+    out = export_trained(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
     names = {path.name for path in out.iterdir()}
     assert names == {
         *("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "corefit.json", "README.md"),
@@ -61,7 +65,7 @@ def test_no_path_of_the_machine_is_inside(tiny_model, tmp_path):
 
 
 def test_base_files_are_copied_and_changed_only_in_owned_keys(tiny_model, tmp_path):
-    out = export_adapter(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
+    out = export_trained(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
     assert (out / "tokenizer.json").read_bytes() == (tiny_model / "tokenizer.json").read_bytes()
     assert (out / "chat_template.jinja").read_text() == JINJA
     for name, key, value in (
@@ -83,7 +87,7 @@ def test_the_tokenizers_own_template_leaves_its_config_alone(tiny_model, tmp_pat
     own = Tokenizer.load(tiny_model).chat_template
     (tiny_model / "chat_template.jinja").write_text(own)
     try:
-        out = export_adapter(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model, jinja=own))
+        out = export_trained(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model, jinja=own))
     finally:
         (tiny_model / "chat_template.jinja").unlink()
     for name in ("tokenizer_config.json", "tokenizer.json"):
@@ -91,7 +95,7 @@ def test_the_tokenizers_own_template_leaves_its_config_alone(tiny_model, tmp_pat
 
 
 def test_the_readme_lines_run(tiny_model, tmp_path, capsys, monkeypatch):
-    out = export_adapter(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
+    out = export_trained(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
     code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(out)
     exec(code.replace(f'"{tiny_model.name}"', repr(str(tiny_model))).replace("=256", "=4"), {})
@@ -111,7 +115,7 @@ def test_a_full_model_is_written_as_the_base_was(tmp_path, tied, sharded):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01)
-    out = export_model(model, tmp_path / "model", facts(base))
+    out = export_trained(model, tmp_path / "model", facts(base))
     for path in weight_files(base):
         assert [*read_header(out / path.name)[0].items()] == [*read_header(path)[0].items()]
     for name in ("config.json", "tokenizer.json", "LICENSE", *(["model.safetensors.index.json"] if sharded else [])):
@@ -132,13 +136,26 @@ def test_a_model_whose_names_are_not_the_bases_is_still_saved_whole(tmp_path, mo
     from safetensors.torch import save_file
 
     save_file(renamed, base / "model.safetensors")
-    out = export_model(model, tmp_path / "model", facts(base))
+    out = export_trained(model, tmp_path / "model", facts(base))
     files = weight_files(out)
     assert len(files) > 2 and all(path.stat().st_size < 80_000 for path in files)
     again = load(out)
     assert all(
         torch.equal(a.bfloat16(), b.bfloat16()) for a, b in zip(model.parameters(), again.parameters(), strict=True)
     )
+
+
+def test_buffers_are_saved_with_a_model_whose_names_are_not_the_bases(tmp_path):
+    base = write_family(tmp_path / "base", next(family for family in FAMILIES if family.kind == "deepseek_v3"))
+    model, name = attach_adapter(load(base), None, seed=0), "model.layers.1.mlp.gate.e_score_correction_bias"
+    model.get_buffer(name).fill_(0.25)
+    trained = dict(model.named_parameters())
+    of_a_checkpoint = lambda key: trained[key] if key in trained else stored_tensor(base, key)  # noqa: E731
+    export(tmp_path / "checkpoint", layout_of(model, "base"), of_a_checkpoint, facts(base))
+    export_trained(model, tmp_path / "model", facts(base))
+    for out, value in (("checkpoint", stored_tensor(base, name)[0]), ("model", 0.25)):
+        assert (stored_tensor(tmp_path / out, name) == value).all()
+        assert name in load(tmp_path / out).state_dict()
 
 
 def test_keys_that_are_set_already_leave_the_bytes_alone():
@@ -163,6 +180,22 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
 
 
+def test_a_folder_that_cannot_get_its_name_leaves_the_old_one_in_place(tmp_path, monkeypatch):
+    out, rename = tmp_path / "out", Path.rename
+    with written_aside(out) as folder:
+        (folder / "old").write_text("1")
+
+    def refused(self, target):
+        if self.name == ".tmp-out":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(ModelError, match="can't be written"), written_aside(out, replace=True) as folder:
+        (folder / "new").write_text("2")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+
+
 def test_names_without_paths(tmp_path):
     cached = tmp_path / "models--owner--a-model" / "snapshots" / "0123"
     cached.mkdir(parents=True)
@@ -174,7 +207,7 @@ def test_names_without_paths(tmp_path):
 
 
 def test_safetensors_files_are_what_the_library_reads(tiny_model, tmp_path):
-    out = export_adapter(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
+    out = export_trained(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
     with safe_open(out / "adapter_model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert all(key.startswith("base_model.model.model.layers.") for key in file.keys())  # noqa: SIM118

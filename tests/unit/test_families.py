@@ -9,10 +9,11 @@ import torch
 from tiny_families import EXPERTS, FAMILIES, REFUSED, SIZE, table, write_family
 from transformers import CONFIG_MAPPING
 
+from corefit.engine.adapter import AdapterSpec, adapted_layers, attach_adapter, trainable_parameters
 from corefit.engine.attention import isolation_canary
 from corefit.engine.internlm import KINDS
 from corefit.engine.loss import CausalLoss
-from corefit.engine.model import AdapterSpec, adapted_layers, attach_adapter, linear_layers, trainable_parameters
+from corefit.engine.model import linear_layers
 from corefit.engine.optimizer import make_optimizer
 from corefit.errors import IsolationError, ModelError
 from corefit.registry import Registry

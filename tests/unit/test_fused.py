@@ -13,8 +13,9 @@ from tiny import write_model
 from torch import nn
 
 from corefit.engine import fused as engine
+from corefit.engine.adapter import AdapterSpec, attach_adapter
 from corefit.engine.fused import BLOCK, SHORT, DocumentAttention, LoraLinear, RMSNorm, SwiGLU, fuse_lora
-from corefit.engine.model import AdapterSpec, attach_adapter, load_base
+from corefit.engine.model import load_base
 from corefit.registry import Registry
 from corefit.types import Quantizer
 
@@ -274,7 +275,8 @@ def test_a_base_as_stored_needs_no_bitsandbytes(tmp_path):
         from test_fused import network
         network(Path({str(tmp_path)!r}) / "plain")
         assert "bitsandbytes" not in sys.modules, "imported"
-        from corefit.engine.model import AdapterSpec, attach_adapter, load_base
+        from corefit.engine.adapter import AdapterSpec, attach_adapter
+        from corefit.engine.model import load_base
         from corefit.registry import Registry
         how = dict(quantizer=Registry.load().quantizer("nf4"), compute_dtype="float32", device="cpu")
         base = load_base({str(tmp_path / "plain")!r}, **how)

@@ -10,18 +10,11 @@ from safetensors.torch import load_file
 from tiny_export import facts
 from tiny_internlm import CONFIGS, reference, write_internlm
 
+from corefit.engine.adapter import AdapterSpec, attach_adapter, trainable_parameters, with_adapter
 from corefit.engine.attention import isolation_canary, run_packed
-from corefit.engine.export import export, export_adapter, export_model, layout_of, weight_files
+from corefit.engine.export import export, export_trained, layout_of, weight_files
 from corefit.engine.internlm import DynamicNTK, Layout, llama_names, published_name
-from corefit.engine.model import (
-    AdapterSpec,
-    as_stored,
-    attach_adapter,
-    base_dtype_of,
-    load_base,
-    trainable_parameters,
-    with_adapter,
-)
+from corefit.engine.model import as_stored, base_dtype_of, load_base
 from corefit.errors import ModelError
 from corefit.merge import merge
 from corefit.types import Quantizer
@@ -254,7 +247,7 @@ def test_an_adapter_is_written_for_the_published_layout(tmp_path, kind, targets)
     """By the reference: base + the exported adapter = the model in memory, up to fp32 rounding."""
     base = write_internlm(tmp_path / "base", kind)
     model = adapted(load(base), targets=targets)
-    adapter = export_adapter(model, tmp_path / "adapter", facts(base))
+    adapter = export_trained(model, tmp_path / "adapter", facts(base))
     config, lora = lora_of(adapter)
     assert (wanted(base, lora=lora) - logits(model)).abs().max() < 1e-5
     assert (wanted(base) - logits(model)).abs().max() > 0.1
@@ -271,7 +264,7 @@ def test_an_adapter_is_written_for_the_published_layout(tmp_path, kind, targets)
 def test_the_fold_is_exact(tmp_path):
     base = write_internlm(tmp_path / "base")
     model = adapted(load(base))
-    export_adapter(model, tmp_path / "adapter", facts(base))
+    export_trained(model, tmp_path / "adapter", facts(base))
     _, lora = lora_of(tmp_path / "adapter")
     layer = model.get_base_model().model.layers[0].self_attn
     parts = [getattr(layer, f"{part}_proj").get_delta_weight("default") for part in "qkv"]
@@ -302,7 +295,7 @@ def test_an_exported_adapter_comes_back_as_what_it_was(tmp_path, spec):
     model = adapted(load(base), **spec)
     want = logits(model)
     assert (want - wanted(base)).abs().max() > 0.01
-    adapter = export_adapter(model, tmp_path / "adapter", facts(base))
+    adapter = export_trained(model, tmp_path / "adapter", facts(base))
     again = with_adapter(load(base), adapter).eval()
     assert again.peft_config["default"].rank_pattern == {}, "of rank r again"
     assert (logits(again) - want).abs().max() < 1e-5
@@ -363,7 +356,7 @@ def test_an_adapter_that_others_trained_on_wqkv_is_understood(tmp_path, more):
 
 def test_a_pattern_of_scales_that_is_no_name_is_not_merged(tmp_path):
     base = write_internlm(tmp_path / "base")
-    adapter = export_adapter(adapted(load(base)), tmp_path / "adapter", facts(base))
+    adapter = export_trained(adapted(load(base)), tmp_path / "adapter", facts(base))
     config = json.loads((adapter / "adapter_config.json").read_text()) | {"alpha_pattern": {"(w.*)+": 1}}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="alpha_pattern is set"):
@@ -380,7 +373,7 @@ def test_a_part_of_wqkv_cannot_be_written_whole(tmp_path, spec):
 
 def test_the_readme_of_an_adapter_says_what_plain_programs_need(tmp_path, monkeypatch):
     base = write_internlm(tmp_path / "base")
-    adapter = export_adapter(adapted(load(base)), tmp_path / "adapter", facts(base))
+    adapter = export_trained(adapted(load(base)), tmp_path / "adapter", facts(base))
     code = (adapter / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert 'base = AutoModelForCausalLM.from_pretrained("base", dtype="auto", trust_remote_code=True)' in code
     model = ("base", "model", "answer", "print")  # the published code doesn't run here
@@ -399,7 +392,7 @@ def test_an_untouched_model_is_written_back_bit_for_bit(tmp_path, kind, changes,
     base = write_internlm(tmp_path / "base", kind, dtype="float16", shards=shards, **changes)
     model = attach_adapter(load(base), None, seed=0)
     if shards == 1:
-        out = export_model(model, tmp_path / "out", facts(base))
+        out = export_trained(model, tmp_path / "out", facts(base))
     else:  # as from a checkpoint
         out = export(
             tmp_path / "out", layout_of(model, "base"), dict(model.named_parameters()).__getitem__, facts(base)
@@ -415,7 +408,7 @@ def test_a_trained_model_is_written_in_its_own_layout(tmp_path, kind):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
-    out = export_model(model.eval(), tmp_path / "out", facts(base))
+    out = export_trained(model.eval(), tmp_path / "out", facts(base))
     assert stored(out).keys() == stored(base).keys()
     assert (wanted(out) - logits(model)).abs().max() < 1e-5 and (wanted(out) - wanted(base)).abs().max() > 0.1
     assert (logits(load(out)) - logits(model)).abs().max() < 1e-6

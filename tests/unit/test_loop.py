@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_training import POISON_GRADIENT, POISON_LOSS, make_batch, make_run, make_steps
 
-from corefit.engine.loop import Every, LoopState, progress_at, ran_out, take_step
+from corefit.engine.loop import Every, LoopState, out_of_memory, progress_at, ran_out, take_step
 from corefit.errors import DataError, NonFiniteError, RunError
 
 
@@ -39,7 +39,8 @@ def test_any_split_of_a_step_gives_the_same_update(sizes, scale):
     for parts in ([batch], split(batch, sizes)):
         run = make_run(scale=scale, dropout=0.0)
         run.optimizer = torch.optim.SGD(run.parameters.values(), lr=1.0)
-        loss, norm = take_step(run.model, parts, run.parameters, run.optimizer, run.scaler, "cpu", torch.float32, None)
+        what = run.parameters, run.optimizer, run.scaler
+        loss, norm = take_step(run.model, parts, batch.n_supervised, *what, "cpu", torch.float32, None)
         weights.append(run.weights())
         losses.append((loss, norm))
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
@@ -385,6 +386,11 @@ def test_a_full_memory_says_what_makes_the_step_smaller():
     with pytest.raises(RunError, match=said) as failed:
         run.train(make_steps(1), epochs=1, memory=lambda rows, slots: f"{rows} x {slots} is too much")
     assert "\n" not in str(failed.value)
+
+
+def test_a_rank_that_has_no_pack_of_a_step_can_say_that_memory_ran_out():
+    said = out_of_memory(3, (), torch.OutOfMemoryError("no room"), lambda rows, slots: "smaller shares")
+    assert str(said).startswith("step 3: out of memory with 1 packs of 8 slots: smaller shares (no room)")
 
 
 @pytest.mark.parametrize(

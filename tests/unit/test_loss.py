@@ -5,16 +5,9 @@ import torch
 import torch.nn.functional as F
 from tiny import write_model
 
-from corefit.engine.loss import CausalLoss, LinearCrossEntropy, offloaded
-from corefit.engine.model import (
-    AdapterSpec,
-    attach_adapter,
-    causal_lm,
-    enable_gradient_checkpointing,
-    evaluating,
-    load_base,
-    trainable_parameters,
-)
+from corefit.engine.adapter import AdapterSpec, attach_adapter, trainable_parameters
+from corefit.engine.loss import CausalLoss, Head, LinearCrossEntropy, offloaded
+from corefit.engine.model import causal_lm, enable_gradient_checkpointing, evaluating, load_base
 from corefit.types import Quantizer
 
 torch.set_num_threads(1)
@@ -148,7 +141,7 @@ def test_chunks_equal_plain_cross_entropy(chunk):
     targets = torch.randint(101, (33,), generator=generator)
     plain = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
     expected = torch.autograd.grad(plain * 0.3, (hidden, weight))
-    loss = LinearCrossEntropy.apply(hidden, weight, targets, torch.float32, chunk, True)
+    loss = LinearCrossEntropy.apply(hidden, targets, *Head(weight), torch.float32, chunk, True)
     found = torch.autograd.grad(loss * 0.3, (hidden, weight))
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
     for ours, theirs in zip(found, expected, strict=True):
@@ -159,7 +152,7 @@ def test_chunks_of_extreme_logits_stay_finite():
     hidden = torch.tensor([[3e4], [-3e4]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], [0.5]])
     targets = torch.tensor([1, 1])
-    loss = LinearCrossEntropy.apply(hidden, weight, targets, torch.float32, 256, True)
+    loss = LinearCrossEntropy.apply(hidden, targets, *Head(weight), torch.float32, 256, True)
     loss.backward()
     assert loss.item() == pytest.approx(6e4)
     assert hidden.grad.flatten().tolist() == [2.0, 0.0]

@@ -14,7 +14,7 @@ import torch
 from tiny_families import FAMILIES, write_family
 
 from corefit import plan
-from corefit.engine import attention, loop, memory, model
+from corefit.engine import adapter, attention, loop, memory, model
 from corefit.engine.loss import CausalLoss
 from corefit.engine.memory import Setting
 from corefit.plan import read_shape
@@ -41,8 +41,8 @@ def kept(folder: Path, setting: Setting) -> int:
         device="cpu",
         say=model.unsaid,
     )
-    spec = None if setting.full else model.AdapterSpec(r=setting.r, alpha=16, dropout=setting.dropout)
-    network = model.attach_adapter(network, spec, seed=0)
+    spec = None if setting.full else adapter.AdapterSpec(r=setting.r, alpha=16, dropout=setting.dropout)
+    network = adapter.attach_adapter(network, spec, seed=0)
     if setting.checkpointing:
         model.enable_gradient_checkpointing(network)
     own = {tensor.untyped_storage()._cdata for tensor in (*network.parameters(), *network.buffers())}
@@ -194,8 +194,8 @@ def test_a_micro_batch_is_tried_and_nothing_is_left_of_it(tmp_path: Path) -> Non
     folder = write_family(tmp_path / "base", FAMILIES[0])
     quantizer = Registry.load().quantizer("none")
     network = model.load_base(str(folder), quantizer=quantizer, compute_dtype="float32", device="cpu")
-    network = model.attach_adapter(network, model.AdapterSpec(r=4, alpha=4, dropout=0.5), seed=0)
-    parameters = model.check_trainable(network)
+    network = adapter.attach_adapter(network, adapter.AdapterSpec(r=4, alpha=4, dropout=0.5), seed=0)
+    parameters = adapter.check_trainable(network)
     before, random = {k: p.clone() for k, p in parameters.items()}, torch.get_rng_state()
     loss_fn, seen = CausalLoss(network), []
     real = loss_fn.forward

@@ -13,7 +13,8 @@ from tiny_export import IDS, adapted, facts, load
 
 from corefit import merge as merging
 from corefit.chat import find
-from corefit.engine.export import export_adapter, read_header, weight_files
+from corefit.engine.adapter import with_adapter
+from corefit.engine.export import export_trained, read_header, weight_files
 from corefit.engine.model import as_stored, causal_lm, load_base
 from corefit.errors import ModelError, PluginError
 from corefit.merge import merge
@@ -32,7 +33,7 @@ def pair(tmp_path: Path, kind: str = "llama", *, spec: dict | None = None, store
     """A base, an adapter of it in memory, and the same adapter as a run folder; ``stored``: how training did it."""
     base = write_model(tmp_path / "base", kind=kind, **changes)
     model = adapted(base, **(spec or {}))
-    export_adapter(model, tmp_path / "run" / "adapter", facts(base, **(stored or {})))
+    export_trained(model, tmp_path / "run" / "adapter", facts(base, **(stored or {})))
     (tmp_path / "run" / "recipe.toml").write_text(f"[model]\nbase = {json.dumps(str(base))}\n")
     assert tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())
     return base, model, tmp_path / "run"
@@ -109,7 +110,7 @@ def test_dora_and_rslora_merge_as_peft_computes_them(tmp_path, spec):
             for name, parameter in model.named_parameters():
                 if "magnitude" in name:
                     parameter *= 1.3
-        export_adapter(model, run / "adapter", facts(base))
+        export_trained(model, run / "adapter", facts(base))
     from peft import PeftModel
 
     want = logits(PeftModel.from_pretrained(load(base), run / "adapter").eval())
@@ -154,6 +155,9 @@ def test_what_cant_be_merged_is_refused_in_one_line(tmp_path):
     for folder, changes, word in (
         (base / "config.json", {"quantization_config": {"load_in_4bit": True}}, "unquantised"),
         (run / "adapter" / "adapter_config.json", {"lora_bias": True}, "lora_bias"),
+        (run / "adapter" / "adapter_config.json", {"fan_in_fan_out": True}, "fan_in_fan_out"),
+        (run / "adapter" / "adapter_config.json", {"alora_invocation_tokens": [5]}, "alora_invocation_tokens"),
+        (run / "adapter" / "adapter_config.json", {"kasa_config": {"beta": 1e-4}}, "kasa_config"),
         (run / "adapter" / "adapter_config.json", {"init_lora_weights": "pissa"}, "init_lora_weights"),
         (run / "adapter" / "adapter_config.json", {"peft_type": "IA3"}, "IA3"),
     ):
@@ -306,3 +310,20 @@ def test_only_what_bitsandbytes_stored_is_dequantised(tmp_path):
     own = Quantizer(name="own", summary="", config=lambda dtype: object())
     with pytest.raises(ModelError, match="quantizer 'own': bitsandbytes dequantises what it stored itself"):
         as_stored(str(write_model(tmp_path)), quantizer=own, compute_dtype="float32", device="cpu")
+
+
+def test_an_adapter_of_peft_that_names_its_tokens_in_a_list_opens_and_merges(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = write_model(tmp_path / "base")
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[12, 40], task_type="CAUSAL_LM")
+    model = get_peft_model(load(base), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "trainable_tokens" in name:
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["trainable_token_indices"] == [12, 40]
+    assert torch.equal(logits(with_adapter(load(base), tmp_path / "adapter").eval()), logits(model))
+    out = merge(tmp_path / "adapter", tmp_path / "merged", model=str(base))
+    assert (logits(load(out)) - logits(model)).abs().max() < 1e-5

@@ -19,23 +19,25 @@ from tiny import write_model, write_tokenizer
 from tiny_families import FAMILIES, write_family
 
 from corefit.engine import model as model_module
-from corefit.engine.model import (
+from corefit.engine.adapter import (
     AdapterSpec,
     attach_adapter,
-    base_dtype_of,
-    causal_lm,
     check_trainable,
-    choose_device,
-    choose_precision,
     count_parameters,
     decoder_targets,
+    trainable_parameters,
+)
+from corefit.engine.model import (
+    base_dtype_of,
+    causal_lm,
+    choose_device,
+    choose_precision,
     enable_gradient_checkpointing,
     load_base,
     model_fingerprint,
     prepare_process,
     quiet,
     resolve_base,
-    trainable_parameters,
 )
 from corefit.errors import ModelError, UserError
 from corefit.registry import Registry
@@ -152,6 +154,7 @@ def test_nothing_is_printed_by_others_while_loading_and_training(tiny_model):
 import torch
 torch.set_num_threads(1)
 from corefit.engine.model import *
+from corefit.engine.adapter import *
 from corefit.engine.loss import CausalLoss
 from corefit.types import Quantizer
 def config(compute_dtype):
@@ -509,10 +512,10 @@ def test_unknown_targets_name_the_nearest(tiny_model):
 def test_training_goes_on_from_an_adapter_with_its_shape_and_the_new_dropout(tiny_model, tmp_path, spec):
     from tiny_export import adapted, facts
 
-    from corefit.engine.export import export_adapter
+    from corefit.engine.export import export_trained
 
     first = adapted(tiny_model, r=3, alpha=12, **spec)
-    folder = export_adapter(first, tmp_path / "adapter", facts(tiny_model))
+    folder = export_trained(first, tmp_path / "adapter", facts(tiny_model))
     model = load(tiny_model)
     going_on = attach_adapter(model, AdapterSpec(r=3, alpha=12, dropout=0.25, start=str(folder), **spec), seed=5)
     old, new = (dict(m.named_parameters()) for m in (first, going_on))
@@ -529,9 +532,9 @@ def test_training_goes_on_from_an_adapter_with_its_shape_and_the_new_dropout(tin
 def test_an_adapter_of_another_base_or_pickled_is_no_start(tiny_model, tmp_path):
     from tiny_export import adapted, facts
 
-    from corefit.engine.export import export_adapter
+    from corefit.engine.export import export_trained
 
-    folder = export_adapter(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
+    folder = export_trained(adapted(tiny_model), tmp_path / "adapter", facts(tiny_model))
     start = AdapterSpec(r=4, alpha=8, dropout=0.0, start=str(folder))
     other = write_model(tmp_path / "other", hidden_size=96)
     with pytest.raises(

@@ -16,17 +16,11 @@ from tiny_training import POISON_LOSS, make_run, make_steps
 from torch import nn
 
 from corefit.defaults import corefit_quantizers
+from corefit.engine.adapter import AdapterSpec, attach_adapter, trainable_parameters
 from corefit.engine.attention import isolation_canary
 from corefit.engine.loop import LoopState, autocast, train
 from corefit.engine.loss import CausalLoss
-from corefit.engine.model import (
-    AdapterSpec,
-    attach_adapter,
-    enable_gradient_checkpointing,
-    load_base,
-    prepare_process,
-    trainable_parameters,
-)
+from corefit.engine.model import enable_gradient_checkpointing, load_base, prepare_process
 from corefit.engine.nonfinite import PADDING, Watch, documents, not_finite, plain_names, require_finite
 from corefit.engine.optimizer import make_optimizer, make_scaler
 from corefit.errors import NonFiniteError, RunError

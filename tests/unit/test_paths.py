@@ -16,7 +16,7 @@ from tiny_export import adapted, facts
 
 from corefit.data.files import spool
 from corefit.data.tokenizer import FILES, Tokenizer
-from corefit.engine.export import INDEX, export_adapter, written_aside
+from corefit.engine.export import INDEX, export_trained, written_aside
 from corefit.errors import ModelError
 from corefit.merge import merge
 from corefit.recipe import Recipe
@@ -55,7 +55,7 @@ def test_a_spooled_file_lies_in_the_run(name, tmp_path):
 
 def test_an_index_that_names_other_folders_is_refused_by_everything_that_reads_weights(tmp_path):
     base = write_model(tmp_path / "base")
-    adapter = export_adapter(adapted(base), tmp_path / "adapter", facts(base))
+    adapter = export_trained(adapted(base), tmp_path / "adapter", facts(base))
     (base / "model.safetensors").rename(tmp_path / "outside.safetensors")
     before = inside(tmp_path)
     for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "evil.bin"):
@@ -86,7 +86,7 @@ def test_the_current_folder_can_be_written_to_as_any_other(tmp_path, monkeypatch
 
 def test_the_name_of_a_base_is_text_in_the_code_of_a_readme(tmp_path):
     base = write_model(tmp_path / 'x"); import os; os.system("touch ran'.replace("/", ""))
-    adapter = export_adapter(adapted(base), tmp_path / "adapter", facts(base))
+    adapter = export_trained(adapted(base), tmp_path / "adapter", facts(base))
     code = (adapter / "README.md").read_text("utf-8").partition("```python\n")[2].partition("```")[0]
     import ast
 

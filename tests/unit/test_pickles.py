@@ -25,7 +25,7 @@ from tiny import write_model
 from tiny_export import IDS, adapted, facts, load
 
 from corefit.chat import find
-from corefit.engine.export import INDEX, export_adapter, weight_files
+from corefit.engine.export import INDEX, export_trained, weight_files
 from corefit.errors import ModelError
 from corefit.merge import merge
 from corefit.pickles import Checkpoint, convert
@@ -168,7 +168,7 @@ def test_a_sharded_folder_becomes_a_model_beside_the_pickles(tmp_path):
 
 def test_a_pickled_adapter_is_refused_with_the_line_that_makes_it_work(tmp_path):
     base = write_model(tmp_path / "base")
-    adapter = export_adapter(adapted(base), tmp_path / "adapter", facts(base))
+    adapter = export_trained(adapted(base), tmp_path / "adapter", facts(base))
     want = merge(adapter, tmp_path / "want", model=str(base))
     torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
     (adapter / "adapter_model.safetensors").unlink()
@@ -189,7 +189,7 @@ def test_a_pickled_adapter_is_refused_with_the_line_that_makes_it_work(tmp_path)
 @pytest.mark.parametrize("key", ["megatron_config", "peft_type"])
 def test_an_adapter_that_makes_peft_import_what_it_names_is_refused(tmp_path, key):
     base = write_model(tmp_path / "base")
-    adapter = export_adapter(adapted(base), tmp_path / "adapter", facts(base))
+    adapter = export_trained(adapted(base), tmp_path / "adapter", facts(base))
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: {"x": 1} if "meg" in key else "PROMPT_TUNING"}))
     with pytest.raises(ModelError, match=key):

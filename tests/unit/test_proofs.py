@@ -24,7 +24,7 @@ from corefit.data.block import SPANS, STOP
 from corefit.data.encode import Encoder, make_encoder
 from corefit.data.stream import Source
 from corefit.data.tokenizer import Tokenizer
-from corefit.engine import model
+from corefit.engine import adapter
 from corefit.engine.attention import decoder
 from corefit.errors import CorefitError, DataError, IsolationError, MaskError, ModelError, RunError
 from corefit.prepare import Prepared
@@ -636,14 +636,14 @@ BUGS_OF_THE_MODEL = {
 @pytest.mark.parametrize("bug", BUGS_OF_THE_MODEL)
 def test_a_bug_of_the_model_fails_exactly_its_proof(dry, monkeypatch, bug):
     proof, change, kind, words = BUGS_OF_THE_MODEL[bug]
-    whole = model.attach_adapter
+    whole = adapter.attach_adapter
 
     def changed(*arguments, **more):
         network = whole(*arguments, **more)
         change(network)
         return network
 
-    monkeypatch.setattr(model, "attach_adapter", changed)
+    monkeypatch.setattr(adapter, "attach_adapter", changed)
     said, error = dry()
     assert list(said) == ORDER[: ORDER.index(proof)]
     assert type(error) is kind and words in str(error), error
@@ -680,9 +680,9 @@ def test_a_control_token_beyond_the_vocabulary_is_named(embeddings, head, size, 
             return torch.nn.Linear(2, head)
 
     with pytest.raises(ModelError, match=words):
-        model.check_vocabulary(Network(), size, {"<s>": 1, "<|late|>": 9})
+        adapter.check_vocabulary(Network(), size, {"<s>": 1, "<|late|>": 9})
     sizes = {"tokenizer": 8, "embeddings": embeddings, "head": head}
-    assert model.check_vocabulary(Network(), 8, {"<s>": 1, "</s>": 7}) == sizes
+    assert adapter.check_vocabulary(Network(), 8, {"<s>": 1, "</s>": 7}) == sizes
 
 
 def test_a_bug_of_the_encoder_stops_before_the_model_is_loaded(dry, monkeypatch):

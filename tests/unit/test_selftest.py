@@ -92,16 +92,17 @@ def no_checkpointing(patch):
 def chunks_without_their_last_row(patch):
     apply = loss.LinearCrossEntropy.apply
 
-    def wrong(hidden, weight, targets, dtype, chunk, *rest):
+    def wrong(hidden, targets, *rest):
+        *_, chunk, _ = rest
         kept = torch.arange(len(hidden)) % chunk != chunk - 1
-        return apply(hidden[kept], weight, targets[kept], dtype, chunk, *rest)
+        return apply(hidden[kept], targets[kept], *rest)
 
     patch.setattr(loss, "LinearCrossEntropy", SimpleNamespace(apply=wrong))
 
 
 def head_without_gradient(patch):
     apply = loss.LinearCrossEntropy.apply
-    wrong = SimpleNamespace(apply=lambda hidden, weight, *rest: apply(hidden, weight.detach(), *rest))
+    wrong = SimpleNamespace(apply=lambda hidden, targets, weight, *rest: apply(hidden, targets, weight.detach(), *rest))
     patch.setattr(loss, "LinearCrossEntropy", wrong)
 
 
@@ -128,6 +129,8 @@ def adapter_without_a_layer(patch):
 
     def wrong(network, base):
         found = layout_of(network, base)
+        if found["adapter"] is None:
+            return found
         names = {key: own for key, own in found["names"].items() if "layers.0.mlp.up_proj" not in key}
         assert len(names) == len(found["names"]) - 2
         return found | {"names": names}
@@ -170,7 +173,7 @@ def test_a_bug_fails_its_own_line_and_no_other(bug, title, word, small, monkeypa
 
 
 def test_a_dequantised_base_that_is_the_stored_one_fails_the_merged_line_of_nf4(small, monkeypatch):
-    monkeypatch.setattr(model, "as_stored", lambda **_: (frozenset(), lambda name, weight: weight))
+    monkeypatch.setattr(merging, "as_stored", lambda **_: (frozenset(), lambda name, weight: weight))
     monkeypatch.setattr(tested, "CHECKS", {MERGED: tested.CHECKS[MERGED]})
     code, words, lines = run(small)
     assert words == {f"{MERGED} (none)": "ok", f"{MERGED} (nf4)": "FAILED"}
