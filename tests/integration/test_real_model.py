@@ -89,7 +89,8 @@ def test_plain_transformers_gives_the_same_logits_and_merge_equals_base_and_adap
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     # (W + s B A) x and W x + s B (A x) round differently in each of 30 layers: relative to the largest logit
     error = float((logits(merged) - expected).abs().max() / expected.abs().max())
-    theirs = PeftModel.from_pretrained(base, str(run / "adapter")).merge_and_unload()
+    again = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(again, str(run / "adapter")).merge_and_unload()
     off = max(
         float((a - b).detach().abs().max()) for a, b in zip(merged.parameters(), theirs.parameters(), strict=True)
     )

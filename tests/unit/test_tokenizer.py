@@ -12,7 +12,8 @@ from tokenizers_at_hand import TOKENIZERS
 from corefit.data.encode import make_encoder
 from corefit.data.tokenizer import Tokenizer
 from corefit.errors import ModelError
-from corefit.types import Document, PromptTemplate, Unrenderable
+from corefit.templates import PromptTemplate
+from corefit.types import Document, Unrenderable
 
 PLAIN = PromptTemplate.from_strings(name="plain", summary="", user="{content}\n", eos=True)
 
