@@ -56,12 +56,52 @@ def _checked(lengths: ArrayLike, capacity: int) -> NDArray[np.int32]:
     return np.ascontiguousarray(array, np.int32)
 
 
-def _by_kernel(lengths: NDArray[np.int32], capacity: int, *, best: bool, open_packs: int = 1) -> Plan | None:
-    if kernel.compiled is None:
-        return None
-    order, offsets = np.empty(lengths.size, np.int32), np.empty(lengths.size + 1, np.int64)
-    n = kernel.compiled.plan(lengths, order, offsets, capacity, best, open_packs)
-    return Plan(order, offsets[: n + 1])
+def _plan(lengths: ArrayLike, capacity: int, *, best: bool, open_packs: int | None = None) -> Plan:
+    array = _checked(lengths, capacity)
+    most = array.size + 1 if open_packs is None else min(open_packs, array.size + 1)
+    if most < 1:
+        raise ValueError(f"open_packs must be at least 1, got {open_packs}")
+    if kernel.compiled is not None:
+        order, offsets = np.empty(array.size, np.int32), np.empty(array.size + 1, np.int64)
+        n = kernel.compiled.plan(array, order, offsets, capacity, best, most)
+        return Plan(order, offsets[: n + 1])
+    placed = np.argsort(-array, kind="stable") if best else np.arange(array.size)
+    sizes = array[placed].tolist()
+    packs = np.array(_best_fit(sizes, capacity) if best else _first_fit(sizes, capacity, most), np.int64)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(packs))]).astype(np.int64)
+    return Plan(placed[np.argsort(packs, kind="stable")].astype(np.int32), offsets)
+
+
+def _first_fit(lengths: list[int], capacity: int, open_packs: int) -> list[int]:
+    """Give the pack of each length; a tournament tree over free slots finds the first that fits."""
+    # of two neighbouring packs at least one is half full, so this many leaves always do
+    size = 1 << (2 * sum(lengths) // capacity + 2).bit_length()
+    tree = [capacity] * (2 * size)
+    packs: list[int] = []
+    n_packs = 0
+
+    def leave(node: int, room: int) -> None:
+        tree[node] = room
+        while node > 1:
+            node //= 2
+            largest = max(tree[2 * node], tree[2 * node + 1])
+            if tree[node] == largest:
+                break
+            tree[node] = largest
+
+    for length in lengths:
+        node = 1
+        while node < size:
+            node *= 2
+            if tree[node] < length:
+                node += 1
+        packs.append(node - size)
+        leave(node, tree[node] - length)
+        if packs[-1] == n_packs:
+            n_packs += 1
+            if n_packs > open_packs:
+                leave(node - open_packs, 0)
+    return packs
 
 
 def _best_fit(lengths: list[int], capacity: int) -> list[int]:
@@ -98,14 +138,7 @@ def first_fit(lengths: ArrayLike, capacity: int, *, open_packs: int | None = Non
     >>> first_fit([3, 4, 1], 4).packs()
     [[0, 2], [1]]
     """
-    array = _checked(lengths, capacity)
-    most = array.size + 1 if open_packs is None else min(open_packs, array.size + 1)
-    if most < 1:
-        raise ValueError(f"open_packs must be at least 1, got {open_packs}")
-    if (plan := _by_kernel(array, capacity, best=False, open_packs=most)) is not None:
-        return plan
-    streamed = stream("first_fit", array, capacity, held=array.size + 1, flush=True, open_packs=most)
-    return Plan(streamed.order, streamed.offsets)
+    return _plan(lengths, capacity, best=False, open_packs=open_packs)
 
 
 def best_fit_decreasing(lengths: ArrayLike, capacity: int) -> Plan:
@@ -116,13 +149,7 @@ def best_fit_decreasing(lengths: ArrayLike, capacity: int) -> Plan:
     >>> best_fit_decreasing([5, 3, 2, 4], 8).packs()
     [[0, 1], [3, 2]]
     """
-    array = _checked(lengths, capacity)
-    if (plan := _by_kernel(array, capacity, best=True)) is not None:
-        return plan
-    placed = np.argsort(-array, kind="stable")
-    packs = np.array(_best_fit(array[placed].tolist(), capacity), np.int64)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(packs))]).astype(np.int64)
-    return Plan(placed[np.argsort(packs, kind="stable")].astype(np.int32), offsets)
+    return _plan(lengths, capacity, best=True)
 
 
 class Streamed(NamedTuple):
