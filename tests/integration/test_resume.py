@@ -395,7 +395,7 @@ def test_a_broken_run_json_is_no_traceback_and_can_be_gone_past(here: Here, run:
 def test_a_refused_run_gives_its_folder_back(here: Here, run: Path, straight: Path, monkeypatch):
     cut(run, 3)
 
-    def torn(path: Path) -> None:
+    def torn(path: Path, **more: bool) -> None:
         raise CheckpointError("torn")
 
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="torn"):
