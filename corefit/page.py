@@ -132,6 +132,8 @@ def curves(path: Path) -> dict[str, Any]:
     total = _Point()
     for row in objects(path):
         if "loss" in row:
+            if not _is_step(row):
+                continue
             first, last = (row["loss"] if first is None else first), (row["loss"] if row["loss"] is not None else last)
             open_.add(row)
             total.add(row)
@@ -140,7 +142,7 @@ def curves(path: Path) -> dict[str, Any]:
                 open_ = _Point()
                 if len(points) == 2 * POINTS:
                     each, points = 2 * each, [a.join(b) for a, b in zip(points[::2], points[1::2], strict=True)]
-        elif row.get("val_loss") is not None:
+        elif all(isinstance(row.get(key), (int, float)) for key in ("step", "val_loss")):
             validations.append([row["step"], row["val_loss"]])
             if len(validations) > POINTS:
                 validations = validations[::2]
@@ -156,6 +158,15 @@ def curves(path: Path) -> dict[str, Any]:
         "saves": saves,
         "save_errors": errors,
     }
+
+
+_NUMBERS = frozenset(("step", "epoch", "lr", "seconds", "tokens", "supervised_tokens", "fill", "loss_scale"))
+_KEYS = _NUMBERS | {"loss", "grad_norm", "memory_bytes", "skipped"}
+
+
+def _is_step(row: Mapping[str, Any]) -> bool:
+    """Whether a line has what a run writes of a step; one that somebody edited is left out, as a torn one is."""
+    return all(isinstance(row.get(key), (int, float, *(() if key in _NUMBERS else (type(None),)))) for key in _KEYS)
 
 
 class _Point:

@@ -82,6 +82,15 @@ def test_a_page_holds_what_the_run_left(tmp_path):
     assert shown["keys"]["train.lr"] == "0.001" and shown["packs"]["lengths"] == [3, 5, 9]
 
 
+@pytest.mark.parametrize("edit", [{"lr": "high"}, {"loss": "low"}, {"skipped": []}, None, {"val_loss": 1.0}])
+def test_a_line_that_somebody_edited_is_left_out(tmp_path, edit):
+    run = write_run(tmp_path / "run")
+    before, metrics = page.curves(run / "metrics.jsonl"), run / "metrics.jsonl"
+    edited = {"loss": 2.0} if edit is None else edit if "val_loss" in edit else row(21, **edit)
+    metrics.write_text(json.dumps(edited) + "\n" + metrics.read_text("utf-8"), "utf-8")
+    assert page.curves(metrics) == before
+
+
 @pytest.mark.parametrize("steps", [799, 800, 801, 5_000])
 def test_many_steps_become_means_and_nothing_is_lost(tmp_path, steps):
     lines = [
