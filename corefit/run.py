@@ -188,7 +188,7 @@ def train(
         scheduler: name of a scheduler.
         out: the run folder.
         seed: of everything that is random.
-        resume: continue the newest run of this recipe, or start it; or the run to go on from: ``"RUN"``, ``"RUN@500"``.
+        resume: continue the newest run of this recipe, or start it; or the run to go on from: a path, ``"RUN@500"``.
         allow_changes: go on although recipe, data, template, tokenizer, base or a plugin is not what it was.
         sets: ``"section.key=value"``, as for ``--set``.
         say: where lines about the run go.
