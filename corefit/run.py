@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import glob
 import json
 import os
@@ -199,9 +200,12 @@ def train(
     given = dict(model=model, data=data, plugin=plugin, template=template, quantizer=quantizer, scheduler=scheduler)
     flags = {name: str(value) for name, value in {**given, "out": out, "seed": seed}.items() if value is not None}
     resume = resume if isinstance(resume, bool) else os.fspath(resume)  # `Run.path`, too
-    return train_from(
-        None if recipe is None else str(recipe), flags, sets, resume=resume, allow_changes=allow_changes, say=say
-    )
+    name = None if recipe is None else str(recipe)
+    gc.collect()  # a model lies in cycles, and the next one needs its memory: that of a run that failed
+    try:
+        return train_from(name, flags, sets, resume=resume, allow_changes=allow_changes, say=say)
+    finally:
+        gc.collect()
 
 
 def train_from(

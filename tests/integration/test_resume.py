@@ -566,6 +566,22 @@ def test_the_collector_of_garbage_is_afterwards_what_the_program_set(here: Here)
         gc.set_threshold(*before)
 
 
+def test_runs_of_one_program_leave_no_model_in_memory(here: Here):
+    def models() -> int:
+        return sum(type(thing).__name__ == "LlamaForCausalLM" for thing in gc.get_objects())
+
+    gc.collect()
+    before = models()
+    gc.disable()  # as in a program that is large: a whole collection is rare
+    try:
+        train(
+            model=here.flags["model"], data=here.flags["data"], sets=[*SETS, "train.max_steps=1"], say=here.said.append
+        )
+        assert models() == before
+    finally:
+        gc.enable()
+
+
 def test_a_run_goes_on_by_its_path(run: Path):
     with pytest.raises(RecipeError, match="no run there"):
         train(resume=run / "nowhere")
