@@ -119,6 +119,16 @@ def test_a_page_stays_small_and_says_what_it_left_out(tmp_path):
     assert data_of(run / "report.html")["left_out"] == ["packs"]
 
 
+def test_a_page_that_can_t_be_written_is_named_as_it_was_typed(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", "run", ""):
+        with pytest.raises(RecipeError, match=f"^--out {re.escape(folder)}: a folder; expected the name of a file$"):
+            page.report(str(run), out=folder)
+    with pytest.raises(RunError, match="^no/page.html: no such file or directory$"):
+        page.report(str(run), out="no/page.html")
+
+
 def test_two_runs_on_one_page(tmp_path):
     one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", lr="2e-3")
     assert page.report(str(one), str(two)) == one / "compare.html"
