@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from corefit import __version__
-from corefit.errors import CorefitError, UserError, unknown
+from corefit.errors import CorefitError, UserError, system_words, unknown
 from corefit.terminal import notice, say, visible, write
 
 USAGE = """corefit <verb> [options]
@@ -90,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # a bug of corefit or of a plugin: one line unless asked for more
         if debug:
             notice(traceback.format_exc())
+        if isinstance(error, PermissionError) and error.filename:
+            notice(f"corefit:{rank} error: {error.filename}: {system_words(error)}")
+            return 2
         *_, (frame, line) = traceback.walk_tb(error.__traceback__)
         where = f"{frame.f_globals.get('__name__', '?')}:{line}"
         notice(f"corefit:{rank} error: {type(error).__name__}: {error} ({where}); --debug shows the traceback")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -303,3 +305,27 @@ def test_a_new_run_is_named_after_its_recipe(
     assert resolve(typed, {}, (), Registry.load())[1] == name
     monkeypatch.chdir("my-run-12")
     assert resolve("recipe.toml", {}, (), Registry.load())[1] == "my-run"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux permissions")
+def test_a_folder_that_is_shut_is_named_and_hides_no_other(tmp_path: Path) -> None:
+    humble = []
+    if os.geteuid() == 0:  # to whom nothing is shut
+        if not shutil.which("setpriv"):
+            pytest.skip("root without setpriv")
+        humble = ["setpriv", *(f"--{set}=-dac_override,-dac_read_search" for set in ("bounding-set", "inh-caps"))]
+    (tmp_path / "shut").mkdir(mode=0)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"status": "complete"}', "utf-8")
+
+    def said(*arguments: str) -> tuple[int, str]:
+        words = [*humble, sys.executable, "-m", "corefit", *arguments]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    code, text = said("runs", ".")
+    assert code == 0
+    assert "finished" in text
+    assert "shut: damaged: no permission to look into it" in text
+    assert said("runs", "shut") == (2, "corefit: error: shut: permission denied\n")
+    assert said("chat", "shut") == (2, "corefit: error: shut/recipe.toml: permission denied\n")
