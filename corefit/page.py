@@ -108,7 +108,7 @@ def collect(folder: Path) -> dict[str, Any]:
         states = sorted((folder / "checkpoints").glob("step-*/state.json"))
         loop = read_json(states[-1]).get("loop", {}) if states else {}
         ledger, step = (loop.get("stream") or {}).get("ledger", {}), loop.get("step")
-    data = facts.get("data", [])
+    data = files if isinstance(files := facts.get("data"), list) else []  # else somebody edited it
     known = ("corefit", "started", "platform", "versions", "plugins", "model", "device", "precision", "proofs")
     said = ("status", "ended_by", "steps", "error", "resumed", "command")
     return {
