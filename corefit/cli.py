@@ -8,12 +8,12 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from corefit import __version__
-from corefit.errors import CorefitError, UserError, unknown
+from corefit.errors import CorefitError, UserError, system_words, unknown
 from corefit.terminal import notice, say, visible, write
 
 USAGE = """corefit <verb> [options]
@@ -51,6 +51,9 @@ CFG_OPTIONS = "keys of another program's configuration, dotted; values derived f
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code: 0; 2 for the user's mistakes; 1 for a failed run; 130 for ctrl-C."""
+    for name in ("stdin", "stdout", "stderr"):  # closed: a file opened later would take its number, and hold the words
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         say(USAGE)
@@ -60,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         say(f"corefit {__version__} ({kernel.NAME} kernel)")
         return 0
+    before = gc.get_threshold()
     gc.set_threshold(50_000, 20, 20)  # imports leave no garbage: looking for it was 0.9 of 4.2 s
     debug = "--debug" in arguments
     code, rank = 0, f" rank {os.environ.get('RANK')}:" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
@@ -86,10 +90,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # a bug of corefit or of a plugin: one line unless asked for more
         if debug:
             notice(traceback.format_exc())
+        if isinstance(error, PermissionError) and error.filename:
+            notice(f"corefit:{rank} error: {error.filename}: {system_words(error)}")
+            return 2
         *_, (frame, line) = traceback.walk_tb(error.__traceback__)
         where = f"{frame.f_globals.get('__name__', '?')}:{line}"
         notice(f"corefit:{rank} error: {type(error).__name__}: {error} ({where}); --debug shows the traceback")
         return 1
+    finally:
+        gc.set_threshold(*before)  # the caller may be a program
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
@@ -192,7 +201,7 @@ def _parser() -> _Parser:
     inspect = verb("inspect", _inspect, about, aliases=["log-dataset", "check-custom-dataset"])
     _recipe_and_flags(inspect)
     inspect.add_argument("--tokenizer", metavar="PATH", help="a tokenizer folder or a bare tokenizer.model")
-    inspect.add_argument("--samples", type=int, default=3, metavar="N", help="random samples (default 3)")
+    inspect.add_argument("--samples", type=_whole(0), default=3, metavar="N", help="random samples (default 3)")
     inspect.add_argument("--json", action="store_true", help="one JSON object a sample, all of them, in data order")
 
     chat = verb("chat", _chat, "Talk to a run, an adapter or a model, with the template that training used.")
@@ -202,7 +211,7 @@ def _parser() -> _Parser:
     chat.add_argument("--compare", action="store_true", help="answers with the adapter off and on")
     chat.add_argument("--model", metavar="PATH", help="the base model, where it moved")
     chat.add_argument("--quantizer", metavar="NAME", help="how to store the base weights (default: as in training)")
-    chat.add_argument("--max-tokens", type=int, default=512, metavar="N", help="the longest answer (default 512)")
+    chat.add_argument("--max-tokens", type=_whole(1), default=512, metavar="N", help="the longest answer (default 512)")
     chat.add_argument("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda, cuda:1")
     chat.add_argument(
         "--temperature",
@@ -223,11 +232,13 @@ def _parser() -> _Parser:
     score.add_argument("--template", metavar="NAME", help="the prompt template (default: as in training)")
     score.add_argument("--choices", metavar="FILE", help="multiple-choice rows: question, A to D, answer, subject")
     score.add_argument(
-        "--generate", type=int, default=0, metavar="N", help="answer N records and compare with their own answers"
+        "--generate", type=_whole(0), default=0, metavar="N", help="answer N records and compare with their own answers"
     )
-    score.add_argument("--records", type=int, default=1000, metavar="N", help="most records of a source (default 1000)")
     score.add_argument(
-        "--max-tokens", type=int, default=256, metavar="N", help="the longest answer of --generate (default 256)"
+        "--records", type=_whole(1), default=1000, metavar="N", help="most records of a source (default 1000)"
+    )
+    score.add_argument(
+        "--max-tokens", type=_whole(1), default=256, metavar="N", help="the longest answer of --generate (default 256)"
     )
     score.add_argument("--model", metavar="PATH", help="the base model, where it moved")
     score.add_argument("--quantizer", metavar="NAME", help="how to store the base weights (default: as in training)")
@@ -321,6 +332,15 @@ def _parser() -> _Parser:
     for sub in {id(p): p for p in verbs.choices.values()}.values():
         sub.set_defaults(flags=tuple(s for a in sub._actions for s in a.option_strings))
     return parser
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"found {text!r}; expected a whole number >= {least}")
+        return int(text)
+
+    return read
 
 
 def _recipe_and_flags(parser: argparse.ArgumentParser) -> None:

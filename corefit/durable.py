@@ -85,7 +85,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read an object; an empty one where there is no such file, or a broken one."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -16,7 +16,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 class Interrupts:
     """SIGINT, SIGTERM and SIGHUP end the run after its step; ctrl-C after that ends it at once.
 
-    Off the main thread, and for a signal that the process was started to ignore (nohup): nothing.
+    Nothing off the main thread, and for a signal that the process was started to ignore (nohup) or that C code handles.
     """
 
     def __init__(self, say: Say, *, own_process: bool = False) -> None:
@@ -31,7 +31,7 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():
             return self
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: C code's, which can't be given back
                 self._before[number] = signal.signal(number, self._handle)
         if self._own_process:
             # A handler in Python has to wait for the end of a backward pass; this thread doesn't.

@@ -83,12 +83,14 @@ def report(run: str, other: str | None = None, out: str | None = None) -> Path:
     """Do what ``corefit report`` does; see ``write``.
 
     Raises:
-        RecipeError: there is no run. RunError: the page can't be written.
+        RecipeError: there is no run, or ``out`` is a folder. RunError: the page can't be written.
     """
+    if out is not None and Path(out).is_dir():
+        raise RecipeError(f"--out {out}: a folder; expected the name of a file")
     try:
         return write(Path(run), None if other is None else Path(other), None if out is None else Path(out))
     except OSError as error:
-        raise RunError(f"{error.filename or out or run}: {system_words(error)}") from error
+        raise RunError(f"{out or error.filename or run}: {system_words(error)}") from error
 
 
 def collect(folder: Path) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def collect(folder: Path) -> dict[str, Any]:
         states = sorted((folder / "checkpoints").glob("step-*/state.json"))
         loop = read_json(states[-1]).get("loop", {}) if states else {}
         ledger, step = (loop.get("stream") or {}).get("ledger", {}), loop.get("step")
-    data = facts.get("data", [])
+    data = files if isinstance(files := facts.get("data"), list) else []  # else somebody edited it
     known = ("corefit", "started", "platform", "versions", "plugins", "model", "device", "precision", "proofs")
     said = ("status", "ended_by", "steps", "error", "resumed", "command")
     return {
@@ -132,6 +134,8 @@ def curves(path: Path) -> dict[str, Any]:
     total = _Point()
     for row in objects(path):
         if "loss" in row:
+            if not _is_step(row):
+                continue
             first, last = (row["loss"] if first is None else first), (row["loss"] if row["loss"] is not None else last)
             open_.add(row)
             total.add(row)
@@ -140,7 +144,7 @@ def curves(path: Path) -> dict[str, Any]:
                 open_ = _Point()
                 if len(points) == 2 * POINTS:
                     each, points = 2 * each, [a.join(b) for a, b in zip(points[::2], points[1::2], strict=True)]
-        elif row.get("val_loss") is not None:
+        elif all(isinstance(row.get(key), (int, float)) for key in ("step", "val_loss")):
             validations.append([row["step"], row["val_loss"]])
             if len(validations) > POINTS:
                 validations = validations[::2]
@@ -156,6 +160,15 @@ def curves(path: Path) -> dict[str, Any]:
         "saves": saves,
         "save_errors": errors,
     }
+
+
+_NUMBERS = frozenset(("step", "epoch", "lr", "seconds", "tokens", "supervised_tokens", "fill", "loss_scale"))
+_KEYS = _NUMBERS | {"loss", "grad_norm", "memory_bytes", "skipped"}
+
+
+def _is_step(row: Mapping[str, Any]) -> bool:
+    """Whether a line has what a run writes of a step; one that somebody edited is left out, as a torn one is."""
+    return all(isinstance(row.get(key), (int, float, *(() if key in _NUMBERS else (type(None),)))) for key in _KEYS)
 
 
 class _Point:

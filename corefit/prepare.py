@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,8 @@ def resolve(
         resolved = apply_overrides(read, flags, sets)
         if lost := [words for key, words in found.missing.items() if resolved.where(key) == "default"]:
             raise RecipeError("\n".join(lost))
-        name = file.parent.name.rsplit("-", 1)[0] if file.name == "recipe.toml" else file.stem
+        named = file.name == "recipe.toml" and (Path(folder).is_dir() or (file.parent / "run.json").is_file())
+        name = re.sub(r"-\d+$", "", file.absolute().parent.name) if named else file.stem
     if overrides:
         raise RecipeError(
             f"--cfg-options {overrides[0]}: only another program's configuration has keys of its own; "

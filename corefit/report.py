@@ -120,10 +120,11 @@ class Progress:
     """
 
     def __init__(self, *, endless: bool = False, every: int = 10, file: TextIO | None = None) -> None:
-        self._file, self._every, self._endless = file or sys.stderr, every, endless
+        self._file: TextIO | None = file or sys.stderr  # None: a program without a terminal
+        self._every, self._endless = every, endless
         self._first: tuple[float, float] | None = None  # when the first step seen was over, and its progress
         self._bar: Any = None
-        if self._file.isatty():
+        if self._file is not None and self._file.isatty():
             from tqdm import tqdm  # type: ignore[import-untyped]
 
             shape = "{desc}" if endless else "{percentage:3.0f}%|{bar:24}| {desc}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import glob
 import json
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corefit import __version__, terminal
-from corefit.durable import read_json, write_whole
+from corefit.durable import make_folder, read_json, write_whole
 from corefit.errors import RecipeError, RunError, system_words
 from corefit.identity import identity, without_out
 from corefit.interrupts import Interrupts
@@ -44,6 +45,8 @@ PLACES = re.compile(r"(model\.base|data\.\d+\.path|val\.data|pack\.arena)$")
 """Those that say where something lies; what lies there is compared by its fingerprint."""
 ENDS = ("train.epochs", "train.max_steps", "val.patience")
 """Those with which a finished run goes on."""
+FORKING = ".tmp-fork.json"
+"""The ``run.json`` of a folder into which a run is being copied."""
 
 
 # ----------------------------------------------------------------------------------------------------- the run folder
@@ -85,11 +88,11 @@ class Run:
         return Chatter(self.path, max_tokens=max_tokens).ask(prompt)
 
 
-def _new_folder(recipe: Recipe, name: str) -> Path:
-    """Give the folder of a new run, which does not exist or is empty yet."""
+def _new_folder(recipe: Recipe, name: str, *, fork: bool) -> Path:
+    """Give the folder of a new run, which does not exist or is empty yet; ``fork``: or a fork was killed in it."""
     if recipe.run.out:
         out = Path(recipe.run.out)
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (fork and (out / FORKING).is_file())):
             raise RecipeError(
                 f"--out {str(out)!r} is there and not empty; --resume continues it, another name starts anew"
             )
@@ -129,13 +132,17 @@ def _fork(source: Path, which: str | None, folder: Path) -> None:
         raise RecipeError(f"--resume {source}: it has no whole checkpoint to go on from")
     lengths = checkpoint.load(path).state["lengths"]
     try:
+        make_folder(folder)
+        write_whole(folder / FORKING, (source / "run.json").read_bytes())
+        for name in ("checkpoints", "data"):  # of an earlier try, which may have been of another step
+            shutil.rmtree(folder / name, ignore_errors=True)
         shutil.copytree(path, folder / "checkpoints" / path.name)
         if (source / "data").is_dir():
             shutil.copytree(source / "data", folder / "data")
         for name, length in lengths.items():
             write_whole(folder / name, (source / name).read_bytes()[:length])
-        for name in ("recipe.toml", "run.json"):  # run.json last: with it the folder is a run
-            write_whole(folder / name, (source / name).read_bytes())
+        write_whole(folder / "recipe.toml", (source / "recipe.toml").read_bytes())
+        os.replace(folder / FORKING, folder / "run.json")  # last: with it the folder is a run
     except OSError as error:
         raise RecipeError(f"--out {folder}: can't be written: {system_words(error)}") from error
 
@@ -165,7 +172,7 @@ def train(
     scheduler: str | None = None,
     out: str | os.PathLike[str] | None = None,
     seed: int | None = None,
-    resume: bool | str = False,
+    resume: bool | str | os.PathLike[str] = False,
     allow_changes: bool = False,
     sets: Sequence[str] = (),
     say: Say = terminal.say,
@@ -182,7 +189,7 @@ def train(
         scheduler: name of a scheduler.
         out: the run folder.
         seed: of everything that is random.
-        resume: continue the newest run of this recipe, or start it; or the run to go on from: ``"RUN"``, ``"RUN@500"``.
+        resume: continue the newest run of this recipe, or start it; or the run to go on from: a path, ``"RUN@500"``.
         allow_changes: go on although recipe, data, template, tokenizer, base or a plugin is not what it was.
         sets: ``"section.key=value"``, as for ``--set``.
         say: where lines about the run go.
@@ -192,9 +199,13 @@ def train(
     """
     given = dict(model=model, data=data, plugin=plugin, template=template, quantizer=quantizer, scheduler=scheduler)
     flags = {name: str(value) for name, value in {**given, "out": out, "seed": seed}.items() if value is not None}
-    return train_from(
-        None if recipe is None else str(recipe), flags, sets, resume=resume, allow_changes=allow_changes, say=say
-    )
+    resume = resume if isinstance(resume, bool) else os.fspath(resume)  # `Run.path`, too
+    name = None if recipe is None else str(recipe)
+    gc.collect()  # a model lies in cycles, and the next one needs its memory: that of a run that failed
+    try:
+        return train_from(name, flags, sets, resume=resume, allow_changes=allow_changes, say=say)
+    finally:
+        gc.collect()
 
 
 def train_from(
@@ -271,7 +282,7 @@ def _train(
         folder = source
         _only_newest(source, which)
     else:
-        folder = out if resume and out and not fork else _new_folder(recipe, name)
+        folder = out if resume and out and not fork else _new_folder(recipe, name, fork=fork)
     spool_to = aside if aside and source is None else (source or folder) / "data"
     plan = prepare(recipe, registry, tokenizer=base, spool_to=spool_to, again=source is not None)
     if resume and source is None and not recipe.run.out and (source := _earlier(plan.recipe, name, say)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,7 +63,7 @@ def runs(folder: str = "runs", *, sort: str = "started", as_json: bool = False) 
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"{folder}: no such folder; `corefit train` makes runs/, `corefit runs DIR` looks elsewhere")
-    folders = [root] if (root / "run.json").is_file() else sorted(path for path in root.iterdir() if path.is_dir())
+    folders = [root] if os.path.isfile(root / "run.json") else sorted(path for path in root.iterdir() if path.is_dir())
     found = sorted(map(look, folders), key=SORT[sort])
     if as_json:
         for line in found:
@@ -100,8 +101,10 @@ def look(folder: Path) -> RunLine:
     elif status in ("complete", "interrupted", "failed"):
         state = "finished" if status == "complete" else status
     else:
-        state, there = "damaged", (folder / "run.json").exists()
+        state, there = "damaged", os.path.exists(folder / "run.json")  # False where the folder is shut
         why = "run.json is broken" if there else "no run.json: no run, or one that was killed before it began"
+        if not os.access(folder, os.R_OK | os.X_OK):
+            why = "no permission to look into it"
     if state == "interrupted":
         why = facts.get("ended_by")
     model = facts.get("model")

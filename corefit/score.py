@@ -82,7 +82,7 @@ def evaluate(
     if choices is None or "data" in flags or generate:
         with tempfile.TemporaryDirectory(prefix="corefit-") as aside:
             plan = _plan(chatter, target, flags, sets, Path(aside))
-            held_out = _held_out(plan, use_all="data" in flags, records=records)
+            held_out = _held_out(plan, use_all="data" in flags, records=records, say=say)
         losses = [_loss(chatter, plan, source, rows) for source, rows in held_out]
         say(_table("source", "loss", losses, lambda nats: f"{nats:.4f} ({perplexity(nats):,.2f})"))
         scores += losses
@@ -115,7 +115,7 @@ def _plan(chatter: Chatter, target: str, flags: Mapping[str, str], sets: Sequenc
 
 
 def _held_out(
-    plan: Prepared, *, use_all: bool, records: int
+    plan: Prepared, *, use_all: bool, records: int, say: Say
 ) -> list[tuple[Source, list[tuple[Source, Record | BadRecord]]]]:
     """Give the records to score on, by source."""
     val = plan.recipe.val
@@ -123,9 +123,18 @@ def _held_out(
         sources = plan.sources if use_all else plan.val_sources
         return [(one, [(one, record) for record in islice(one.read(), records)]) for one in sources]
     split = split_validation(plan.sources, share=val.share, records=min(val.records, records))
-    if split.reason:
-        raise UserError(f"the run had no validation ({split.reason}); --data says what to score it on")
-    return [(one, [pair for pair in split.records if pair[0] is one]) for one in plan.sources]
+    if not split.records:
+        reason = split.reason or f"val.share = {val.share:g}, val.records = {val.records}"
+        raise UserError(f"the run had no validation ({reason}); --data says what to score it on")
+    for one in plan.sources:
+        if all(pair[0] is not one for pair in split.records):
+            say(f"{_name(one)}: none of its records are among those that the run validated on")
+    chosen = [one for one in plan.sources if any(pair[0] is one for pair in split.records)]
+    return [(one, [pair for pair in split.records if pair[0] is one]) for one in chosen]
+
+
+def _name(source: Source) -> str:
+    return ", ".join(path.name for path in source.sources.paths) or source.reader.name
 
 
 def _loss(chatter: Chatter, plan: Prepared, source: Source, rows: list[tuple[Source, Record | BadRecord]]) -> Score:
@@ -141,7 +150,7 @@ def _loss(chatter: Chatter, plan: Prepared, source: Source, rows: list[tuple[Sou
         overlong=pack.overlong,
         pad_id=plan.tokenizer.pad_id,
     )
-    what = ", ".join(path.name for path in source.sources.paths) or source.reader.name
+    what = _name(source)
     if not any(batch.n_supervised for batch in batches):
         raise DataError(f"{what}: no sample with a supervised token in {len(rows):,} records; corefit inspect says why")
     loss_fn = CausalLoss(chatter.model)

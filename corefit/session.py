@@ -370,6 +370,8 @@ class Session:
         ``identity``: what must not change unnoticed until the run ends; ``changes``: (key, before, now) of it, allowed.
         """
         with self._claimed():
+            if not resuming and (self.folder / "run.json").exists():
+                raise RecipeError(f"run.out: {self.folder}: another process began a run in it meanwhile")
             saved = self._saved(changes) if resuming else None
             self._same_step()
             self._open(identity, saved, changes)
@@ -452,8 +454,7 @@ class Session:
 
     def _train(self, **hooks: Any) -> str:  # noqa: ANN401, those of train
         settings = self.recipe.train
-        gc.set_threshold(700, 10, 10)  # often again: a cycle may hold a tensor
-        with together():
+        with together(), often_collected():
             return train(
                 loss_fn=self.loss_fn,
                 steps=self._steps(),
@@ -752,6 +753,17 @@ class Session:
 
     def _write_run(self, status: str, **more: object) -> None:
         write_json(self.folder / "run.json", {**self.facts, "status": status, **more})
+
+
+@contextlib.contextmanager
+def often_collected() -> Iterator[None]:
+    """Look for garbage as often as Python does by itself, since a cycle may hold a tensor; then as before."""
+    before = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 # ------------------------------------------------------------------------------------------------------------- words

@@ -55,7 +55,8 @@ def say(text: object = "", *, file: TextIO | None = None) -> None:
 
 def notice(text: object, file: TextIO | None = None) -> None:
     """Print a line for people on standard error, above the bar where there is one; one that is gone ends no run."""
-    file = file or sys.stderr
+    if (file := file or sys.stderr) is None:  # a program without a terminal
+        return
     with contextlib.suppress(OSError):
         if "tqdm" in sys.modules and file.isatty():
             sys.modules["tqdm"].tqdm.write(visible(str(text)), file=file)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 from cli import corefit
+
+from corefit.prepare import resolve
+from corefit.registry import Registry
 
 ROWS = [
     {"text": "### Human: What is the capital of France?### Assistant: Paris."},
@@ -30,8 +36,6 @@ def test_light_verbs_leave_torch_unimported(arguments: list[str], tmp_path: Path
         "import sys; from corefit.cli import main; code = main(sys.argv[1:]);"
         "bad = [m for m in ('torch', 'transformers', 'numpy', 'peft') if m in sys.modules]; sys.exit(code or len(bad))"
     )
-    import subprocess
-
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -238,8 +242,6 @@ def test_inspect_says_what_is_left_out_and_where(tmp_path: Path, tiny_tokenizer:
 
 
 def test_standard_input_can_be_closed_early(tmp_path: Path) -> None:
-    import subprocess
-
     command = f'"{sys.executable}" -m corefit plugins | head -n 1'
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0
@@ -254,3 +256,76 @@ def test_inspect_names_a_record_that_is_too_long_where_that_is_an_error(
     assert done.returncode == 2
     assert done.stderr.startswith(f"corefit: error: {data}:1: ")
     assert "pack.max_length is 30" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["inspect", "--samples", "-1"], "argument --samples: found '-1'; expected a whole number >= 0"),
+        (["chat", "run", "--max-tokens", "0"], "argument --max-tokens: found '0'; expected a whole number >= 1"),
+        (["eval", "run", "--records", "-1"], "argument --records: found '-1'; expected a whole number >= 1"),
+        (["eval", "run", "--generate", "-1"], "argument --generate: found '-1'; expected a whole number >= 0"),
+        (["eval", "run", "--max-tokens", "x"], "argument --max-tokens: found 'x'; expected a whole number >= 1"),
+    ],
+)
+def test_a_number_that_none_can_be_is_refused(arguments: list[str], words: str, tmp_path: Path) -> None:
+    done = corefit(*arguments, cwd=tmp_path)
+    assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell")
+def test_closed_standard_streams_end_no_command(tmp_path: Path) -> None:
+    for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
+        words = f"'{sys.executable}' -m corefit runs . {closed}"
+        assert subprocess.run(["sh", "-c", words], cwd=tmp_path, check=False).returncode == 0, closed
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("recipe.toml", "recipe"),
+        ("my-run/recipe.toml", "my-run"),
+        ("my-run-12/recipe.toml", "my-run"),
+        ("my-run-12", "my-run"),
+        ("my-run-12@latest", "my-run"),
+        ("my-project/recipe.toml", "recipe"),
+        ("my-project/other.toml", "other"),
+    ],
+)
+def test_a_new_run_is_named_after_its_recipe(
+    typed: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("", "my-run", "my-run-12", "my-project"):
+        Path(folder).mkdir(exist_ok=True)
+        if "run" in folder:
+            Path(folder, "run.json").write_text("{}", "utf-8")
+        for file in ("recipe.toml", "other.toml"):
+            Path(folder, file).write_text("[model]\nbase = 'm'\n[[data]]\nmap = 'identity'\n", "utf-8")
+    assert resolve(typed, {}, (), Registry.load())[1] == name
+    monkeypatch.chdir("my-run-12")
+    assert resolve("recipe.toml", {}, (), Registry.load())[1] == "my-run"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux permissions")
+def test_a_folder_that_is_shut_is_named_and_hides_no_other(tmp_path: Path) -> None:
+    humble = []
+    if os.geteuid() == 0:  # to whom nothing is shut
+        if not shutil.which("setpriv"):
+            pytest.skip("root without setpriv")
+        humble = ["setpriv", *(f"--{set}=-dac_override,-dac_read_search" for set in ("bounding-set", "inh-caps"))]
+    (tmp_path / "shut").mkdir(mode=0)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"status": "complete"}', "utf-8")
+
+    def said(*arguments: str) -> tuple[int, str]:
+        words = [*humble, sys.executable, "-m", "corefit", *arguments]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    code, text = said("runs", ".")
+    assert code == 0
+    assert "finished" in text
+    assert "shut: damaged: no permission to look into it" in text
+    assert said("runs", "shut") == (2, "corefit: error: shut: permission denied\n")
+    assert said("chat", "shut") == (2, "corefit: error: shut/recipe.toml: permission denied\n")

@@ -55,6 +55,19 @@ def test_a_run_is_scored_on_what_it_validated_on_with_the_adapter_off_and_on(run
     assert at_step.tuned == pytest.approx(score.tuned, rel=1e-6)
 
 
+def test_a_run_without_validation_and_a_source_without_any_are_said(run: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"the run had no validation \(val.share = 0.05, val.records = 0\)"):
+        said(str(run), {}, ["val.records=0"])
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "more.jsonl").write_text(ROWS.replace("really", "truly"), "utf-8")
+    more = f'\n[[data]]\npath = "{tmp_path / "more.jsonl"}"\nmap = "oasst1"\n'
+    text = (run / "recipe.toml").read_text("utf-8")
+    (tmp_path / "run" / "recipe.toml").write_text(text.replace("\n[template]", f"{more}\n[template]", 1), "utf-8")
+    (score,), table = said(str(tmp_path / "run"), {}, ["val.records=1"])
+    assert (score.what, score.records) == ("rows.jsonl", 1)
+    assert "more.jsonl: none of its records are among those that the run validated on" in table
+
+
 def test_data_of_ones_own_and_answers_word_for_word(run: Path, tmp_path: Path):
     prompt = [{"role": "user", "content": "What is 3?"}]
     answer = "".join(Chatter(str(run), max_tokens=4, say=lambda line: None).answer(prompt)).strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import pty
@@ -18,9 +19,11 @@ import pytest
 from cli import corefit, environment
 from safetensors.numpy import load_file
 
+from corefit import durable
+from corefit.cli import main
 from corefit.engine import checkpoint
 from corefit.errors import CheckpointError, CorefitError, RecipeError, RunError
-from corefit.run import Run, train_from
+from corefit.run import Run, train, train_from
 
 ROWS = "".join(
     json.dumps({"text": f"### Human: What is {i}?### Assistant: It is number {i}, {'really ' * (i % 7)}so."}) + "\n"
@@ -145,6 +148,27 @@ def test_an_older_step_goes_on_in_a_new_folder_only_and_ends_the_same(here: Here
         here.goes_on(f"{run}@7", out=here.folder / "other")
     with pytest.raises(RecipeError, match="no run there"):
         here.goes_on(here.folder / "nowhere")
+
+
+def test_a_fork_that_was_killed_midway_is_begun_anew_by_the_same_line(
+    here: Here, run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write = durable.write_whole
+
+    def killed(path: Path, data: bytes) -> None:
+        if path.name == "samples.jsonl":
+            raise KeyboardInterrupt
+        write(path, data)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("corefit.run.write_whole", killed)
+        here.goes_on(f"{run}@6", out=here.folder / "new")
+    assert steps(here.folder / "new") == [6]
+    with pytest.raises(RecipeError, match="is there and not empty"):
+        train_from(str(run), {"out": "new"}, (), say=here.said.append)
+    new = here.goes_on(f"{run}@3", "train.max_steps=4", out=here.folder / "new").path
+    assert steps(new) == [3, 4]
+    assert losses(new) == losses(run)[:4]
 
 
 def test_a_step_of_a_run_can_be_talked_to_and_merged(run: Path, tmp_path: Path):
@@ -513,6 +537,76 @@ with Interrupts(print, own_process={own_process}) as interrupts:
     out, _ = process.communicate(timeout=60)
     assert ("done" in out) == (not own_process)
     assert process.returncode == (130 if own_process else 0), "two signals in one call are one to Python"
+
+
+@pytest.mark.skipif(not (sys.platform == "linux" and shutil.which("cc")), reason="a library is compiled and preloaded")
+def test_a_signal_that_c_code_handles_is_left_to_it(tmp_path: Path):
+    handler = "static void handler(int number) { (void)number; }"
+    begin = "__attribute__((constructor)) static void begin(void) { signal(SIGTERM, handler); }"
+    (tmp_path / "host.c").write_text(f"#include <signal.h>\n{handler}\n{begin}\n", "utf-8")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", "host.so", "host.c"], cwd=tmp_path, check=True)
+    code = "from corefit.interrupts import Interrupts\nwith Interrupts(print): pass\nprint('done')"
+    env = environment({"LD_PRELOAD": str(tmp_path / "host.so")})
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
+
+
+# ----------------------------------------------------------------------------------------------- within a program
+
+
+def test_the_collector_of_garbage_is_afterwards_what_the_program_set(here: Here):
+    before = gc.get_threshold()
+    gc.set_threshold(12_345, 6, 7)
+    try:
+        here.train("train.max_steps=1", out="one")
+        assert gc.get_threshold() == (12_345, 6, 7)
+        assert main(["runs", "nowhere"]) == 2
+        assert gc.get_threshold() == (12_345, 6, 7)
+    finally:
+        gc.set_threshold(*before)
+
+
+def test_runs_of_one_program_leave_no_model_in_memory(here: Here):
+    def models() -> int:
+        return sum(type(thing).__name__ == "LlamaForCausalLM" for thing in gc.get_objects())
+
+    gc.collect()
+    before = models()
+    gc.disable()  # as in a program that is large: a whole collection is rare
+    try:
+        train(
+            model=here.flags["model"], data=here.flags["data"], sets=[*SETS, "train.max_steps=1"], say=here.said.append
+        )
+        assert models() == before
+    finally:
+        gc.enable()
+
+
+def test_a_run_goes_on_by_its_path(run: Path):
+    with pytest.raises(RecipeError, match="no run there"):
+        train(resume=run / "nowhere")
+    said: list[str] = []
+    assert train(resume=run, say=said.append).path == run
+    assert said[-1] == f"{run} is complete: nothing to do"
+
+
+def test_a_program_without_a_terminal_trains(here: Here, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert train_from(None, {**here.flags, "out": "run"}, [*SETS, "train.max_steps=1"]).exit_code == 0
+
+
+def test_a_folder_in_which_another_process_began_meanwhile_is_left_alone(here: Here, run: Path):
+    shutil.move(run, "other")
+    metrics = Path("other/metrics.jsonl").read_bytes()
+
+    def say(line: str) -> None:  # the other process begins, and ends, while this one loads its model
+        if line.startswith("isolation"):
+            shutil.move("other", run)
+
+    with pytest.raises(RecipeError, match="another process began a run in it meanwhile"):
+        train_from(None, {**here.flags, "out": str(run)}, SETS, say=say)
+    assert (run / "metrics.jsonl").read_bytes() == metrics
 
 
 # -------------------------------------------------------------------------------------------- from another's adapter

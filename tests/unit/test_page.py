@@ -82,6 +82,15 @@ def test_a_page_holds_what_the_run_left(tmp_path):
     assert shown["keys"]["train.lr"] == "0.001" and shown["packs"]["lengths"] == [3, 5, 9]
 
 
+@pytest.mark.parametrize("edit", [{"lr": "high"}, {"loss": "low"}, {"skipped": []}, None, {"val_loss": 1.0}])
+def test_a_line_that_somebody_edited_is_left_out(tmp_path, edit):
+    run = write_run(tmp_path / "run")
+    before, metrics = page.curves(run / "metrics.jsonl"), run / "metrics.jsonl"
+    edited = {"loss": 2.0} if edit is None else edit if "val_loss" in edit else row(21, **edit)
+    metrics.write_text(json.dumps(edited) + "\n" + metrics.read_text("utf-8"), "utf-8")
+    assert page.curves(metrics) == before
+
+
 @pytest.mark.parametrize("steps", [799, 800, 801, 5_000])
 def test_many_steps_become_means_and_nothing_is_lost(tmp_path, steps):
     lines = [
@@ -110,6 +119,16 @@ def test_a_page_stays_small_and_says_what_it_left_out(tmp_path):
     assert data_of(run / "report.html")["left_out"] == ["packs"]
 
 
+def test_a_page_that_can_t_be_written_is_named_as_it_was_typed(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", "run", ""):
+        with pytest.raises(RecipeError, match=f"^--out {re.escape(folder)}: a folder; expected the name of a file$"):
+            page.report(str(run), out=folder)
+    with pytest.raises(RunError, match="^no/page.html: no such file or directory$"):
+        page.report(str(run), out="no/page.html")
+
+
 def test_two_runs_on_one_page(tmp_path):
     one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", lr="2e-3")
     assert page.report(str(one), str(two)) == one / "compare.html"
@@ -125,6 +144,7 @@ def test_what_is_no_run_and_what_is_broken(tmp_path):
     for name in ("recipe.toml", "ledger.json", "packs.json", "samples.jsonl"):
         (run / name).write_text('{"broken', "utf-8")
     (run / "metrics.jsonl").unlink()
+    (run / "run.json").write_text('{"data": 3}', "utf-8")
     assert data_of(page.report(str(run)))["runs"][0]["curves"]["points"] == {}
     with pytest.raises(RunError, match="no such file or directory"):
         page.report(str(run), None, str(tmp_path / "no" / "x.html"))

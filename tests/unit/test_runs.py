@@ -51,7 +51,9 @@ def test_the_best_loss_is_the_validations_where_there_is_one(tmp_path: Path) -> 
     assert (line.steps, line.best_loss, line.best_of) == (2, 1.5, "validation")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\x00\xff", '{"status": "running", "model": [], "data": 3}', "null"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "\x00\xff", '{"status": "running", "model": [], "data": 3}', "null", "[" * 100_000]
+)
 def test_damaged_and_half_written_folders_are_lines(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
