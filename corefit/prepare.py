@@ -169,6 +169,8 @@ def read_config(file: Path, overrides: Sequence[str], registry: Registry) -> tup
     reader = registry.recipe_reader(file.suffix)
     try:
         found = reader.read(file, overrides)
+        if not isinstance(found, ImportedRecipe):
+            raise TypeError(f"gave a {type(found).__name__}, expected an ImportedRecipe")
     except CorefitError:
         raise
     except Exception as error:

@@ -154,6 +154,12 @@ def test_an_entry_point_may_name_an_object(site):
             "corefit_dataset_readers() yields 'r' with suffixes '.jsonl'; expected a tuple of text",
         ),
         (
+            "from corefit import DatasetReader\n"
+            "def corefit_dataset_readers():\n"
+            "    yield DatasetReader(name='r', summary='', read=print, suffixes=None)\n",
+            "corefit_dataset_readers() yields 'r' with suffixes None; expected a tuple of text",
+        ),
+        (
             "from corefit import PromptTemplate\n"
             "def corefit_prompt_templates():\n"
             "    yield PromptTemplate(name='t', summary='', render=print, control=(1, 2))\n",
