@@ -74,6 +74,10 @@ class TestFields:
         with pytest.raises(UserError, match="name user and assistant, or text alone"):
             Fields(user=("",), assistant="a")
 
+    def test_a_text_is_no_history(self):
+        with pytest.raises(UserError, match="^history: 'q' is named by another key too$"):
+            Fields(user="q", assistant="a", history="q")
+
     def test_a_recipe_reads_its_own_format_without_python(self, tmp_path, tiny_tokenizer):
         data(tmp_path)
         (tmp_path / "mine.toml").write_text(RECIPE, "utf-8")
