@@ -87,13 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `corefit recipes | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return code
-    except Exception as error:  # a bug of corefit or of a plugin: one line unless asked for more
+    except (Exception, SystemExit) as error:  # a bug of corefit or of a plugin: one line unless asked for more
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__") == "argparse":  # --help
+            raise
         if debug:
             notice(traceback.format_exc())
         if isinstance(error, PermissionError) and error.filename:
             notice(f"corefit:{rank} error: {error.filename}: {system_words(error)}")
             return 2
-        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
         where = f"{frame.f_globals.get('__name__', '?')}:{line}"
         notice(f"corefit:{rank} error: {type(error).__name__}: {error} ({where}); --debug shows the traceback")
         return 1

@@ -39,6 +39,8 @@ class Fields:
         asked = self.question
         if bool(self.text) == bool(asked and self.assistant) or (self.text and (asked or self.assistant)):
             raise UserError("name user and assistant, or text alone")
+        if self.history and self.names.count(self.history) > 1:
+            raise UserError(f"history: {self.history!r} is named by another key too")
 
     @property
     def question(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
@@ -89,13 +90,19 @@ def _items(given: Any, others: Mapping[str, MapFunction]) -> Iterator[Item | Dro
     elif isinstance(given, Conversation | Document | Drop):
         yield given
     elif isinstance(given, Mapping):
-        fits = [other.map for other in others.values() if other.sniff is not None and other.sniff(given)]  # type: ignore[arg-type]
+        fits = [other for other in others.values() if _looks_like(other, given)]
         if len(fits) != 1:
             keys = ", ".join(map(str, given)) or "no keys"
             raise TypeError(f"gave an object with {keys}; expected messages (or XTuner's conversation)")
-        yield from fits[0](given, None)
+        yield from fits[0].map(given, fits[0].options and fits[0].options())
     elif isinstance(given, Iterable) and not isinstance(given, str):
         for each in given:
             yield from _items(each, others)
     else:
         raise TypeError(f"gave a {type(given).__name__}; expected Conversation, Document, Drop, None or an object")
+
+
+def _looks_like(other: MapFunction, given: Mapping[str, Any]) -> bool:
+    with suppress(Exception):  # of a plugin that nobody asked for
+        return other.sniff is not None and bool(other.sniff(given))  # type: ignore[arg-type]
+    return False

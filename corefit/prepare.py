@@ -35,6 +35,7 @@ from corefit.recipe import (
     apply_overrides,
     imported_recipe,
     load_recipe,
+    option_keys,
     options_from,
     run_and_step,
     shares,
@@ -170,6 +171,8 @@ def read_config(file: Path, overrides: Sequence[str], registry: Registry) -> tup
     reader = registry.recipe_reader(file.suffix)
     try:
         found = reader.read(file, overrides)
+        if not isinstance(found, ImportedRecipe):
+            raise TypeError(f"gave a {type(found).__name__}, expected an ImportedRecipe")
     except CorefitError:
         raise
     except Exception as error:
@@ -196,12 +199,14 @@ def _reader(name: str | None, map_name: str | None, registry: Registry, paths: S
     """Give the named reader, else that for the files' suffix, else that of the map function's name, else ``jsonl``.
 
     Raises:
-        RecipeError: files for several readers.
+        RecipeError: files for several readers, or one that several read.
     """
-    by_suffix = {
-        path: next((r.name for r in registry.readers.values() if path.name.lower().endswith(_endings(r))), "")
-        for path in ([] if name else paths)
-    }
+    by_suffix = dict[Path, str]()
+    for path in [] if name else paths:
+        fits = [reader.name for reader in registry.readers.values() if path.name.lower().endswith(_endings(reader))]
+        if len(fits) > 1:
+            raise RecipeError(f"{path}: several readers read such files ({', '.join(fits)}); data.reader names one")
+        by_suffix[path] = "".join(fits)
     if len(set(by_suffix.values())) > 1:
         first = {reader: path for path, reader in reversed(by_suffix.items())}
         words = " and ".join(sorted(map(str, first.values())))
@@ -329,7 +334,7 @@ def _sources(
     else:
         name = entry.map
         if name is None:
-            name, lines = _sniff(Sources(train, limit), reader, registry, entry.on_bad)
+            name, lines = _sniff(Sources(train, limit), reader, registry, entry)
             lines.append(f"format: {name} (none was named: recognised from the first records)")
             reader = _reader(entry.reader, name, registry, train)
         mapper = registry.map_function(name)
@@ -340,12 +345,13 @@ def _sources(
         options_from(cls, share, where=where)
         for cls, share in zip(classes, shares(entry.options, classes, where=where), strict=True)
     )
+    declared = None if mapper.fields is None else tuple(mapper.fields)
     ordered = Source(
         reader=reader,
         reader_options=reader_options,
         map_function=mapper,
         map_options=map_options,
-        sources=as_found(Sources(train, limit, mapper.fields)),
+        sources=as_found(Sources(train, limit, declared)),
         shuffle=False,
         ratio=entry.ratio,
         repeat=entry.repeat,
@@ -360,7 +366,7 @@ def _sources(
     if recipe.val.data is not None and not val:
         found = find_files(recipe.val.data, base=Path.cwd())
         val = (*found.train, *found.val)
-    held_out = dataclasses.replace(ordered, sources=as_found(Sources(val, limit, mapper.fields)))
+    held_out = dataclasses.replace(ordered, sources=as_found(Sources(val, limit, declared)))
     return dataclasses.replace(ordered, shuffle=entry.shuffle), (held_out,) if val else (), lines, first
 
 
@@ -377,15 +383,17 @@ def _plain(path: Path, recipe: Recipe, entry: Data, spool_to: Path | None, again
     return spool(path, spool_to) if stdin or packed else path
 
 
-def _sniff(sources: Sources, reader: DatasetReader, registry: Registry, on_bad: str) -> tuple[str, list[str]]:
+def _sniff(sources: Sources, reader: DatasetReader, registry: Registry, entry: Data) -> tuple[str, list[str]]:
     """Give the one map function that recognises the first records, and lines about those that failed at them.
 
     Raises:
         DataError: none does, or several do; names the keys that are there and the candidates.
     """
-    first = list(islice(reader.read(sources, None), SNIFFED))
+    own = {key: value for key, value in entry.options.items() if key in option_keys(reader.options)}
+    options = options_from(reader.options, own, where="data.options")
+    first = list(islice(reader.read(sources, options), SNIFFED))
     for record in first:
-        if isinstance(record, BadRecord) and on_bad == "error":
+        if isinstance(record, BadRecord) and entry.on_bad == "error":
             raise refused(record)
     records = [record for record in first if isinstance(record, Record)]
     if not records:

@@ -371,6 +371,15 @@ def _check(entry: object, hook: str, type_: type[Any], function: str) -> None:
         raise PluginError(f"{hook}() yields {name!r} with summary {_short(entry.summary)}; expected one line of text")
     if not callable(getattr(entry, function)):
         raise PluginError(f"{hook}() yields {name!r} with {function} {_short(getattr(entry, function))}; not callable")
+    for field_ in ("fields", "suffixes", "stop", "control", "forgeable"):
+        texts: object = getattr(entry, field_, ())
+        if texts is None and field_ == "fields":
+            continue
+        if not (isinstance(texts, tuple | list) and all(isinstance(each, str) for each in texts)):
+            raise PluginError(f"{hook}() yields {name!r} with {field_} {_short(texts)}; expected a tuple of text")
+    for field_ in ("sniff", "index", "fetch", "after_load"):
+        if not callable(getattr(entry, field_, None) or print):
+            raise PluginError(f"{hook}() yields {name!r} with {field_} {_short(getattr(entry, field_))}; not callable")
     options: Any = getattr(entry, "options", None)
     if options is None:
         return

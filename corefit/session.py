@@ -36,6 +36,7 @@ from corefit.errors import (
     DataError,
     LedgerError,
     ModelError,
+    PluginError,
     RecipeError,
     RunError,
     UserError,
@@ -474,7 +475,16 @@ class Session:
             )
 
     def _lr_at(self, progress: float) -> float:
-        return self.recipe.train.lr * self.scheduler.factor(progress, self.recipe.train.warmup)
+        warmup = self.recipe.train.warmup
+        try:
+            factor = float(self.scheduler.factor(progress, warmup))
+            if not -1e-9 <= factor <= 1 + 1e-9:  # but for rounding; NaN too
+                raise ValueError(f"{factor!r}, expected a share of the peak rate, in [0, 1]")
+        except Exception as error:
+            source = self.plan.registry.provider("scheduler", self.scheduler.name).source
+            asked = f"scheduler {self.scheduler.name!r} ({source}): factor({progress:g}, {warmup:g})"
+            raise PluginError(f"{asked}: {in_words(error)}") from error
+        return self.recipe.train.lr * factor
 
     @contextlib.contextmanager
     def _claimed(self) -> Iterator[None]:

@@ -204,6 +204,10 @@ def map_record(source: Source, record: Record) -> list[Item | Drop]:
         for item in items:
             if not isinstance(item, Conversation | Document | Drop):
                 raise TypeError(f"gave a {type(item).__name__}, expected Conversation, Document or Drop")
+            if isinstance(item, Conversation):
+                for message in item.messages:
+                    if message.supervised is not None and not isinstance(message.supervised, bool):
+                        raise TypeError(f"gave supervised={message.supervised!r}, expected True, False or None")
             for text in _texts(item):
                 if not isinstance(text, str):
                     raise TypeError(f"gave a {type(item).__name__} with a {type(text).__name__} where text is expected")
@@ -220,7 +224,8 @@ def map_record(source: Source, record: Record) -> list[Item | Drop]:
 
 def _texts(item: Item | Drop) -> list[str]:
     if isinstance(item, Conversation):
-        return [text for message in item.messages for text in (message.role, message.content)]
+        texts = [text for message in item.messages for text in (message.role, message.content)]
+        return [*texts, *item.dropped, *item.notes]
     return [item.reason if isinstance(item, Drop) else item.text]
 
 

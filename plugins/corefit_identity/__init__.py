@@ -114,9 +114,7 @@ class IdentityOptions:
 
     def __post_init__(self) -> None:
         if not self.name.strip():
-            raise UserError(
-                "data.options: the name is empty; --set data.options.name=... says what the model is called"
-            )
+            raise UserError("the name is empty; --set data.options.name=... says what the model is called")
 
 
 def _exchanges(options: IdentityOptions) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -142,8 +140,13 @@ def _exchanges(options: IdentityOptions) -> Iterator[tuple[str, tuple[str, ...]]
 def read(sources: Sources, options: IdentityOptions | None = None, start: Position | None = None) -> Iterator[Record]:
     """Give the records ``{"messages": [{"role", "content"}, ...], "language"}``, the same for the same options.
 
-    ``sources`` is not looked at. A record's line and offset are its number, from 1 and from 0; its size is in bytes.
+    No file is read. A record's line and offset are its number, from 1 and from 0; its size is in bytes.
+
+    Raises:
+        UserError: there are files, which would be left out without a word.
     """
+    if sources.paths:
+        raise UserError(f"{sources.paths[0]}: not read by 'identity', which makes its records itself; leave it out")
     skip = 0 if start is None else start.offset
     for number, (language, texts) in enumerate(_exchanges(options or IdentityOptions())):
         if number >= skip:

@@ -86,7 +86,7 @@ class Oasst1Options:
 
     def __post_init__(self) -> None:
         if self.threads not in ("best", "all"):
-            raise UserError(f"data.options: threads is {self.threads!r}, expected 'best' or 'all'")
+            raise UserError(f"threads is {self.threads!r}, expected 'best' or 'all'")
 
 
 # ------------------------------------------------------------------------------------------------------- conversations

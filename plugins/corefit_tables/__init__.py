@@ -36,7 +36,7 @@ class CsvOptions:
 
     def __post_init__(self) -> None:
         if len(self.delimiter) > 1 or self.delimiter in ('"', "\n", "\r"):
-            raise UserError(f"data.options: delimiter is {self.delimiter!r}, expected one character")
+            raise UserError(f"delimiter is {self.delimiter!r}, expected one character")
 
 
 class _TooLong(csv.Error):

@@ -38,7 +38,7 @@ class TextOptions:
 
     def __post_init__(self) -> None:
         if self.separator != self.separator.strip() or "\n" in self.separator:
-            raise UserError(f"data.options: separator is {self.separator!r}, expected a line without spaces around it")
+            raise UserError(f"separator is {self.separator!r}, expected a line without spaces around it")
 
 
 def read(

@@ -480,6 +480,8 @@ class Config:
                 return None
             if isinstance(holder.data, dict) and function.attr == "pop" and node.args:
                 return holder.data.pop(self._known(node.args[0]), *map(self.value, node.args[1:]))
+            if isinstance(holder.data, list) and function.attr == "pop":
+                return holder.data.pop(*map(self._known, node.args))
             if isinstance(holder.data, list) and function.attr in ("append", "extend") and len(node.args) == 1:
                 more = [self.value(node.args[0])] if function.attr == "append" else self.value(node.args[0]).data
                 if isinstance(more, (list, tuple)):

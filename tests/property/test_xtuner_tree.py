@@ -104,6 +104,9 @@ def as_lists(value: object) -> object:
         ("x = 1\nx: int = 2\n", 2),
         ("x = y = 2\n", 2),
         ("x = dict(k=1).get('k')\n", None),
+        ("x = [1, 2]\ny = x.pop(0)\n", [2]),
+        ("y = [1, [2, 3]]\nx = y.pop()\n", [2, 3]),
+        ("x = [1]\nx.pop(1)\n", [1]),
     ],
 )
 def test_what_code_may_have_changed_is_not_known(tmp_path: Path, text: str, value: object) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import corefit_identity
 import pytest
@@ -71,6 +72,11 @@ def test_names_are_said_as_typed(name):
 def test_an_empty_name_is_the_users_mistake(name):
     with pytest.raises(UserError, match="the name is empty; --set data.options.name="):
         IdentityOptions(name=name)
+
+
+def test_a_file_that_would_not_be_read_is_refused():
+    with pytest.raises(UserError, match="^rows.jsonl: not read by 'identity', which makes its records itself"):
+        list(read(Sources((Path("rows.jsonl"),))))
 
 
 def test_it_can_be_read_from_any_record_on():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from corefit.own import own_code, own_map_function
 from corefit.prepare import Prepared, prepare, resolve
 from corefit.recipe import load_recipe, parse_recipe, to_toml
 from corefit.registry import Registry
-from corefit.types import Conversation, Document, Drop, Message
+from corefit.types import Conversation, Document, Drop, MapFunction, Message
 
 REGISTRY = Registry.load()
 ROWS = [{"q": f"question {i}", "ctx": "" if i % 2 else f"context {i}", "a": f"answer {i}"} for i in range(40)]
@@ -72,6 +73,10 @@ class TestFields:
         assert [message.content for message in item.messages] == ["1 + 1?", "2"]
         with pytest.raises(UserError, match="name user and assistant, or text alone"):
             Fields(user=("",), assistant="a")
+
+    def test_a_text_is_no_history(self):
+        with pytest.raises(UserError, match="^history: 'q' is named by another key too$"):
+            Fields(user="q", assistant="a", history="q")
 
     def test_a_recipe_reads_its_own_format_without_python(self, tmp_path, tiny_tokenizer):
         data(tmp_path)
@@ -164,7 +169,23 @@ def odd(record):
 
 def number(record):
     return 3
+
+def weighed(record):
+    return Conversation((Message("user", record["q"]), Message("assistant", record["a"], supervised=0)))
+
+def noted(record):
+    return Conversation((Message("user", record["q"]), Message("assistant", record["a"])), notes=(None,))
 """
+
+
+def test_a_plugin_s_fields_may_be_a_list(tmp_path, tiny_tokenizer):
+    listed = replace(REGISTRY.map_functions["oasst1"], fields=["text"])
+    entries = {**REGISTRY.entries, "map function": {**REGISTRY.map_functions, "oasst1": listed}}
+    flags = {"template": "chatml", "data": str(data(tmp_path, [{"text": "### Human: a### Assistant: b"}]))}
+    registry = replace(REGISTRY, entries=entries)
+    recipe, _, _ = resolve(None, {**flags, "plugin": "oasst1"}, (), registry, need_model=False)
+    plan = prepare(recipe, registry, tokenizer=tiny_tokenizer, spool_to=None)
+    assert [item.messages for item in items(plan)] == [(Message("user", "a"), Message("assistant", "b"))]
 
 
 class TestOwn:
@@ -196,6 +217,17 @@ class TestOwn:
         assert own_map_function(f"{own}:f", {}).map(row, None) == [Document("d")]
         assert row == {"a": ["x"], "item": Document("d")}
 
+    def test_another_format_gets_its_options_and_one_that_fails_at_looking_is_none(self, own):
+        def to_items(record, options):
+            yield Document(options.threads + record["zq"])
+
+        own.write_text("def f(record):\n    return {'zq': record['q']}\n", "utf-8")
+        options = REGISTRY.map_functions["oasst1"].options
+        fits = MapFunction(name="fits", summary="", map=to_items, sniff=lambda r: "zq" in r, options=options)
+        fails = MapFunction(name="fails", summary="", map=to_items, sniff=lambda r: r["other"])
+        function = own_map_function(f"{own}:f", {"fails": fails, "fits": fits})
+        assert function.map({"q": " x"}, None) == [Document("best x")]
+
     def test_a_relative_name_is_found_from_where_it_is_written(self, tmp_path, tiny_tokenizer, own, monkeypatch):
         data(tmp_path)
         (tmp_path / "r.toml").write_text('[[data]]\npath = "rows.jsonl"\nmap = "my_format.py:to_chat"\n', "utf-8")
@@ -219,6 +251,8 @@ class TestOwn:
             ("fails", "failed: KeyError: 'answer' (line 27); keys of the record: q, ctx, a"),
             ("odd", "failed: TypeError: gave an object with question; expected messages (or XTuner's conversation)"),
             ("number", "failed: TypeError: gave a int; expected Conversation, Document, Drop, None or an object"),
+            ("weighed", "failed: TypeError: gave supervised=0, expected True, False or None; keys of the record: q"),
+            ("noted", "failed: TypeError: gave a Conversation with a NoneType where text is expected"),
         ],
     )
     def test_what_goes_wrong_in_it_names_record_file_and_line(self, tmp_path, tiny_tokenizer, own, word, words):

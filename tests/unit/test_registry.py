@@ -136,6 +136,36 @@ def test_an_entry_point_may_name_an_object(site):
             "yields 'm' with options <class 'corefit_bad.Options'>; expected a frozen dataclass",
         ),
         (
+            "from corefit import MapFunction\n"
+            "def corefit_map_functions():\n"
+            "    yield MapFunction(name='m', summary='', map=print, fields='question')\n",
+            "corefit_map_functions() yields 'm' with fields 'question'; expected a tuple of text",
+        ),
+        (
+            "from corefit import MapFunction\n"
+            "def corefit_map_functions():\n"
+            "    yield MapFunction(name='m', summary='', map=print, sniff=True)\n",
+            "corefit_map_functions() yields 'm' with sniff True; not callable",
+        ),
+        (
+            "from corefit import DatasetReader\n"
+            "def corefit_dataset_readers():\n"
+            "    yield DatasetReader(name='r', summary='', read=print, suffixes='.jsonl')\n",
+            "corefit_dataset_readers() yields 'r' with suffixes '.jsonl'; expected a tuple of text",
+        ),
+        (
+            "from corefit import DatasetReader\n"
+            "def corefit_dataset_readers():\n"
+            "    yield DatasetReader(name='r', summary='', read=print, suffixes=None)\n",
+            "corefit_dataset_readers() yields 'r' with suffixes None; expected a tuple of text",
+        ),
+        (
+            "from corefit import PromptTemplate\n"
+            "def corefit_prompt_templates():\n"
+            "    yield PromptTemplate(name='t', summary='', render=print, control=(1, 2))\n",
+            "corefit_prompt_templates() yields 't' with control (1, 2); expected a tuple of text",
+        ),
+        (
             "from corefit import MapFunction\nfrom dataclasses import dataclass\n"
             "@dataclass\nclass Options: pass\n"
             "def corefit_map_functions():\n"

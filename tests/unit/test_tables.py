@@ -6,13 +6,14 @@ import csv
 import gzip
 import io
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from corefit.data.source import At, Input, Source, as_found
 from corefit.errors import DataError, RecipeError, UserError
-from corefit.prepare import _reader
+from corefit.prepare import _reader, prepare, resolve
 from corefit.recipe import options_from
 from corefit.registry import Registry
 from corefit.types import BadRecord, Drop, MapFunction, Record, Sources
@@ -207,6 +208,22 @@ class TestChoice:
         words = r"^a\.csv and b\.jsonl need several readers; write a \[\[data\]\] for each"
         with pytest.raises(RecipeError, match=words):
             _reader(None, None, Registry.load(), [Path("a.csv"), Path("b.jsonl")])
+
+    def test_a_suffix_that_two_readers_claim_is_neither_s(self):
+        registry = Registry.load()
+        readers = {**registry.readers, "a": replace(READERS["csv"], name="a")}
+        registry = replace(registry, entries={**registry.entries, "reader": readers})
+        words = r"^x\.csv: several readers read such files \(csv, a\); data\.reader names one$"
+        with pytest.raises(RecipeError, match=words):
+            _reader(None, None, registry, [Path("x.csv")])
+        assert _reader("a", None, registry, [Path("x.csv")]).name == "a"
+
+    def test_a_format_is_recognised_in_what_the_options_make_of_a_file(self, tmp_path, tiny_tokenizer):
+        path = write(tmp_path / "x.csv", "instruction;output\nq 1;a 1\nq, 2;a 2\n")
+        flags = {"data": str(path), "template": "chatml"}
+        recipe, _, _ = resolve(None, flags, ["data.options.delimiter=;"], Registry.load(), need_model=False)
+        plan = prepare(recipe, Registry.load(), tokenizer=tiny_tokenizer, spool_to=None)
+        assert plan.sources[0].map_function.name == "alpaca"
 
 
 class TestParquet:

@@ -676,13 +676,18 @@ def test_two_readers_of_one_suffix_are_told_apart_by_the_user(registry, monkeypa
         registry.recipe_reader(".yaml")
 
 
-def test_a_reader_that_fails_is_named_with_its_plugin(registry, tmp_path, monkeypatch):
+def fails(path, overrides):
+    raise KeyError("oops")
+
+
+@pytest.mark.parametrize(
+    ("read", "words"),
+    [(fails, "KeyError"), (lambda path, overrides: None, "TypeError: gave a NoneType, expected an ImportedRecipe")],
+)
+def test_a_reader_that_fails_is_named_with_its_plugin(registry, tmp_path, monkeypatch, read, words):
     from corefit.types import RecipeReader
 
-    def fails(path, overrides):
-        raise KeyError("oops")
-
-    broken = RecipeReader(name="xtuner", summary="", read=fails, suffixes=(".py",))
+    broken = RecipeReader(name="xtuner", summary="", read=read, suffixes=(".py",))
     monkeypatch.chdir(tmp_path)
     Path("x.py").touch()
     with pytest.raises(PluginError) as caught:
@@ -690,7 +695,7 @@ def test_a_reader_that_fails_is_named_with_its_plugin(registry, tmp_path, monkey
             Path("x.py"), [], Registry(registry.plugins, {**registry.entries, "recipe reader": {"xtuner": broken}})
         )
     assert str(caught.value).startswith(
-        "x.py: recipe reader 'xtuner' of plugin 'xtuner_configs' (corefit 0.1.0) failed: KeyError"
+        f"x.py: recipe reader 'xtuner' of plugin 'xtuner_configs' (corefit 0.1.0) failed: {words}"
     )
 
 
