@@ -128,14 +128,16 @@ def _fork(source: Path, which: str | None, folder: Path) -> None:
     if path is None:
         raise RecipeError(f"--resume {source}: it has no whole checkpoint to go on from")
     lengths = checkpoint.load(path).state["lengths"]
+    facts = {**read_json(source / "run.json"), "status": "interrupted"}  # whatever that run has come to since
     try:
         shutil.copytree(path, folder / "checkpoints" / path.name)
         if (source / "data").is_dir():
             shutil.copytree(source / "data", folder / "data")
         for name, length in lengths.items():
             write_whole(folder / name, (source / name).read_bytes()[:length])
-        for name in ("recipe.toml", "run.json"):  # run.json last: with it the folder is a run
-            write_whole(folder / name, (source / name).read_bytes())
+        write_whole(folder / "recipe.toml", (source / "recipe.toml").read_bytes())
+        # last: with it the folder is a run
+        write_whole(folder / "run.json", json.dumps(facts, indent=2, ensure_ascii=False).encode())
     except OSError as error:
         raise RecipeError(f"--out {folder}: can't be written: {system_words(error)}") from error
 
