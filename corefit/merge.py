@@ -103,6 +103,11 @@ def merge(
             f"{found.adapter}: changes {strange[0]}, which {base} doesn't have: it belongs to another base"
         )
 
+    for name, tensor in whole.items():
+        first, *width = shapes[added.get(name, name)]
+        if len(tensor) < first or list(tensor.shape[1:]) != width:
+            raise ModelError(f"{found.adapter}: {name} has another shape in {base}: it belongs to another base")
+
     quantizer = found.facts.get("quantizer", "none")
     rounded: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, weight: weight  # noqa: E731
     if into == "dequantised":

@@ -185,6 +185,14 @@ def tied_base(folder: Path, *, stored_twice: bool) -> Path:
     return folder
 
 
+def test_a_module_of_another_size_belongs_to_another_base(tmp_path):
+    _, _, run = pair(tmp_path, spec={"modules_to_save": ("lm_head",)})
+    other = write_model(tmp_path / "other", vocab_size=640)
+    with pytest.raises(ModelError, match=r"lm_head.weight has another shape in .*other: it belongs to another base"):
+        merge(run, tmp_path / "merged", model=str(other))
+    assert not (tmp_path / "merged").exists()
+
+
 def test_stored_dtype_stays(tmp_path):
     base, model, run = pair(tmp_path, dtype="float16")
     out = merge(run, tmp_path / "merged")
