@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import write_model
 from tiny_export import IDS, adapted, facts, load
-from tiny_families import Family, write_family
+from tiny_families import FAMILIES, Family, write_family
 
 from corefit import merge as merging
 from corefit.chat import find
@@ -156,6 +156,18 @@ def test_a_tied_pair_becomes_two_however_the_base_says_so(tmp_path, spec, end):
     out = merge(tmp_path / "adapter", tmp_path / "merged", model=str(base))
     assert (logits(load(out)) - want).abs().max() < 1e-4
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_tied_pair_becomes_two_under_starcoders_names(tmp_path):
+    [family] = [family for family in FAMILIES if family.kind == "gpt_bigcode"]
+    base = write_family(tmp_path / "base", family)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *args, **kwargs: None)  # peft warns of tied layers
+        model = adapted(base, modules_to_save=("wte",))
+        export_trained(model, tmp_path / "adapter", facts(base))
+        want = logits(model)
+    out = merge(tmp_path / "adapter", tmp_path / "merged", model=str(base))
+    assert (logits(load(out)) - want).abs().max() < 1e-5
 
 
 def test_rows_of_a_tied_pair_that_is_stored_twice_are_changed_in_both(tmp_path):
