@@ -71,6 +71,8 @@ def find(target: str | Path, *, model: str | None = None, trust_remote_code: boo
     Raises:
         ModelError: nothing there to talk to, or the base isn't found.
     """
+    from safetensors import SafetensorError, safe_open
+
     from corefit.engine import checkpoint
     from corefit.engine.export import EMBEDDED, EMBEDDED_MODEL, public_name
     from corefit.engine.model import model_fingerprint, resolve_base, to_convert
@@ -124,6 +126,11 @@ def find(target: str | Path, *, model: str | None = None, trust_remote_code: boo
     if config.get("peft_type") != "LORA" or config.get("megatron_config"):  # peft imports the module that it names
         odd = "megatron_config is set" if config.get("megatron_config") else f"peft_type is {config.get('peft_type')!r}"
         raise ModelError(f"{path / 'adapter_config.json'}: {odd}; corefit opens plain LoRA adapters only")
+    try:
+        with safe_open(path / "adapter_model.safetensors", framework="pt"):
+            pass  # it has seen the header, and the length of the file
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{target}: adapter_model.safetensors isn't whole ({error}); fetch it again") from error
     name = facts.get("base") or config.get("base_model_name_or_path") or ""
     base = base_named(name)
     known = facts.get("base_fingerprint")
@@ -151,7 +158,9 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes()) if path.is_file() else {}
     except ValueError as error:
         raise ModelError(f"{path}: not JSON: {error}") from None
-    return dict(content)
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return content
 
 
 class Chatter:

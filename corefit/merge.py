@@ -87,19 +87,26 @@ def merge(
     shapes = {name: entry["shape"] for name, entry in stored_tensors(base).items()}
     of: Any = config.get("trainable_token_indices")  # a list is of the embeddings
     names, ids = set(shapes), {name: of if isinstance(of, list) else of[name.split(".")[-2]] for name in tokens}
+    table = next((name for name in shapes if name.endswith(("embed_tokens.weight", "wte.weight"))), "")
+    head = "lm_head.weight"
+    if table in tokens and head in names and base_config.get("tie_word_embeddings"):  # stored twice, trained as one
+        tokens[head], ids[head] = tokens[table], ids[table]
     rows = {name: max(ids[name]) + 1 for name in tokens} | {name: len(tensor) for name, tensor in whole.items()}
     rows = {name: n for name, n in rows.items() if name in names and n > shapes[name][0]}
     added, changes = {}, {}
-    if base_config.get("tie_word_embeddings") and "lm_head.weight" not in names:
+    if table and {table, head} & {*factors, *whole}:
         # An adapter acts on the embedding or on the head, not on both, so a tied pair becomes two.
-        tied = [name for name in names if name.endswith("embed_tokens.weight")]
-        if tied and {tied[0], "lm_head.weight"} & {*factors, *whole}:
-            added, changes = {"lm_head.weight": tied[0]}, {"tie_word_embeddings": False}
+        added, changes = {} if head in names else {head: table}, {"tie_word_embeddings": False}
     strange = sorted({*factors, *whole, *tokens} - names - set(added))
     if strange:
         raise ModelError(
             f"{found.adapter}: changes {strange[0]}, which {base} doesn't have: it belongs to another base"
         )
+
+    for name, tensor in whole.items():
+        first, *width = shapes[added.get(name, name)]
+        if len(tensor) < first or list(tensor.shape[1:]) != width:
+            raise ModelError(f"{found.adapter}: {name} has another shape in {base}: it belongs to another base")
 
     quantizer = found.facts.get("quantizer", "none")
     rounded: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, weight: weight  # noqa: E731

@@ -131,9 +131,10 @@ def _fork(source: Path, which: str | None, folder: Path) -> None:
     if path is None:
         raise RecipeError(f"--resume {source}: it has no whole checkpoint to go on from")
     lengths = checkpoint.load(path).state["lengths"]
+    facts = {**read_json(source / "run.json"), "status": "interrupted"}  # whatever that run has come to since
     try:
         make_folder(folder)
-        write_whole(folder / FORKING, (source / "run.json").read_bytes())
+        write_whole(folder / FORKING, json.dumps(facts, indent=2, ensure_ascii=False).encode())
         for name in ("checkpoints", "data"):  # of an earlier try, which may have been of another step
             shutil.rmtree(folder / name, ignore_errors=True)
         shutil.copytree(path, folder / "checkpoints" / path.name)

@@ -171,6 +171,16 @@ def test_a_fork_that_was_killed_midway_is_begun_anew_by_the_same_line(
     assert losses(new) == losses(run)[:4]
 
 
+def test_a_new_folder_whose_first_process_died_is_not_complete(here: Here, run: Path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("corefit.session.Session._model", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            here.goes_on(f"{run}@3", out=here.folder / "new")
+    new = here.goes_on(f"{run}@3", out=here.folder / "new")
+    assert not any("complete" in line for line in here.said)
+    assert (new.path / "adapter").is_dir()
+
+
 def test_a_step_of_a_run_can_be_talked_to_and_merged(run: Path, tmp_path: Path):
     best = (run / "checkpoints" / "best").read_text("utf-8").strip()
     texts = {}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from samples import encode_each
 from tiny import write_model
 from tiny_export import adapted, facts
@@ -88,10 +89,28 @@ def test_a_base_that_changed_is_told(run, tmp_path):
     assert lines == []
 
 
+@pytest.mark.parametrize("cut", [5, 3000, -1])
+def test_an_adapter_that_was_cut_off_is_told(run, tmp_path, cut):
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:cut])
+    with pytest.raises(ModelError, match="adapter_model.safetensors isn't whole .*; fetch it again"):
+        find(tmp_path / "adapter", model=str(EMBEDDED_MODEL))
+
+
+@pytest.mark.parametrize("name", ["corefit.json", "adapter_config.json"])
+@pytest.mark.parametrize("content", ["[1]", "null"])
+def test_json_that_is_no_object_is_told(run, tmp_path, name, content):
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / name).write_text(content)
+    with pytest.raises(ModelError, match=f"{name}: not a JSON object"):
+        find(tmp_path / "adapter", model=str(EMBEDDED_MODEL))
+
+
 def test_the_embedded_base_is_found_by_name(tmp_path):
     config = {"peft_type": "LORA", "base_model_name_or_path": "corefit-embedded"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    (tmp_path / "adapter_model.safetensors").touch()
+    save_file({}, tmp_path / "adapter_model.safetensors")
     assert find(tmp_path).base == EMBEDDED_MODEL
 
 

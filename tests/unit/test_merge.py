@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import write_model
 from tiny_export import IDS, adapted, facts, load
+from tiny_families import FAMILIES, Family, write_family
 
 from corefit import merge as merging
 from corefit.chat import find
@@ -141,6 +142,67 @@ def test_tied_embeddings(tmp_path, spec):
     tied = not spec
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is tied
     assert (again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()) is tied
+
+
+@pytest.mark.parametrize("end", ["one key less", "the head stored too"])
+@pytest.mark.parametrize("spec", [{"modules_to_save": ("lm_head",)}, {"modules_to_save": ("embed_tokens",)}])
+def test_a_tied_pair_becomes_two_however_the_base_says_so(tmp_path, spec, end):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *args, **kwargs: None)  # peft warns of tied layers
+        base = tied_base(tmp_path / "base", stored_twice=end != "one key less")
+        model = adapted(base, **spec)
+        export_trained(model, tmp_path / "adapter", facts(base))
+        want = logits(model)
+    out = merge(tmp_path / "adapter", tmp_path / "merged", model=str(base))
+    assert (logits(load(out)) - want).abs().max() < 1e-4
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_tied_pair_becomes_two_under_starcoders_names(tmp_path):
+    [family] = [family for family in FAMILIES if family.kind == "gpt_bigcode"]
+    base = write_family(tmp_path / "base", family)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *args, **kwargs: None)  # peft warns of tied layers
+        model = adapted(base, modules_to_save=("wte",))
+        export_trained(model, tmp_path / "adapter", facts(base))
+        want = logits(model)
+    out = merge(tmp_path / "adapter", tmp_path / "merged", model=str(base))
+    assert (logits(load(out)) - want).abs().max() < 1e-5
+
+
+def test_rows_of_a_tied_pair_that_is_stored_twice_are_changed_in_both(tmp_path):
+    base = tied_base(tmp_path / "base", stored_twice=True)
+    model = adapted(base, tokens=tuple(IDS[0, :3].tolist()))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.normal_(0, 0.5)
+    export_trained(model, tmp_path / "adapter", facts(base))
+    out = merge(tmp_path / "adapter", tmp_path / "merged", model=str(base))
+    assert (logits(load(out)) - logits(model)).abs().max() < 1e-4
+
+
+def tied_base(folder: Path, *, stored_twice: bool) -> Path:
+    """Either with the head beside the embeddings (Qwen 3 0.6B), or tied by what its class does unsaid (Gemma)."""
+    if stored_twice:
+        write_model(folder, tie_word_embeddings=True)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+    write_family(folder, Family("Gemma 1", "gemma", {"head_dim": 16}))
+    config = json.loads((folder / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_module_of_another_size_belongs_to_another_base(tmp_path):
+    _, _, run = pair(tmp_path, spec={"modules_to_save": ("lm_head",)})
+    other = write_model(tmp_path / "other", vocab_size=640)
+    with pytest.raises(ModelError, match=r"lm_head.weight has another shape in .*other: it belongs to another base"):
+        merge(run, tmp_path / "merged", model=str(other))
+    assert not (tmp_path / "merged").exists()
 
 
 def test_stored_dtype_stays(tmp_path):
