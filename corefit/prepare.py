@@ -34,6 +34,7 @@ from corefit.recipe import (
     apply_overrides,
     imported_recipe,
     load_recipe,
+    option_keys,
     options_from,
     run_and_step,
     shares,
@@ -229,12 +230,16 @@ def prepare(
     choices: list[str] = []
     sources: list[Source] = []
     val_sources: list[Source] = []
+    val_read: list[object] = []
     head: list[tuple[Source, Record | BadRecord]] = []
     for number in range(len(recipe.data)):
         train, val, lines, first = _sources(number, recipe, registry, spool_to, again)
         sources.append(train)
         head += [(train, record) for record in first]
-        val_sources += val
+        entry = recipe.data[number]
+        how = [one.sources.paths for one in val], train.reader, train.map_function.name, entry.fields, entry.options
+        val_sources += val if how not in val_read else ()  # val.data is every [[data]]'s
+        val_read.append(how)
         choices += lines
     name, why = recipe.template.name or "tokenizer", ""
     if recipe.template.name is None:
@@ -327,7 +332,9 @@ def _sources(
     else:
         name = entry.map
         if name is None:
-            name, lines = _sniff(Sources(train, limit), reader, registry, entry.on_bad)
+            own = {key: value for key, value in entry.options.items() if key in option_keys(reader.options)}
+            options = options_from(reader.options, own, where="data.options")
+            name, lines = _sniff(Sources(train, limit), reader, registry, entry.on_bad, options)
             lines.append(f"format: {name} (none was named: recognised from the first records)")
             reader = _reader(entry.reader, name, registry, train)
         mapper = registry.map_function(name)
@@ -355,10 +362,10 @@ def _sources(
     whole = dataclasses.replace(ordered, sources=dataclasses.replace(ordered.sources, fields=None))
     first = list(islice(whole.read(), SNIFFED))
     lines += _check_format(whole, first, registry)
-    if recipe.val.data is not None and not val:
+    if recipe.val.data is not None:
         found = find_files(recipe.val.data, base=Path.cwd())
         val = (*found.train, *found.val)
-    held_out = dataclasses.replace(ordered, sources=as_found(Sources(val, limit, mapper.fields)))
+    held_out = dataclasses.replace(ordered, first=None, sources=as_found(Sources(val, limit, mapper.fields)))
     return dataclasses.replace(ordered, shuffle=entry.shuffle), (held_out,) if val else (), lines, first
 
 
@@ -375,13 +382,15 @@ def _plain(path: Path, recipe: Recipe, entry: Data, spool_to: Path | None, again
     return spool(path, spool_to) if stdin or packed else path
 
 
-def _sniff(sources: Sources, reader: DatasetReader, registry: Registry, on_bad: str) -> tuple[str, list[str]]:
+def _sniff(
+    sources: Sources, reader: DatasetReader, registry: Registry, on_bad: str, options: object = None
+) -> tuple[str, list[str]]:
     """Give the one map function that recognises the first records, and lines about those that failed at them.
 
     Raises:
         DataError: none does, or several do; names the keys that are there and the candidates.
     """
-    first = list(islice(reader.read(sources, None), SNIFFED))
+    first = list(islice(reader.read(sources, options), SNIFFED))
     for record in first:
         if isinstance(record, BadRecord) and on_bad == "error":
             raise refused(record)
