@@ -365,6 +365,8 @@ def _sources(
     if recipe.val.data is not None:
         found = find_files(recipe.val.data, base=Path.cwd())
         val = (*found.train, *found.val)
+        if Path("-") in val:
+            raise RecipeError("val.data: standard input is no file, and can be read once only; give a file")
     held_out = dataclasses.replace(ordered, first=None, sources=as_found(Sources(val, limit, mapper.fields)))
     return dataclasses.replace(ordered, shuffle=entry.shuffle), (held_out,) if val else (), lines, first
 

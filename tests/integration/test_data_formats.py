@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -131,3 +132,10 @@ def test_validation_data_is_read_once_and_whole_whatever_else_is_said_of_the_tra
     plan = prepare(resolved, registry, tokenizer=tiny_tokenizer, spool_to=None)
     places = [record.origin for one in plan.val_sources for record in one.read()]
     assert places == [f"{tmp_path / 'mine.jsonl'}:{line}" for line in (1, 2, 3)]
+    with pytest.raises(RecipeError, match=r"^val\.data: standard input is no file"):
+        prepare(
+            dataclasses.replace(resolved, val=dataclasses.replace(resolved.val, data="-")),
+            registry,
+            tokenizer=tiny_tokenizer,
+            spool_to=tmp_path / "spooled",
+        )
