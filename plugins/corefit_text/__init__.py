@@ -15,7 +15,6 @@ from typing import IO, Any
 
 from corefit import (
     BadRecord,
-    DataError,
     DatasetReader,
     Position,
     PromptTemplate,
