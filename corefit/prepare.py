@@ -399,7 +399,8 @@ def _sniff(
     records = [record for record in first if isinstance(record, Record)]
     if not records:
         where, n = ", ".join(map(str, sources.paths)), len(first)
-        raise DataError(f"{where}: none of the first {n} records can be read; --plugin names their format")
+        none = f"none of the first {n} records can be read; --plugin names their format" if n else "no records in it"
+        raise DataError(f"{where}: {none}")
     fits, lines = _recognised(records, registry)
     if len(fits) == 1:
         return fits[0], lines

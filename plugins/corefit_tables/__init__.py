@@ -35,6 +35,8 @@ class CsvOptions:
     def __post_init__(self) -> None:
         if len(self.delimiter) > 1 or self.delimiter in ('"', "\n", "\r"):
             raise UserError(f"data.options: delimiter is {self.delimiter!r}, expected one character")
+        if twice := [name for name in self.columns if self.columns.count(name) > 1]:
+            raise UserError(f"data.options: columns has {twice[0]!r} twice")
 
 
 class _TooLong(csv.Error):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cli import corefit
 
-from corefit.errors import RecipeError
+from corefit.errors import DataError, RecipeError
 from corefit.prepare import prepare, resolve
 from corefit.recipe import load_recipe
 from corefit.registry import Registry
@@ -119,6 +119,12 @@ def test_a_format_is_recognised_with_the_options_of_the_reader(tmp_path, tiny_to
         sets=("data.options.delimiter=;",),
     )
     assert len(list(given)) == 2
+
+
+def test_a_table_without_rows_is_said_to_have_none(tmp_path, tiny_tokenizer):
+    (tmp_path / "rows.csv").write_text("question,answer\n", "utf-8")
+    with pytest.raises(DataError, match=r"rows\.csv: no records in it$"):
+        list(inspect(tokenizer=tiny_tokenizer, data=str(tmp_path / "rows.csv"), template="chatml"))
 
 
 def test_validation_data_is_read_once_and_whole_whatever_else_is_said_of_the_training_data(tmp_path, tiny_tokenizer):

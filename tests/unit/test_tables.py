@@ -123,6 +123,10 @@ class TestCsv:
         path = write(tmp_path / "a.csv", "1,2\n3,4\n")
         assert rows(read(path, options={"columns": ["a", "b"]})) == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
 
+    def test_columns_of_one_name_are_refused(self, tmp_path):
+        with pytest.raises(UserError, match=r"data\.options: columns has 'a' twice"):
+            read(write(tmp_path / "a.csv", "1,2\n"), options={"columns": ["a", "a"]})
+
     def test_delimiters(self, tmp_path):
         assert rows(read(write(tmp_path / "a.csv", "a;b\n1,5;2\n"), options={"delimiter": ";"})) == [
             {"a": "1,5", "b": "2"}
