@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from corefit.data.files import open_file
     from corefit.data.jsonl import fetch_jsonl, index_jsonl, read_jsonl
     from corefit.errors import CorefitError, DataError, RecipeError, UserError, encoding_hint
     from corefit.fields import Fields
@@ -61,6 +62,7 @@ _ELSEWHERE = {
     "hookimpl": "corefit.hookspecs",
     "index_jsonl": "corefit.data.jsonl",
     "inspect": "corefit.samples",
+    "open_file": "corefit.data.files",
     "read_jsonl": "corefit.data.jsonl",
     "train": "corefit.run",
 }
@@ -106,6 +108,7 @@ __all__ = [
     "hookimpl",
     "index_jsonl",
     "inspect",
+    "open_file",
     "read_jsonl",
     "train",
 ]

@@ -236,12 +236,16 @@ def prepare(
     choices: list[str] = []
     sources: list[Source] = []
     val_sources: list[Source] = []
+    val_read: list[object] = []
     head: list[tuple[Source, Record | BadRecord]] = []
     for number in range(len(recipe.data)):
         train, val, lines, first = _sources(number, recipe, registry, spool_to, again)
         sources.append(train)
         head += [(train, record) for record in first]
-        val_sources += val
+        entry = recipe.data[number]
+        how = [one.sources.paths for one in val], train.reader, train.map_function.name, entry.fields, entry.options
+        val_sources += val if how not in val_read else ()  # val.data is every [[data]]'s
+        val_read.append(how)
         choices += lines
     name, why = recipe.template.name or "tokenizer", ""
     if recipe.template.name is None:
@@ -363,10 +367,12 @@ def _sources(
     whole = dataclasses.replace(ordered, sources=dataclasses.replace(ordered.sources, fields=None))
     first = list(islice(whole.read(), SNIFFED))
     lines += _check_format(whole, first, registry)
-    if recipe.val.data is not None and not val:
+    if recipe.val.data is not None:
         found = find_files(recipe.val.data, base=Path.cwd())
         val = (*found.train, *found.val)
-    held_out = dataclasses.replace(ordered, sources=as_found(Sources(val, limit, declared)))
+        if Path("-") in val:
+            raise RecipeError("val.data: standard input is no file, and can be read once only; give a file")
+    held_out = dataclasses.replace(ordered, first=None, sources=as_found(Sources(val, limit, declared)))
     return dataclasses.replace(ordered, shuffle=entry.shuffle), (held_out,) if val else (), lines, first
 
 
@@ -398,7 +404,8 @@ def _sniff(sources: Sources, reader: DatasetReader, registry: Registry, entry: D
     records = [record for record in first if isinstance(record, Record)]
     if not records:
         where, n = ", ".join(map(str, sources.paths)), len(first)
-        raise DataError(f"{where}: none of the first {n} records can be read; --plugin names their format")
+        none = f"none of the first {n} records can be read; --plugin names their format" if n else "no records in it"
+        raise DataError(f"{where}: {none}")
     fits, lines = _recognised(records, registry)
     if len(fits) == 1:
         return fits[0], lines

@@ -9,17 +9,15 @@ read batch by batch; a shuffle of it holds all rows in memory.
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import sys
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
-from corefit import BadRecord, DataError, DatasetReader, Position, Record, Sources, UserError, encoding_hint
+from corefit import BadRecord, DataError, DatasetReader, Position, Record, Sources, UserError, encoding_hint, open_file
 
 BATCH = 1024
 """Rows of a Parquet file that are held at a time."""
@@ -37,6 +35,8 @@ class CsvOptions:
     def __post_init__(self) -> None:
         if len(self.delimiter) > 1 or self.delimiter in ('"', "\n", "\r"):
             raise UserError(f"delimiter is {self.delimiter!r}, expected one character")
+        if twice := [name for name in self.columns if self.columns.count(name) > 1]:
+            raise UserError(f"columns has {twice[0]!r} twice")
 
 
 class _TooLong(csv.Error):
@@ -46,8 +46,8 @@ class _TooLong(csv.Error):
 class _Lines:
     """The lines of a file as text, counted; bytes that are not UTF-8 become lone surrogates."""
 
-    def __init__(self, file: IO[bytes], end: int, limit: int) -> None:
-        self.file, self.end, self.limit = file, end, limit
+    def __init__(self, file: IO[bytes], limit: int) -> None:
+        self.file, self.limit = file, limit
         self.offset, self.line = 0, 0  # bytes and lines that were taken
         self.begun = 0  # offset of the row that is being read
 
@@ -55,8 +55,7 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        room = min(self.end - self.offset, self.limit - (self.offset - self.begun) + 1)
-        raw = self.file.readline(max(room, 0))
+        raw = self.file.readline(self.limit - (self.offset - self.begun) + 1)
         if self.offset + len(raw) - self.begun > self.limit:
             words = f"a row of over {self.limit:,} bytes (data.max_record_mb), or a quote that is never closed"
             raise _TooLong(f"{words}; nothing of this file is read from here on")
@@ -105,25 +104,22 @@ def _read_csv(
     """Give the rows of all files in order, or from ``start`` on.
 
     Raises:
-        DataError: a file can't be opened, has no rows, or a header that names no columns.
+        DataError: a file can't be opened or unpacked, has no rows, or a header that names no columns.
     """
     options = options or CsvOptions()
     delimiter = options.delimiter or delimiter
     csv.field_size_limit(min(max(sources.max_record_bytes, csv.field_size_limit()), sys.maxsize // 2**32))
     for number in range(start.file if start else 0, len(sources.paths)):
         path = sources.paths[number]
-        end = sources.states[number].size if sources.states and path.suffix != ".gz" else sys.maxsize
-        try:
-            with cast("IO[bytes]", gzip.open(path) if path.suffix == ".gz" else open(path, "rb")) as file:
-                lines = _Lines(file, end, sources.max_record_bytes)
-                rows = csv.reader(lines, delimiter=delimiter, strict=True)
-                names = list(options.columns) or _header(path, rows, lines, delimiter)
-                if start and number == start.file:
-                    file.seek(start.offset)
-                    lines.offset, lines.line = start.offset, start.line - 1
-                yield from _rows(rows, names, lines, sources, number)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+        end = sources.states[number].size if sources.states else None
+        with open_file(path, end=end) as (file, _):
+            lines = _Lines(file, sources.max_record_bytes)
+            rows = csv.reader(lines, delimiter=delimiter, strict=True)
+            names = list(options.columns) or _header(path, rows, lines, delimiter)
+            if start and number == start.file:
+                file.seek(start.offset)
+                lines.offset, lines.line = start.offset, start.line - 1
+            yield from _rows(rows, names, lines, sources, number)
 
 
 def _rows(

@@ -8,17 +8,13 @@ recognises its records, and the template is chosen where the data is plain text 
 
 from __future__ import annotations
 
-import gzip
-import sys
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from corefit import (
     BadRecord,
-    DataError,
     DatasetReader,
     Position,
     PromptTemplate,
@@ -26,6 +22,7 @@ from corefit import (
     Sources,
     UserError,
     encoding_hint,
+    open_file,
 )
 
 
@@ -47,28 +44,25 @@ def read(
     """Give the documents of all files in order, or from ``start`` on; blank ones are left out.
 
     Raises:
-        DataError: a file can't be opened.
+        DataError: a file can't be opened or unpacked.
     """
     separator = (options or TextOptions()).separator.encode()
     for number in range(start.file if start else 0, len(sources.paths)):
         path = sources.paths[number]
-        end = sources.states[number].size if sources.states and path.suffix != ".gz" else sys.maxsize
+        end = sources.states[number].size if sources.states else None
         begin, line = (start.offset, start.line) if start and number == start.file else (0, 1)
-        try:
-            with cast("IO[bytes]", gzip.open(path) if path.suffix == ".gz" else open(path, "rb")) as file:
-                file.seek(begin)
-                yield from _documents(file, path, number, begin, line, end, separator, sources.max_record_bytes)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+        with open_file(path, end=end) as (file, _):
+            file.seek(begin)
+            yield from _documents(file, path, number, begin, line, separator, sources.max_record_bytes)
 
 
 def _documents(
-    file: IO[bytes], path: Path, number: int, begin: int, line: int, end: int, separator: bytes, limit: int
+    file: IO[bytes], path: Path, number: int, begin: int, line: int, separator: bytes, limit: int
 ) -> Iterator[Record | BadRecord]:
     at, raw = begin, b"more"
     while raw:
         parts, held, begun, first = list[bytes](), 0, at, line
-        while raw := file.readline(max(min(end - at, limit + 1), 0)):
+        while raw := file.readline(limit + 1):
             at, line = at + len(raw), line + raw.endswith(b"\n")
             if separator and raw.strip() == separator:
                 break

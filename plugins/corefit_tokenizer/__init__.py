@@ -5,7 +5,8 @@ second rendering says what the Jinja writes around the messages; the pieces must
 character. So an answer is known by construction: from the end of what precedes it to the first control token after it.
 
 Thinking: where a message has ``reasoning``, or its content begins with ``<think>...</think>``, the answer begins where
-the Jinja's generation prompt ends, so that an opening tag is learnt just where the model has to write it. Many
+the Jinja's generation prompt ends, so that an opening tag is learnt just where the model has to write it; where there
+is no such prompt, where an answer without a thought begins. Many
 templates (Qwen3's, say) leave the reasoning of earlier turns out. Where that would lose a supervised one, the run stops
 and names the turn: ``template.supervise = "unroll"`` makes a sample of every turn, as it is when the model answers. A
 think block that is empty is the template's, not the answer's, and never supervised.
@@ -144,7 +145,11 @@ def _locate(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list[str
         literal = split[k - 1]
         if piece.thought:
             before = "".join(split[:k])
-            prompt = tokenizer.render_chat(chat[: piece.message], add_generation_prompt=True)
+            asked = chat[: piece.message]
+            prompt = tokenizer.render_chat(asked, add_generation_prompt=True)
+            if prompt == tokenizer.render_chat(asked):  # none: as an answer without a thought
+                plain = f"{key}{piece.message}x"
+                prompt = tokenizer.render_chat([*asked, _fields("assistant", plain, None)]).partition(plain)[0]
             if before.startswith(prompt) and len(before) - len(prompt) <= len(literal):
                 tails[len(literals)] = before[len(prompt) :]
             elif supervised:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from cli import corefit
 
-from corefit.errors import RecipeError
+from corefit.errors import DataError, RecipeError
+from corefit.prepare import prepare, resolve
 from corefit.recipe import load_recipe
+from corefit.registry import Registry
 from corefit.run import train_from
 from corefit.samples import inspect
 
@@ -105,3 +108,40 @@ def test_the_command_line_says_what_fits_in_one_line_and_exits_2(tmp_path, tiny_
     assert "rows.jsonl:1: map function 'alpaca' makes nothing of the first 3 records" in done.stderr
     assert "keys there: conversations; --plugin sharegpt fits" in done.stderr
     assert corefit("inspect", "--plugin", "sharegpt", *flags, cwd=tmp_path).returncode == 0
+
+
+def test_a_format_is_recognised_with_the_options_of_the_reader(tmp_path, tiny_tokenizer):
+    (tmp_path / "rows.csv").write_text("instruction;input;output\nAdd.;1, 1;2\nAdd.;2, 2;4\n", "utf-8")
+    given = inspect(
+        tokenizer=tiny_tokenizer,
+        data=str(tmp_path / "rows.csv"),
+        template="chatml",
+        sets=("data.options.delimiter=;",),
+    )
+    assert len(list(given)) == 2
+
+
+def test_a_table_without_rows_is_said_to_have_none(tmp_path, tiny_tokenizer):
+    (tmp_path / "rows.csv").write_text("question,answer\n", "utf-8")
+    with pytest.raises(DataError, match=r"rows\.csv: no records in it$"):
+        list(inspect(tokenizer=tiny_tokenizer, data=str(tmp_path / "rows.csv"), template="chatml"))
+
+
+def test_validation_data_is_read_once_and_whole_whatever_else_is_said_of_the_training_data(tmp_path, tiny_tokenizer):
+    for name in ("a/train.jsonl", "a/val.jsonl", "b.jsonl", "mine.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"instruction": "q", "input": "", "output": "a"}\n' * 3, "utf-8")
+    recipe = '[[data]]\npath = "a"\nfirst = 2\n[[data]]\npath = "b.jsonl"\nrepeat = 2\n[val]\ndata = "mine.jsonl"\n'
+    (tmp_path / "recipe.toml").write_text(recipe, "utf-8")
+    registry = Registry.load()
+    resolved, *_ = resolve(str(tmp_path / "recipe.toml"), {"template": "chatml"}, [], registry, need_model=False)
+    plan = prepare(resolved, registry, tokenizer=tiny_tokenizer, spool_to=None)
+    places = [record.origin for one in plan.val_sources for record in one.read()]
+    assert places == [f"{tmp_path / 'mine.jsonl'}:{line}" for line in (1, 2, 3)]
+    with pytest.raises(RecipeError, match=r"^val\.data: standard input is no file"):
+        prepare(
+            dataclasses.replace(resolved, val=dataclasses.replace(resolved.val, data="-")),
+            registry,
+            tokenizer=tiny_tokenizer,
+            spool_to=tmp_path / "spooled",
+        )

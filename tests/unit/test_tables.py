@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from corefit.data import files
 from corefit.data.source import At, Input, Source, as_found
 from corefit.errors import DataError, RecipeError, UserError
 from corefit.prepare import _reader, prepare, resolve
@@ -123,6 +124,10 @@ class TestCsv:
         path = write(tmp_path / "a.csv", "1,2\n3,4\n")
         assert rows(read(path, options={"columns": ["a", "b"]})) == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
 
+    def test_columns_of_one_name_are_refused(self, tmp_path):
+        with pytest.raises(UserError, match=r"data\.options: columns has 'a' twice"):
+            read(write(tmp_path / "a.csv", "1,2\n"), options={"columns": ["a", "a"]})
+
     def test_delimiters(self, tmp_path):
         assert rows(read(write(tmp_path / "a.csv", "a;b\n1,5;2\n"), options={"delimiter": ";"})) == [
             {"a": "1,5", "b": "2"}
@@ -157,8 +162,18 @@ class TestCsv:
             read(write(tmp_path / "a.csv.gz", gzip.compress(b"a,b\n1,2\n")[:-9]))
         torn = bytearray(gzip.compress(b"a,b\n1,2\n"))
         torn[10] = 255  # the first byte behind the header
-        with pytest.raises(DataError, match=r"a\.csv\.gz: Error -3 while decompressing data"):
+        with pytest.raises(DataError, match=r"a\.csv\.gz: damaged gzip data \(Error -3 while decompressing data"):
             read(write(tmp_path / "a.csv.gz", bytes(torn)))
+
+    def test_gzip_is_told_by_content_not_by_name(self, tmp_path):
+        for name in ("a.csv", "a.csv.GZ"):
+            assert rows(read(write(tmp_path / name, gzip.compress(b"a,b\n1,2\n")))) == [{"a": "1", "b": "2"}]
+
+    def test_what_a_gzip_file_unpacks_to_has_a_limit(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(files, "MAX_UNPACKED", 2**16)
+        path = write(tmp_path / "a.csv.gz", gzip.compress(b"a,b\n" + b"1,2\n" * 2**18))
+        with pytest.raises(DataError, match=r"a\.csv\.gz: unpacks to more than 200 times its size"):
+            read(path)
 
     def test_random_tables_are_what_the_csv_module_wrote(self, tmp_path):
         generator = random.Random(0)

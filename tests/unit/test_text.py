@@ -11,6 +11,7 @@ from corefit_text import TextOptions, read
 from tiny import write_model
 
 import corefit
+from corefit.data import files
 from corefit.data.source import as_found
 from corefit.errors import DataError, UserError
 from corefit.types import BadRecord, Record, Sources
@@ -79,7 +80,7 @@ def test_what_is_added_while_a_run_goes_on_is_not_read(tmp_path):
 
 
 def test_mistakes_are_one_line(tmp_path):
-    with pytest.raises(DataError, match=r"gone\.txt: No such file"):
+    with pytest.raises(DataError, match=r"gone\.txt: no such file"):
         texts(tmp_path / "gone.txt")
     with pytest.raises(UserError, match="separator"):
         TextOptions(separator=" -")
@@ -118,5 +119,12 @@ def test_a_damaged_gzip_file_is_an_error_that_names_it(tmp_path):
     torn = bytearray(gzip.compress(b"one"))
     torn[10] = 255  # the first byte behind the header
     (tmp_path / "a.txt.gz").write_bytes(torn)
-    with pytest.raises(DataError, match=r"a\.txt\.gz: Error -3 while decompressing data"):
+    with pytest.raises(DataError, match=r"a\.txt\.gz: damaged gzip data \(Error -3 while decompressing data"):
+        list(read(Sources((tmp_path / "a.txt.gz",))))
+
+
+def test_what_a_gzip_file_unpacks_to_has_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_UNPACKED", 2**16)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"some words\n" * 2**17))
+    with pytest.raises(DataError, match=r"a\.txt\.gz: unpacks to more than 200 times its size"):
         list(read(Sources((tmp_path / "a.txt.gz",))))

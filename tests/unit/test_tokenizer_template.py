@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from pathlib import Path
 
@@ -153,6 +154,16 @@ class TestThinking:
             assert inline == marked(name, self.THOUGHT)
         else:
             assert f"[{block}yo{SHAPES[name].stop}]" in inline
+
+    def test_the_header_of_an_answer_is_not_learnt_where_the_template_writes_no_generation_prompt(self, tmp_path):
+        path = write_shape(tmp_path, "chatml") / "tokenizer_config.json"
+        config = json.loads(path.read_text("utf-8"))
+        config["chat_template"] = config["chat_template"].partition("{% if add_generation_prompt %}")[0]
+        path.write_text(json.dumps(config), "utf-8")
+        made = make_encoder(OWN, Tokenizer.load(tmp_path))
+        content = "<think>\nwhy\n</think>\n\nyo"
+        segments = made.segments(Conversation((USER, Message("assistant", content))))
+        assert "".join(s.text for s in segments if s.supervised) == content + "<|im_end|>"
 
     def test_earlier_reasoning_that_is_left_out_stops_the_run_and_names_the_turn(self):
         with pytest.raises(
