@@ -27,7 +27,7 @@ added to a vocabulary 120; a chat that reads once, samples and obeys commands 11
 `inspect` that names what is left out 55; formats by the names of fields, functions of one's own, data that are in
 another format 230; recipes made from a table 65, what a quantizer will store and layers that peft takes for experts
 65; other programs' configurations as recipes, their commands, adapters out of their checkpoints 200; several
-processes as one run 190; the contract kit that plugins are tried with 680, new plugins' texts 330, deprecations 35;
+processes as one run 190; the contract kit that plugins are tried with 680, new plugins 100, deprecations 35;
 `corefit doctor` 250, `corefit runs` and tables that align 140; what Windows lacks and GB18030 30;
 reporters and what they are told 350, the page of a run 205; the memory of a run by arithmetic, `corefit plan` and
 micro-batches by themselves 500, a step without memory 40; attention by document 180, norms, gates and LoRA in one
