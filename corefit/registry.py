@@ -378,8 +378,8 @@ def _check(entry: object, hook: str, type_: type[Any], function: str) -> None:
         if not (isinstance(texts, tuple | list) and all(isinstance(each, str) for each in texts)):
             raise PluginError(f"{hook}() yields {name!r} with {field_} {_short(texts)}; expected a tuple of text")
     for field_ in ("sniff", "index", "fetch", "after_load"):
-        if not callable(getattr(entry, field_, None) or print):
-            raise PluginError(f"{hook}() yields {name!r} with {field_} {_short(getattr(entry, field_))}; not callable")
+        if (given := getattr(entry, field_, None)) is not None and not callable(given):
+            raise PluginError(f"{hook}() yields {name!r} with {field_} {_short(given)}; not callable")
     options: Any = getattr(entry, "options", None)
     if options is None:
         return

@@ -24,7 +24,7 @@ from corefit.data.stream import Stream, encode_validation, split_validation
 from corefit.data.tokenizer import Tokenizer
 from corefit.errors import DataError
 from corefit.prepare import _sniff
-from corefit.recipe import Recipe
+from corefit.recipe import Data, Recipe
 from corefit.registry import Registry
 from corefit.samples import walk
 from corefit.session import questions
@@ -277,8 +277,8 @@ def test_a_sniff_that_fails_harms_nobody_who_does_not_ask_for_it(tmp_path, tiny_
     registry = Registry.load()
     told = replace(ANY, sniff=lambda record: "text" in record)
     known = SimpleNamespace(reader=registry.reader, map_functions={"careless": CARELESS, "any": told})
-    name, lines = _sniff(one.sources, one.reader, known, "skip")
+    name, lines = _sniff(one.sources, one.reader, known, Data(on_bad="skip"))
     where = one.sources.paths[0]
     assert name == "any" and lines == [f"map function 'careless' failed at {where}:1: KeyError: 'messages'"]
     with pytest.raises(DataError, match="hostile.jsonl:2:2: broken JSON"):
-        _sniff(one.sources, one.reader, known, "error")
+        _sniff(one.sources, one.reader, known, Data())

@@ -41,7 +41,7 @@ def test_a_plugin_name_is_never_a_path(name, tmp_path):
 @given(st.text(st.characters(exclude_characters="/\x00"), min_size=1).filter(lambda name: name not in (".", "..")))
 @settings(deadline=None)
 def test_a_run_lies_in_runs_whatever_its_recipe_is_called(name):
-    assert _new_folder(Recipe(), Path(f"somewhere/{name}.toml").stem).parent == Path("runs")
+    assert _new_folder(Recipe(), Path(f"somewhere/{name}.toml").stem, fork=False).parent == Path("runs")
 
 
 @pytest.mark.parametrize("name", ["...gz", "..gz", ".gz", "a.jsonl.gz", "stdin.jsonl", "..jsonl.gz"])
