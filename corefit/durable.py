@@ -67,12 +67,12 @@ def whole_folder(out: Path) -> Iterator[Path]:
         for path in sorted(aside.rglob("*")):
             sync(path)
         sync(aside)
-        if out.exists():
-            out.rename(old)
         try:
+            if out.exists():
+                out.rename(old)
             aside.rename(out)
-        except OSError:
-            if old.exists():
+        except BaseException:  # ctrl-C too
+            if old.exists() and not out.exists():
                 old.rename(out)
             raise
         sync(out.parent)

@@ -180,19 +180,23 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
 
 
-def test_a_folder_that_cannot_get_its_name_leaves_the_old_one_in_place(tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", [".tmp-out", "out"])
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_a_folder_that_cannot_get_its_name_leaves_the_old_one_in_place(tmp_path, monkeypatch, error, at):
     out, rename = tmp_path / "out", Path.rename
     with written_aside(out) as folder:
         (folder / "old").write_text("1")
 
     def refused(self, target):
-        if self.name == ".tmp-out":
-            raise OSError(5, "Input/output error")
-        return rename(self, target)
+        done = rename(self, target) if self.name == "out" else None  # ctrl-C is seen once the call is over
+        if self.name == at:
+            raise error
+        return done or rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", refused)
-    with pytest.raises(ModelError, match="can't be written"), written_aside(out, replace=True) as folder:
-        (folder / "new").write_text("2")
+    with monkeypatch.context() as patch, pytest.raises((ModelError, KeyboardInterrupt)):
+        patch.setattr(Path, "rename", refused)
+        with written_aside(out, replace=True) as folder:
+            (folder / "new").write_text("2")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
 
 
