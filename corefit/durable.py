@@ -67,18 +67,23 @@ def whole_folder(out: Path) -> Iterator[Path]:
         for path in sorted(aside.rglob("*")):
             sync(path)
         sync(aside)
-        try:
-            if out.exists():
-                out.rename(old)
-            aside.rename(out)
-        except BaseException:  # ctrl-C too
-            if old.exists() and not out.exists():
-                old.rename(out)
-            raise
+        take_place(aside, out, old)
         sync(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def take_place(new: Path, out: Path, old: Path) -> None:
+    """Rename a folder to ``out``; what was ``out`` becomes ``old``, or stays where that fails or is interrupted."""
+    try:
+        if out.exists():
+            out.rename(old)
+        new.rename(out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from corefit.data.block import (
 )
 from corefit.data.files import changed
 from corefit.data.source import Size
+from corefit.durable import take_place
 from corefit.errors import DataError, RecipeError, RunError, system_words
 
 if TYPE_CHECKING:
@@ -130,14 +131,7 @@ def write_arena(
             file.flush()
             os.fsync(file.fileno())
         with _disk(folder):
-            if folder.exists():
-                folder.replace(old)
-            try:
-                aside.replace(folder)
-            except BaseException:
-                if old.exists():
-                    old.replace(folder)
-                raise
+            take_place(aside, folder, old)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)

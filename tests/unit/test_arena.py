@@ -208,14 +208,14 @@ def test_it_is_written_whole_or_not_at_all(tmp_path, sources, monkeypatch):
         write(folder, *sources)
     monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    whole = Path.replace
+    whole = Path.rename
 
     def interrupt(path, target):
         if path.name.startswith(".arena-") and not path.name.endswith("-old"):
             raise KeyboardInterrupt
         return whole(path, target)
 
-    monkeypatch.setattr(Path, "replace", interrupt)
+    monkeypatch.setattr(Path, "rename", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write(folder, *sources)
     monkeypatch.undo()
