@@ -91,8 +91,6 @@ def merge(
     head = "lm_head.weight"
     if table in tokens and head in names and base_config.get("tie_word_embeddings"):  # stored twice, trained as one
         tokens[head], ids[head] = tokens[table], ids[table]
-    rows = {name: max(ids[name]) + 1 for name in tokens} | {name: len(tensor) for name, tensor in whole.items()}
-    rows = {name: n for name, n in rows.items() if name in names and n > shapes[name][0]}
     added, changes = {}, {}
     if table and {table, head} & {*factors, *whole}:
         # An adapter acts on the embedding or on the head, not on both, so a tied pair becomes two.
@@ -102,6 +100,11 @@ def merge(
         raise ModelError(
             f"{found.adapter}: changes {strange[0]}, which {base} doesn't have: it belongs to another base"
         )
+
+    trained = {name: max(ids[name]) + 1 for name in tokens} | {name: len(tensor) for name, tensor in whole.items()}
+    grown = {name for name, n in trained.items() if n > shapes[added.get(name, name)][0]}
+    most = max((trained[name] for name in grown), default=0)
+    rows = {name: most for name in {*grown, table, head} & {*names, *added} if grown}
 
     for name, tensor in whole.items():
         first, *width = shapes[added.get(name, name)]
@@ -121,14 +124,14 @@ def merge(
     def change(name: str, read: Callable[[], torch.Tensor]) -> torch.Tensor:
         if name in whole:
             return whole[name]
-        if name in tokens:
-            weight = read()
-            mean = weight.mean(0, keepdim=True, dtype=torch.float32).to(weight.dtype)
-            weight = torch.cat([weight, mean.expand(rows.get(name, len(weight)) - len(weight), -1)])
-            weight[ids[name]] = tokens[name].to(weight.dtype)
-            return weight
         if name not in factors:
-            return rounded(name, read())
+            weight = rounded(name, read())
+            if name in rows:
+                mean = weight.mean(0, keepdim=True, dtype=torch.float32).to(weight.dtype)
+                weight = torch.cat([weight, mean.expand(rows[name] - len(weight), -1)])
+            if name in tokens:
+                weight[ids[name]] = tokens[name].to(weight.dtype)
+            return weight
         pair = factors[name]
         embedding = "embedding_A" in pair
         down, up = (pair[f"embedding_{m}" if embedding else m].float() for m in "AB")
@@ -154,7 +157,7 @@ def merge(
         files = export.base_files(base) | export.serving_files(facts, "model")
         files["config.json"] = export.with_keys(files["config.json"], changes)
         if rows:
-            files["config.json"] = export.with_vocabulary(files["config.json"], max(rows.values()))
+            files["config.json"] = export.with_vocabulary(files["config.json"], most)
         files["corefit.json"] = export.with_keys(files["corefit.json"], {"merged_into": into})
         export.write_files(folder, files)
         export.rewrite_weights(base, folder, change, added, rows)

@@ -139,7 +139,17 @@ def _attach_lora(model: PreTrainedModel, spec: AdapterSpec, *, seed: int) -> Any
             raise ModelError(f"adapter.targets: {name} can't have LoRA beside model.add_tokens")
         if getattr(model.get_submodule(name), "bias", None) is not None:
             raise ModelError(f"model.add_tokens: {name} has a bias, with which peft can't train single rows")
-    rows = [name.rpartition(".")[2] for name in tables if not any(f".{name}".endswith(f".{end}") for end in saved)]
+
+    def trains_whole(name: str) -> bool:
+        return any(f".{name}".endswith(f".{end}") for end in saved)
+
+    rows = [name.rpartition(".")[2] for name in tables if not trains_whole(name)]
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "")
+    if rows and head not in tables and trains_whole(head):
+        both = f'["{rows[0]}", "{head}"]'
+        raise ModelError(
+            f"adapter.modules_to_save: {head} is {rows[0]}, where model.add_tokens trains: {both} or neither"
+        )
     config = LoraConfig(
         r=spec.r,
         lora_alpha=spec.alpha,

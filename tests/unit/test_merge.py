@@ -14,7 +14,7 @@ from tiny_families import FAMILIES, Family, write_family
 
 from corefit import merge as merging
 from corefit.chat import find
-from corefit.engine.adapter import with_adapter
+from corefit.engine.adapter import AdapterSpec, add_rows, attach_adapter, with_adapter
 from corefit.engine.export import export_trained, read_header, weight_files
 from corefit.engine.model import as_stored, causal_lm, load_base
 from corefit.errors import ModelError, PluginError
@@ -180,6 +180,31 @@ def test_rows_of_a_tied_pair_that_is_stored_twice_are_changed_in_both(tmp_path):
     export_trained(model, tmp_path / "adapter", facts(base))
     out = merge(tmp_path / "adapter", tmp_path / "merged", model=str(base))
     assert (logits(load(out)) - logits(model)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("whole", [(), ("lm_head",), ("embed_tokens",), ("lm_head", "embed_tokens")])
+def test_a_vocabulary_that_grew_grows_in_embeddings_and_head(tmp_path, whole, tied):
+    base = write_model(tmp_path / "base", tie_word_embeddings=tied)
+    network, vocabulary = load(base), json.loads((base / "config.json").read_text())["vocab_size"]
+    new = (vocabulary, vocabulary + 1)
+    add_rows(network, vocabulary + 2, new)
+    spec = AdapterSpec(r=4, alpha=8, dropout=0.0, modules_to_save=whole, tokens=new)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *args, **kwargs: None)  # peft warns of tied layers
+        if tied and whole == ("lm_head",):
+            with pytest.raises(ModelError, match=r'lm_head is embed_.*: \["embed_tokens", "lm_head"\] or neither'):
+                attach_adapter(network, spec, seed=1)
+            return
+        model = attach_adapter(network, spec, seed=1).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        export_trained(model, tmp_path / "adapter", facts(base))
+        want = logits(model)
+    out = merge(tmp_path / "adapter", tmp_path / "merged", model=str(base))
+    assert (logits(load(out)) - want).abs().max() < 1e-4
 
 
 def tied_base(folder: Path, *, stored_twice: bool) -> Path:
