@@ -121,7 +121,7 @@ def _fork(source: Path, which: str | None, folder: Path) -> None:
     """Begin a run folder with one checkpoint of another run, and the metrics and samples up to it.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it is torn. RecipeError: the folder can't be written.
+        ModelError: there is no such checkpoint. CheckpointError: it is torn. RecipeError: the folder can't be written.
     """
     from corefit.engine import checkpoint
 

@@ -30,7 +30,7 @@ from corefit.engine.export import entries_of, write_tensors
 from corefit.engine.nonfinite import require_finite
 from corefit.engine.optimizer import load_optimizer_state, optimizer_state
 from corefit.engine.ranks import ALONE, Ranks, shared_as
-from corefit.errors import CheckpointError
+from corefit.errors import CheckpointError, ModelError
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
@@ -148,12 +148,12 @@ def find(folder: Path, which: str) -> Path:
     """Give the checkpoint of a step, ``latest`` or ``best``; it may still be torn.
 
     Raises:
-        CheckpointError: there is none; names those that are there.
+        ModelError: there is none; names those that are there.
     """
     path = folder / name_of(int(which)) if which.isdecimal() else marked(folder, which)
     if path is None or not path.is_dir():
         there = ", ".join(str(step_of(found)) for found in steps_in(folder))
-        raise CheckpointError(f"{folder}: no checkpoint {which}; steps that are there: {there or 'none'}")
+        raise ModelError(f"{folder}: no checkpoint {which}; steps that are there: {there or 'none'}")
     return path
 
 
