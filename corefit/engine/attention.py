@@ -238,8 +238,8 @@ def choose_route(
     if why:
         lm.set_attn_implementation(before)
         return f"attention: {before} with a mask of each pack: slower, and more memory in long packs ({why})"
-    name = "flash" if device == "cpu" else varlen_function()[0].__name__
-    return f"attention: {name}, document by document, no mask"
+    name = "" if device == "cpu" else f"{varlen_function()[0].__name__}, "
+    return f"attention: {name}document by document"
 
 
 def _layers_with_window(config: Any) -> int:  # noqa: ANN401

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from importlib import import_module
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,16 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-BLOCK = 256
-"""Queries that attention with a window works on at once."""
-PADDED = 32
-"""A document's slots are made a multiple of this there: oneDNN compiles, and keeps, kernels for every size."""
-SHORT = 384
-"""Slots of a document up to which its attention is worked out in fp32: in 16 bits its many small products, each a call
-of oneDNN, take longer (backward 3.0 ms against 1.3 for 128 slots, 9 heads of 64, one core of an AMD EPYC)."""
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-"""What torch's own attention runs on a CPU where it can; they know grouped queries."""
+BLOCK = 128
+"""Queries that attention works on at once."""
+ROUND = 32
+"""Sizes there are multiples of this: oneDNN compiles, and keeps, kernels for every size."""
+SCORES = 2**20
+"""Scores that exist at the same time, where more than one head has to be worked on to reach them."""
 FUSED = {
     ("peft.tuners.lora.layer.Linear", "torch.nn.modules.linear.Linear"),
     ("peft.tuners.lora.bnb.Linear4bit", "bitsandbytes.nn.modules.Linear4bit"),
@@ -131,15 +126,12 @@ def _norm(module: Any, epsilon: float, x: Tensor) -> Tensor:  # noqa: ANN401
 
 
 class DocumentAttention(torch.autograd.Function):
-    """Causal attention inside each document, on a CPU: scores and softmax in fp32, the rest in the format of q.
+    """Causal attention inside each document, on a CPU: scores and softmax in fp32, all products with them as q is.
 
-    All of a short one (``SHORT``) in fp32, at least.
-
-    To be called without autocast. Keeps its inputs, its output, and a number for each query and head. Torch's own
-    function would keep each document's output once more, and for a head whose values have another width than its keys
-    it makes scores in 16 bits.
-
-    Source: Dao et al. 2022, arXiv:2205.14135.
+    To be called without autocast. Keeps its inputs alone. It works on ``BLOCK`` queries at a time, whatever documents
+    they are of, and on the slots from where the first of these begins; what a query doesn't see has a share of 0.0 in
+    what it gets. Torch's own function for CPUs takes a document at a time, longer for most lengths (see
+    ``benchmarks/LOG.md``), and in 16 bits its gradients are less exact.
     """
 
     @staticmethod
@@ -155,68 +147,79 @@ class DocumentAttention(torch.autograd.Function):
         """Take q [S, H, D], k [S, K, D], v [S, K, E], where documents begin and end, and how many slots one sees."""
         if bounds[0] or bounds[-1] != len(q):
             raise ValueError(f"documents from {bounds[0]} to {bounds[-1]} in {len(q)} slots")
-        width, sums = max(q.shape[-1], v.shape[-1]), list[Tensor]()
         out = q.new_empty(*q.shape[:2], v.shape[-1])
-        for rows, seen, mask, inner in _pieces(bounds, window, q.dtype):
-            given = [_by_head(x[at], width, inner) for x, at in ((q, rows), (k, seen), (v, seen))]
-            result, total = FLASH(*given, 0.0, mask is None, attn_mask=mask, scale=scale)
-            out[rows] = _by_slot(result, out[rows])
-            sums.append(total)
-        ctx.save_for_backward(q, k, v, out)
-        ctx.given = bounds, scale, window, sums
+        for at, seen, mask in _blocks(bounds, window, q, k):
+            shares = _shares(q[at], k[seen], mask, scale)
+            out[at] = _by_slot(torch.bmm(shares.to(q.dtype), _by_head(v[seen])), out[at])
+        ctx.save_for_backward(q, k, v)
+        ctx.given = bounds, scale, window
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Give the gradients of q, k and v."""
-        bounds, scale, window, sums = ctx.given
-        q, k, v, out = ctx.saved_tensors
-        width, grads = max(q.shape[-1], v.shape[-1]), [torch.zeros_like(x) for x in (q, k, v)]
-        for (rows, seen, mask, inner), total in zip(_pieces(bounds, window, q.dtype), sums, strict=True):
-            tensors = ((grad, rows), (q, rows), (k, seen), (v, seen), (out, rows))
-            given = [_by_head(x[at], width, inner) for x, at in tensors]
-            parts = FLASH_BACKWARD(*given, total, 0.0, mask is None, attn_mask=mask, scale=scale)
-            for whole, part, at in zip(grads, parts, (rows, seen, seen), strict=True):
-                whole[at] += _by_slot(part, whole[at])
-        return *grads, None, None, None
+        bounds, scale, window = ctx.given
+        q, k, v = ctx.saved_tensors
+        grad_q, wide = torch.empty_like(q), _wide(q)
+        grad_k, grad_v = (torch.zeros(x.shape, dtype=wide).transpose(0, 1) for x in (k, v))
+        for at, (slots, heads), mask in _blocks(bounds, window, q, k):
+            seen, n = (slots, heads), slots.stop - slots.start
+            keys, values, shares = _by_head(k[seen]), _by_head(v[seen]), _shares(q[at], k[seen], mask, scale)
+            queries, given = (_by_head(x[at], len(keys)) for x in (q, grad))
+            grad_v[heads, slots] += torch.bmm(shares.to(q.dtype).mT, given)[:, :n]
+            scores = torch.bmm(given, values.mT).to(wide)
+            scores = torch._softmax_backward_data(scores, shares, -1, wide, grad_input=scores).to(q.dtype)
+            grad_q[at] = _by_slot(torch.bmm(scores, keys), grad_q[at]).mul_(scale)
+            grad_k[heads, slots] += torch.bmm(scores.mT, queries)[:, :n]
+        return grad_q, *(x.transpose(0, 1).to(q.dtype) for x in (grad_k.mul_(scale), grad_v)), None, None, None
 
 
-def _by_head(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Give [L, H, D] as [1, H, P, width], with zeros where there was nothing: they change no score and no value.
+def _wide(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
 
-    P is a multiple of ``PADDED``. No slot of a document sees the padding behind it.
-    """
-    return F.pad(x.to(dtype), (0, width - x.shape[-1], 0, 0, 0, -len(x) % PADDED))[None].transpose(1, 2)
+
+def _by_head(x: Tensor, shared: int | None = None) -> Tensor:
+    """Give [L, H, D] as [K, H / K * P, D], K ``shared`` or H; P, a multiple of ``ROUND``, is L and rows of zeros."""
+    x = F.pad(x, (0, 0, 0, 0, 0, -len(x) % ROUND)) if len(x) % ROUND else x
+    return x.view(len(x), shared or x.shape[1], -1, x.shape[-1]).permute(1, 2, 0, 3).flatten(1, 2)
 
 
 def _by_slot(x: Tensor, like: Tensor) -> Tensor:
     """Undo ``_by_head``."""
-    return x[0].transpose(0, 1)[: len(like), :, : like.shape[-1]]
+    return x.reshape(like.shape[1], -1, like.shape[2]).transpose(0, 1)[: len(like)]
 
 
-def _pieces(
-    bounds: list[int], window: int | None, dtype: torch.dtype
-) -> Iterator[tuple[slice, slice, Tensor | None, torch.dtype]]:
-    """Give the queries of each call, the slots that they see, what hides some of them, 0 or -inf, padded, and a format.
+def _shares(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Give how much [K, H / K * P, P'] of what a query [L, H, D] gets comes from each key [L', K, D]; 1 in all."""
+    scores = torch.bmm(_by_head(q.to(mask.dtype) * scale, k.shape[1]), _by_head(k.to(mask.dtype)).mT)
+    scores.view(-1, *mask.shape).add_(mask)
+    return torch.softmax(scores, -1, out=scores)
 
-    Without a window a call takes a document, with one ``BLOCK`` queries of it. No mask: each query sees those before.
+
+def _blocks(
+    bounds: list[int], window: int | None, q: Tensor, k: Tensor
+) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice], Tensor]]:
+    """Give slots and heads of queries, slots and heads of keys that they see, and what hides some [P, P']: 0 or -inf.
+
+    Rows of padding see keys, so that they have no NaN to hand on.
     """
-    for begin, end in pairwise(bounds):
-        if not window:
-            yield slice(begin, end), slice(begin, end), None, _format(end - begin, dtype)
-            continue
-        for first in range(begin, end, BLOCK):
-            last, oldest = min(first + BLOCK, end), max(begin, first - window + 1)
-            inner = _format(last - oldest, dtype)
-            queries, keys = (torch.arange(n, last + (n - last) % PADDED) for n in (first, oldest))
-            ages = queries[:, None] - keys
-            mask = torch.zeros(ages.shape, dtype=inner).masked_fill_((ages < 0) | (ages >= window), -torch.inf)
-            yield slice(first, last), slice(oldest, last), mask, inner
-
-
-def _format(slots: int, dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32) if slots <= SHORT else dtype
+    ends, shared = torch.tensor(bounds), k.shape[1]
+    groups, slots = q.shape[1] // shared, torch.arange(len(q) + ROUND)
+    lowest = torch.repeat_interleave(ends[:-1], ends.diff())
+    if window:
+        lowest = torch.maximum(lowest, slots[: len(q)] - window + 1)
+    for first, begin in zip(range(0, len(q), BLOCK), lowest[::BLOCK].tolist(), strict=True):
+        last, oldest = min(first + BLOCK, len(q)), begin // ROUND * ROUND
+        padding = -last % ROUND
+        queries, keys = slots[first : last + padding, None], slots[oldest : last + padding]
+        hidden = (keys > queries) | (keys < F.pad(lowest[first:last], (0, padding))[:, None])
+        mask = torch.zeros(hidden.shape, dtype=_wide(q)).masked_fill_(hidden, -torch.inf)
+        some = max(1, SCORES // (mask.numel() * groups))
+        for head in range(0, shared, some):
+            heads = slice(head, min(head + some, shared))
+            at = slice(first, last), slice(heads.start * groups, heads.stop * groups)
+            yield at, (slice(oldest, last), heads), mask
 
 
 class LoraLinear(torch.autograd.Function):

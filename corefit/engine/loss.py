@@ -77,17 +77,19 @@ class LinearCrossEntropy(torch.autograd.Function):
             few = CACHED if hidden.device.type == "cpu" else chunk
             products = torch.empty(min(chunk, len(hidden)), len(w), dtype=dtype, device=hidden.device)
             wide = None if dtype == torch.float32 else torch.empty_like(products[:few], dtype=torch.float32)
+            numbers = torch.arange(few, device=hidden.device)
             for i in range(0, len(hidden), chunk):
                 h = hidden[i : i + chunk].to(dtype)
                 p = torch.mm(h, w.T, out=products[: len(h)])
-                for part, y in zip(torch.split(p, few), torch.split(targets[i : i + chunk, None], few), strict=True):
-                    z = part if wide is None else wide[: len(part)].copy_(part)
+                for part, y in zip(torch.split(p, few), torch.split(targets[i : i + chunk], few), strict=True):
+                    z, at_target = part if wide is None else wide[: len(part)].copy_(part), (numbers[: len(part)], y)
                     z -= z.amax(-1, keepdim=True)
-                    at_target = z.gather(1, y)
-                    total = z.exp_().sum(-1, keepdim=True)
-                    loss += (total.log() - at_target).sum()
+                    right = z[at_target]
+                    total = z.exp_().sum(-1)
+                    loss += (total.log() - right).sum()
                     if for_any:
-                        part.copy_(z.div_(total)).scatter_(1, y, at_target.exp_().div_(total).sub_(1).to(dtype))
+                        part.copy_(z.div_(total[:, None]))
+                        part[at_target] = right.exp_().div_(total).sub_(1).to(dtype)  # scatter_ copies all of it twice
                 if grad_hidden is not None:
                     grad_hidden[i : i + chunk] = p @ w
                 if grad_weight is not None:

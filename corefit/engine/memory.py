@@ -153,12 +153,12 @@ class Setting:
 def attention_kept(shape: Shape, setting: Setting) -> int:
     """Give the bytes that attention by document keeps in one layer.
 
-    Queries, keys, values, its result and sums of scores. On a GPU keys and values are repeated for each group of
-    queries. The result is what the next layer keeps too, unless dropout leaves it something else.
+    Queries, keys and values. On a GPU these last are repeated for each group of queries, and its result and sums of
+    scores are kept too.
     """
-    result = shape.queries * (setting.cuda or bool(setting.dropout and not setting.full))
-    pair = 2 * (shape.queries if setting.cuda else shape.keys)
-    return setting.tokens * ((shape.queries + pair + result) * setting.width + 4 * shape.heads)
+    if setting.cuda:
+        return setting.tokens * (4 * shape.queries * setting.width + 4 * shape.heads)
+    return setting.tokens * (shape.queries + 2 * shape.keys) * setting.width
 
 
 def layer_kept(shape: Shape, setting: Setting) -> float:

@@ -34,7 +34,7 @@ def loaded(folder, quantizer=NONE, compute_dtype="float32", adapter=True):
 
 canary = partial(isolation_canary, vocab_size=512, device="cpu")
 route = partial(choose_route, vocab_size=512, device="cpu")
-BY_DOCUMENT = "attention: flash, document by document, no mask"
+BY_DOCUMENT = "attention: document by document"
 LENGTHS = (5, 21, 1, 5, 19, 13)
 """Of documents: two rows of 32, each with an end that is its last document."""
 

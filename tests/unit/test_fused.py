@@ -14,7 +14,7 @@ from torch import nn
 
 from corefit.engine import fused as engine
 from corefit.engine.adapter import AdapterSpec, attach_adapter
-from corefit.engine.fused import BLOCK, SHORT, DocumentAttention, LoraLinear, RMSNorm, SwiGLU, fuse_lora
+from corefit.engine.fused import BLOCK, ROUND, SCORES, DocumentAttention, LoraLinear, RMSNorm, SwiGLU, fuse_lora
 from corefit.engine.model import load_base
 from corefit.registry import Registry
 from corefit.types import Quantizer
@@ -172,36 +172,50 @@ def test_attention_of_documents_is_attention(heads, groups, dtype, tolerance, wi
 @pytest.mark.parametrize("window", [None, 40])
 def test_few_sizes_reach_onednn(monkeypatch, window):
     """It keeps kernels for every size: 1.4 GiB after 100 packs of documents at their own lengths."""
-    sizes = set()
+    sizes, bmm = set(), torch.bmm
 
-    def watched(run, *given, **named):
-        sizes.update(x.shape[2] for x in given if isinstance(x, torch.Tensor) and x.dim() == 4)
-        return run(*given, **named)
+    def watched(one, other):
+        sizes.update((*one.shape[1:], other.shape[2]))
+        return bmm(one, other)
 
-    for name in ("FLASH", "FLASH_BACKWARD"):
-        monkeypatch.setattr(engine, name, partial(watched, getattr(engine, name)))
-    bounds = [0, *itertools.accumulate(range(1, 60))]
-    q, k, v = (torch.randn(bounds[-1], heads, 8, requires_grad=True) for heads in (2, 1, 1))
-    DocumentAttention.apply(q, k, v, bounds, 0.7, window).sum().backward()
-    assert sizes == {32, 64}, sizes
+    monkeypatch.setattr(torch, "bmm", watched)
+    for longest in (16, 24, 60):
+        bounds = [0, *itertools.accumulate(range(1, longest))]
+        q, k, v = (torch.randn(bounds[-1], heads, 8, requires_grad=True) for heads in (2, 1, 1))
+        DocumentAttention.apply(q, k, v, bounds, 0.7, window).sum().backward()
+    assert sizes <= {8, *range(ROUND, 2 * BLOCK + 1, ROUND)}, sizes
 
 
-@pytest.mark.parametrize("window", [None, SHORT + 64])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_short_documents_are_worked_out_in_fp32(monkeypatch, dtype, window):
-    formats = set()
+@pytest.mark.parametrize("scores, most", [(1, 1), (2 * 2 * 64 * 64, 2), (SCORES, 6)])
+def test_heads_are_worked_on_together_where_their_scores_are_few(monkeypatch, scores, most):
+    monkeypatch.setattr(engine, "SCORES", scores)
+    torch.manual_seed(0)
+    seen, bounds, bmm = set(), [0, 20, 64], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda one, other: seen.add(len(one)) or bmm(one, other))
+    tensors = [torch.randn(64, heads, 8, requires_grad=True) for heads in (12, 6, 6)]
+    results = []
+    for function in (DocumentAttention.apply, attention):
+        out = function(*tensors, bounds, 0.7, None)
+        results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    assert seen == {most}
+    assert max(float((a - b).detach().norm() / b.detach().norm()) for a, b in zip(*results, strict=True)) < 2e-6
 
-    def watched(run, *given, **named):
-        tensors = [x for x in given if isinstance(x, torch.Tensor) and x.dim() == 4]
-        formats.update((max(x.shape[2] for x in tensors) <= SHORT, x.dtype) for x in tensors)
-        return run(*given, **named)
 
-    for name in ("FLASH", "FLASH_BACKWARD"):
-        monkeypatch.setattr(engine, name, partial(watched, getattr(engine, name)))
-    bounds = [0, 5, 5 + SHORT, 2 * SHORT + 6]
-    q, k, v = (torch.randn(bounds[-1], heads, 8, dtype=dtype, requires_grad=True) for heads in (2, 1, 1))
-    DocumentAttention.apply(q, k, v, bounds, 0.7, window).sum().backward()
-    assert formats == {(True, torch.promote_types(dtype, torch.float32)), (False, dtype)}
+def test_attention_in_bf16_is_about_as_exact_as_torchs_own():
+    torch.manual_seed(0)
+    q, k, v, given = (torch.randn(480, heads, 64).bfloat16() for heads in (6, 2, 2, 6))
+
+    def torchs(q, k, v, *_):
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.125, enable_gqa=True)[0].transpose(0, 1)
+
+    results = []
+    for function, cast in ((attention, torch.float64), (DocumentAttention.apply, q.dtype), (torchs, q.dtype)):
+        tensors = [x.to(cast).requires_grad_() for x in (q, k, v)]
+        results.append(torch.autograd.grad(function(*tensors, [0, 480], 0.125, None), tensors, given.to(cast)))
+    for exact, ours, theirs in zip(*results, strict=True):
+        assert (ours.double() - exact).norm() < 1.2 * (theirs.double() - exact).norm()
+        assert (ours.double() - exact).norm() < 0.004 * exact.norm()
 
 
 @pytest.mark.parametrize("kind, mlps", [("llama", 2), ("gemma", 0), ("phi3", 0), ("internlm2", 2), ("granite", 2)])
