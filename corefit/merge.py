@@ -92,6 +92,8 @@ def merge(
     if table in tokens and head in names and base_config.get("tie_word_embeddings"):  # stored twice, trained as one
         tokens[head], ids[head] = tokens[table], ids[table]
     added, changes = {}, {}
+    if head not in names and head in factors and table in tokens:  # LoRA on a head that is the table, with its rows
+        tokens[head], ids[head] = tokens[table], ids[table]
     if table and {table, head} & {*factors, *whole}:
         # An adapter acts on the embedding or on the head, not on both, so a tied pair becomes two.
         added, changes = {} if head in names else {head: table}, {"tie_word_embeddings": False}
@@ -102,13 +104,14 @@ def merge(
         )
 
     trained = {name: max(ids[name]) + 1 for name in tokens} | {name: len(tensor) for name, tensor in whole.items()}
-    grown = {name for name, n in trained.items() if n > shapes[added.get(name, name)][0]}
+    tables = {name for name in trained if len(shapes[added.get(name, name)]) == 2}
+    grown = {name for name in tables if trained[name] > shapes[added.get(name, name)][0]}
     most = max((trained[name] for name in grown), default=0)
     rows = {name: most for name in {*grown, table, head} & {*names, *added} if grown}
 
     for name, tensor in whole.items():
         first, *width = shapes[added.get(name, name)]
-        if len(tensor) < first or list(tensor.shape[1:]) != width:
+        if len(tensor) < first or (len(tensor) > first and name not in grown) or list(tensor.shape[1:]) != width:
             raise ModelError(f"{found.adapter}: {name} has another shape in {base}: it belongs to another base")
 
     quantizer = found.facts.get("quantizer", "none")
@@ -124,19 +127,20 @@ def merge(
     def change(name: str, read: Callable[[], torch.Tensor]) -> torch.Tensor:
         if name in whole:
             return whole[name]
+        weight = rounded(name, read())
+        if name in rows:
+            mean = weight.mean(0, keepdim=True, dtype=torch.float32).to(weight.dtype)
+            weight = torch.cat([weight, mean.expand(rows[name] - len(weight), -1)])
+        if name in tokens:
+            weight = weight.clone()  # it may be the file's pages, which the next reading would give again
+            weight[ids[name]] = tokens[name].to(weight.dtype)
         if name not in factors:
-            weight = rounded(name, read())
-            if name in rows:
-                mean = weight.mean(0, keepdim=True, dtype=torch.float32).to(weight.dtype)
-                weight = torch.cat([weight, mean.expand(rows[name] - len(weight), -1)])
-            if name in tokens:
-                weight[ids[name]] = tokens[name].to(weight.dtype)
             return weight
         pair = factors[name]
         embedding = "embedding_A" in pair
         down, up = (pair[f"embedding_{m}" if embedding else m].float() for m in "AB")
         delta = (up @ down).T if embedding else up @ down
-        weight = rounded(name, read()).float()
+        weight = weight.to(torch.float32, copy=True)
         if delta.shape != weight.shape:
             raise ModelError(f"{found.adapter}: {name} has another shape in {base}: it belongs to another base")
         rank = down.shape[0]

@@ -18,11 +18,10 @@ from torch.autograd.function import once_differentiable
 
 BLOCK = 128
 """Queries that attention works on at once."""
-ROUND = 64
-"""Sizes there are multiples of this: oneDNN compiles, and keeps, kernels for every size (32: 201 MiB after 64 packs of
-2,048; 64: 144)."""
-SCORES = 2**20
-"""Scores that exist at the same time, where more than one head has to be worked on to reach them."""
+SIZES = (*range(64, 1025, 64), *(2**n // 8 * eighths for n in range(11, 40) for eighths in range(5, 9)))
+"""What there are padded to, a quarter apart at most: oneDNN compiles, and keeps, kernels for every size, a MiB each."""
+SCORES = 2**21
+"""Scores that exist at the same time, but for those of one head."""
 FUSED = {
     ("peft.tuners.lora.layer.Linear", "torch.nn.modules.linear.Linear"),
     ("peft.tuners.lora.bnb.Linear4bit", "bitsandbytes.nn.modules.Linear4bit"),
@@ -151,7 +150,7 @@ class DocumentAttention(torch.autograd.Function):
         out = q.new_empty(*q.shape[:2], v.shape[-1])
         for at, seen, mask in _blocks(bounds, window, q, k):
             shares = _shares(q[at], k[seen], mask, scale)
-            out[at] = _by_slot(torch.bmm(shares.to(q.dtype), _by_head(v[seen])), out[at])
+            out[at] = _by_slot(torch.bmm(shares.to(q.dtype), _by_head(v[seen], mask.shape[1])), out[at])
         ctx.save_for_backward(q, k, v)
         ctx.given = bounds, scale, window
         return out
@@ -166,8 +165,9 @@ class DocumentAttention(torch.autograd.Function):
         grad_k, grad_v = (torch.zeros(x.shape, dtype=wide).transpose(0, 1) for x in (k, v))
         for at, (slots, heads), mask in _blocks(bounds, window, q, k):
             seen, n = (slots, heads), slots.stop - slots.start
-            keys, values, shares = _by_head(k[seen]), _by_head(v[seen]), _shares(q[at], k[seen], mask, scale)
-            queries, given = (_by_head(x[at], len(keys)) for x in (q, grad))
+            keys, values = (_by_head(x[seen], mask.shape[1]) for x in (k, v))
+            queries, given = (_by_head(x[at], mask.shape[0], len(keys)) for x in (q, grad))
+            shares = _shares(q[at], k[seen], mask, scale)
             grad_v[heads, slots] += torch.bmm(shares.to(q.dtype).mT, given)[:, :n]
             scores = torch.bmm(given, values.mT).to(wide)
             scores = torch._softmax_backward_data(scores, shares, -1, wide, grad_input=scores).to(q.dtype)
@@ -180,10 +180,10 @@ def _wide(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
 
-def _by_head(x: Tensor, shared: int | None = None) -> Tensor:
-    """Give [L, H, D] as [K, H / K * P, D], K ``shared`` or H; P, a multiple of ``ROUND``, is L and rows of zeros."""
-    x = F.pad(x, (0, 0, 0, 0, 0, -len(x) % ROUND)) if len(x) % ROUND else x
-    return x.view(len(x), shared or x.shape[1], -1, x.shape[-1]).permute(1, 2, 0, 3).flatten(1, 2)
+def _by_head(x: Tensor, size: int, shared: int | None = None) -> Tensor:
+    """Give [L, H, D] as [K, H / K * size, D], K ``shared`` or H; behind L are rows of zeros."""
+    x = F.pad(x, (0, 0, 0, 0, 0, size - len(x))) if size > len(x) else x
+    return x.view(size, shared or x.shape[1], -1, x.shape[-1]).permute(1, 2, 0, 3).flatten(1, 2)
 
 
 def _by_slot(x: Tensor, like: Tensor) -> Tensor:
@@ -193,7 +193,8 @@ def _by_slot(x: Tensor, like: Tensor) -> Tensor:
 
 def _shares(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Give how much [K, H / K * P, P'] of what a query [L, H, D] gets comes from each key [L', K, D]; 1 in all."""
-    scores = torch.bmm(_by_head(q.to(mask.dtype) * scale, k.shape[1]), _by_head(k.to(mask.dtype)).mT)
+    queries = _by_head(q.to(mask.dtype) * scale, mask.shape[0], k.shape[1])
+    scores = torch.bmm(queries, _by_head(k.to(mask.dtype), mask.shape[1]).mT)
     scores.view(-1, *mask.shape).add_(mask)
     return torch.softmax(scores, -1, out=scores)
 
@@ -203,24 +204,25 @@ def _blocks(
 ) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice], Tensor]]:
     """Give slots and heads of queries, slots and heads of keys that they see, and what hides some [P, P']: 0 or -inf.
 
-    Rows of padding see keys, so that they have no NaN to hand on.
+    P and P' are among ``SIZES``. Rows of padding see keys, so that they have no NaN to hand on.
     """
-    ends, shared = torch.tensor(bounds), k.shape[1]
-    groups, slots = q.shape[1] // shared, torch.arange(len(q) + ROUND)
+    ends, heads = torch.tensor(bounds), q.shape[1]
+    group, slots = heads // k.shape[1], torch.arange(2 * len(q) + SIZES[0])
     lowest = torch.repeat_interleave(ends[:-1], ends.diff())
     if window:
         lowest = torch.maximum(lowest, slots[: len(q)] - window + 1)
     for first, begin in zip(range(0, len(q), BLOCK), lowest[::BLOCK].tolist(), strict=True):
-        last, oldest = min(first + BLOCK, len(q)), begin // ROUND * ROUND
-        padding = -last % ROUND
-        queries, keys = slots[first : last + padding, None], slots[oldest : last + padding]
-        hidden = (keys > queries) | (keys < F.pad(lowest[first:last], (0, padding))[:, None])
+        last = min(first + BLOCK, len(q))
+        rows, size = (next(size for size in SIZES if size >= n) for n in (last - first, last - begin))
+        oldest = max(0, last - size)
+        queries, keys = slots[first : first + rows, None], slots[oldest : oldest + size]
+        hidden = (keys > queries) | (keys < F.pad(lowest[first:last], (0, rows - last + first))[:, None])
         mask = torch.zeros(hidden.shape, dtype=_wide(q)).masked_fill_(hidden, -torch.inf)
-        some = max(1, SCORES // (mask.numel() * groups))
-        for head in range(0, shared, some):
-            heads = slice(head, min(head + some, shared))
-            at = slice(first, last), slice(heads.start * groups, heads.stop * groups)
-            yield at, (slice(oldest, last), heads), mask
+        few = [n for n in range(1, heads + 1) if heads % n == 0 and (group % n == 0 or n % group == 0)]
+        some = max(n for n in few if n == 1 or n * mask.numel() <= SCORES)
+        for head in range(0, heads, some):
+            shared = slice(head // group, -(-(head + some) // group))
+            yield (slice(first, last), slice(head, head + some)), (slice(oldest, last), shared), mask
 
 
 class LoraLinear(torch.autograd.Function):

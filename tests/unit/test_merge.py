@@ -207,6 +207,48 @@ def test_a_vocabulary_that_grew_grows_in_embeddings_and_head(tmp_path, whole, ti
     assert (logits(load(out)) - want).abs().max() < 1e-4
 
 
+def test_lora_on_a_head_that_is_the_embeddings_merges_with_the_rows_that_train_in_them(tmp_path):
+    base = write_model(tmp_path / "base", tie_word_embeddings=True)
+    network, vocabulary = load(base), json.loads((base / "config.json").read_text())["vocab_size"]
+    new = (5, vocabulary)
+    add_rows(network, vocabulary + 1, (vocabulary,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *args, **kwargs: None)  # peft warns of tied layers
+        spec = AdapterSpec(r=4, alpha=8, dropout=0.0, targets=("lm_head", "q_proj"), tokens=new)
+        model = attach_adapter(network, spec, seed=1).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        export_trained(model, tmp_path / "adapter", facts(base))
+        want = logits(model)
+    out = merge(tmp_path / "adapter", tmp_path / "merged", model=str(base))
+    assert (logits(load(out)) - want).abs().max() < 1e-4
+
+
+def test_a_norm_of_a_wider_base_belongs_to_another_base(tmp_path):
+    _, _, run = pair(tmp_path, spec={"modules_to_save": ("model.norm",), "targets": ("q_proj",)}, hidden_size=128)
+    other = write_model(tmp_path / "other")
+    with pytest.raises(ModelError, match="belongs to another base"):
+        merge(run, tmp_path / "merged", model=str(other))
+
+
+def test_lora_on_tied_embeddings_is_not_in_the_head_that_becomes_its_own(tmp_path):
+    """What safetensors reads are pages of the file: changed in place, the next reading gives the change."""
+    from peft import LoraConfig, get_peft_model
+
+    base = write_model(tmp_path / "base", tie_word_embeddings=True)
+    before = load_file(base / "model.safetensors")["model.embed_tokens.weight"].clone()
+    config = LoraConfig(target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *args, **kwargs: None)  # peft warns of tied layers
+        get_peft_model(load(base), config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    out = merge(tmp_path / "adapter", tmp_path / "merged", model=str(base))
+    tensors = load_file(out / "model.safetensors")
+    assert torch.equal(tensors["lm_head.weight"], before)
+    assert not torch.equal(tensors["model.embed_tokens.weight"], before)
+
+
 def tied_base(folder: Path, *, stored_twice: bool) -> Path:
     """Either with the head beside the embeddings (Qwen 3 0.6B), or tied by what its class does unsaid (Gemma)."""
     if stored_twice:
