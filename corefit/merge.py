@@ -22,6 +22,7 @@ from corefit.engine.model import (
     causal_lm,
     load_base,
     model_fingerprint,
+    stored_tensor,
     stored_tensors,
     unsaid,
     weight_files,
@@ -89,8 +90,10 @@ def merge(
     names, ids = set(shapes), {name: of if isinstance(of, list) else of[name.split(".")[-2]] for name in tokens}
     table = next((name for name in shapes if name.endswith(("embed_tokens.weight", "wte.weight"))), "")
     head = "lm_head.weight"
-    if table in tokens and head in names and base_config.get("tie_word_embeddings"):  # stored twice, trained as one
-        tokens[head], ids[head] = tokens[table], ids[table]
+    if table in tokens and head in names and head not in tokens:  # stored twice, trained as one?
+        tied = base_config.get("tie_word_embeddings")
+        if torch.equal(stored_tensor(base, table), stored_tensor(base, head)) if tied is None else tied:
+            tokens[head], ids[head] = tokens[table], ids[table]
     added, changes = {}, {}
     if head not in names and head in factors and table in tokens:  # LoRA on a head that is the table, with its rows
         tokens[head], ids[head] = tokens[table], ids[table]
