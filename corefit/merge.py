@@ -90,13 +90,13 @@ def merge(
     names, ids = set(shapes), {name: of if isinstance(of, list) else of[name.split(".")[-2]] for name in tokens}
     table = next((name for name in shapes if name.endswith(("embed_tokens.weight", "wte.weight"))), "")
     head = "lm_head.weight"
-    if table in tokens and head in names and head not in tokens:  # stored twice, trained as one?
-        tied = base_config.get("tie_word_embeddings")
-        if torch.equal(stored_tensor(base, table), stored_tensor(base, head)) if tied is None else tied:
+    if table in tokens and head not in tokens:
+        one = head in factors  # LoRA on a head that is not stored, but is the table, with the rows that train in it
+        if head in names and (one := base_config.get("tie_word_embeddings")) is None:
+            one = torch.equal(stored_tensor(base, table), stored_tensor(base, head))
+        if one:
             tokens[head], ids[head] = tokens[table], ids[table]
     added, changes = {}, {}
-    if head not in names and head in factors and table in tokens:  # LoRA on a head that is the table, with its rows
-        tokens[head], ids[head] = tokens[table], ids[table]
     if table and {table, head} & {*factors, *whole}:
         # An adapter acts on the embedding or on the head, not on both, so a tied pair becomes two.
         added, changes = {} if head in names else {head: table}, {"tie_word_embeddings": False}
@@ -114,7 +114,7 @@ def merge(
 
     for name, tensor in whole.items():
         first, *width = shapes[added.get(name, name)]
-        if len(tensor) < first or (len(tensor) > first and name not in grown) or list(tensor.shape[1:]) != width:
+        if (len(tensor) != first and name not in grown) or list(tensor.shape[1:]) != width:
             raise ModelError(f"{found.adapter}: {name} has another shape in {base}: it belongs to another base")
 
     quantizer = found.facts.get("quantizer", "none")

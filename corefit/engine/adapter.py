@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -128,24 +128,20 @@ def _attach_lora(model: PreTrainedModel, spec: AdapterSpec, *, seed: int) -> Any
     layers, modules = linear_layers(model), [name for name, _ in model.named_modules() if name]
     for where, names, known in (("targets", targets, list(layers)), ("modules_to_save", saved, modules)):
         for wanted in names:
-            if not any(name == wanted or name.endswith(f".{wanted}") for name in known):
+            if not any(_is_named(name, [wanted]) for name in known):
                 ends = {name.rpartition(".")[2] for name in known}
                 raise ModelError(
                     f"adapter.{where}: {unknown('layer', wanted, {end for end in ends if not end.isdigit()})}"
                 )
     tables = vocabulary(model) if spec.tokens else {}
     for name in tables:
-        if [target for target in targets if f".{name}".endswith(f".{target}")]:
+        if _is_named(name, targets):
             raise ModelError(f"adapter.targets: {name} can't have LoRA beside model.add_tokens")
         if getattr(model.get_submodule(name), "bias", None) is not None:
             raise ModelError(f"model.add_tokens: {name} has a bias, with which peft can't train single rows")
-
-    def trains_whole(name: str) -> bool:
-        return any(f".{name}".endswith(f".{end}") for end in saved)
-
-    rows = [name.rpartition(".")[2] for name in tables if not trains_whole(name)]
+    rows = [name.rpartition(".")[2] for name in tables if not _is_named(name, saved)]
     head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "")
-    if rows and head not in tables and trains_whole(head):
+    if rows and head not in tables and _is_named(head, saved):
         both = f'["{rows[0]}", "{head}"]'
         raise ModelError(
             f"adapter.modules_to_save: {head} is {rows[0]}, where model.add_tokens trains: {both} or neither"
@@ -180,6 +176,11 @@ def _attach_lora(model: PreTrainedModel, spec: AdapterSpec, *, seed: int) -> Any
             parameter.data = parameter.data.float()
     fuse_lora(adapted)
     return adapted.train()
+
+
+def _is_named(module: str, ends: Iterable[str]) -> bool:
+    """Whether one of ``ends`` is a module's dotted name, or the last parts of it, as peft takes names."""
+    return any(f".{module}".endswith(f".{end}") for end in ends)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ Attention on a CPU, norms, MLPs, LoRA.
 from __future__ import annotations
 
 import functools
+from bisect import bisect_left
 from collections.abc import Iterator
 from importlib import import_module
 from types import SimpleNamespace
@@ -208,18 +209,18 @@ def _blocks(
     """
     ends, heads = torch.tensor(bounds), q.shape[1]
     group, slots = heads // k.shape[1], torch.arange(2 * len(q) + SIZES[0])
+    together = [n for n in range(1, heads + 1) if heads % n == 0 and (group % n == 0 or n % group == 0)]
     lowest = torch.repeat_interleave(ends[:-1], ends.diff())
     if window:
         lowest = torch.maximum(lowest, slots[: len(q)] - window + 1)
     for first, begin in zip(range(0, len(q), BLOCK), lowest[::BLOCK].tolist(), strict=True):
         last = min(first + BLOCK, len(q))
-        rows, size = (next(size for size in SIZES if size >= n) for n in (last - first, last - begin))
+        rows, size = (SIZES[bisect_left(SIZES, n)] for n in (last - first, last - begin))
         oldest = max(0, last - size)
         queries, keys = slots[first : first + rows, None], slots[oldest : oldest + size]
         hidden = (keys > queries) | (keys < F.pad(lowest[first:last], (0, rows - last + first))[:, None])
         mask = torch.zeros(hidden.shape, dtype=_wide(q)).masked_fill_(hidden, -torch.inf)
-        few = [n for n in range(1, heads + 1) if heads % n == 0 and (group % n == 0 or n % group == 0)]
-        some = max(n for n in few if n == 1 or n * mask.numel() <= SCORES)
+        some = max(n for n in together if n == 1 or n * mask.numel() <= SCORES)
         for head in range(0, heads, some):
             shared = slice(head // group, -(-(head + some) // group))
             yield (slice(first, last), slice(head, head + some)), (slice(oldest, last), shared), mask

@@ -174,9 +174,7 @@ def test_a_tied_pair_becomes_two_under_starcoders_names(tmp_path):
 def test_rows_of_a_tied_pair_that_is_stored_twice_are_changed_in_both(tmp_path, said):
     base = tied_base(tmp_path / "base", stored_twice=said)
     if not said:
-        tensors = load_file(base / "model.safetensors")
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-        save_file(tensors, base / "model.safetensors", {"format": "pt"})
+        store_the_head_too(base)
     model = adapted(base, tokens=tuple(IDS[0, :3].tolist()))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -187,48 +185,38 @@ def test_rows_of_a_tied_pair_that_is_stored_twice_are_changed_in_both(tmp_path, 
     assert (logits(load(out)) - logits(model)).abs().max() < 1e-4
 
 
+def merged_is_trained(tmp_path: Path, *, tied: bool, more: int, old: tuple[int, ...] = (), **spec):
+    """Train on a vocabulary that grew by ``more`` tokens, which train, as the ``old`` do; merge; compare the logits."""
+    base = write_model(tmp_path / "base", tie_word_embeddings=tied)
+    network, vocabulary = load(base), json.loads((base / "config.json").read_text())["vocab_size"]
+    new = tuple(range(vocabulary, vocabulary + more))
+    add_rows(network, vocabulary + more, new)
+    spec = AdapterSpec(r=4, alpha=8, dropout=0.0, tokens=(*old, *new), **spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *args, **kwargs: None)  # peft warns of tied layers
+        model = attach_adapter(network, spec, seed=1).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        export_trained(model, tmp_path / "adapter", facts(base))
+        want = logits(model)
+    out = merge(tmp_path / "adapter", tmp_path / "merged", model=str(base))
+    assert (logits(load(out)) - want).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("whole", [(), ("lm_head",), ("embed_tokens",), ("lm_head", "embed_tokens")])
 def test_a_vocabulary_that_grew_grows_in_embeddings_and_head(tmp_path, whole, tied):
-    base = write_model(tmp_path / "base", tie_word_embeddings=tied)
-    network, vocabulary = load(base), json.loads((base / "config.json").read_text())["vocab_size"]
-    new = (vocabulary, vocabulary + 1)
-    add_rows(network, vocabulary + 2, new)
-    spec = AdapterSpec(r=4, alpha=8, dropout=0.0, modules_to_save=whole, tokens=new)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("warnings.warn", lambda *args, **kwargs: None)  # peft warns of tied layers
-        if tied and whole == ("lm_head",):
-            with pytest.raises(ModelError, match=r'lm_head is embed_.*: \["embed_tokens", "lm_head"\] or neither'):
-                attach_adapter(network, spec, seed=1)
-            return
-        model = attach_adapter(network, spec, seed=1).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        export_trained(model, tmp_path / "adapter", facts(base))
-        want = logits(model)
-    out = merge(tmp_path / "adapter", tmp_path / "merged", model=str(base))
-    assert (logits(load(out)) - want).abs().max() < 1e-4
+    if tied and whole == ("lm_head",):
+        with pytest.raises(ModelError, match=r'lm_head is embed_.*: \["embed_tokens", "lm_head"\] or neither'):
+            merged_is_trained(tmp_path, tied=tied, more=2, modules_to_save=whole)
+    else:
+        merged_is_trained(tmp_path, tied=tied, more=2, modules_to_save=whole)
 
 
 def test_lora_on_a_head_that_is_the_embeddings_merges_with_the_rows_that_train_in_them(tmp_path):
-    base = write_model(tmp_path / "base", tie_word_embeddings=True)
-    network, vocabulary = load(base), json.loads((base / "config.json").read_text())["vocab_size"]
-    new = (5, vocabulary)
-    add_rows(network, vocabulary + 1, (vocabulary,))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("warnings.warn", lambda *args, **kwargs: None)  # peft warns of tied layers
-        spec = AdapterSpec(r=4, alpha=8, dropout=0.0, targets=("lm_head", "q_proj"), tokens=new)
-        model = attach_adapter(network, spec, seed=1).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        export_trained(model, tmp_path / "adapter", facts(base))
-        want = logits(model)
-    out = merge(tmp_path / "adapter", tmp_path / "merged", model=str(base))
-    assert (logits(load(out)) - want).abs().max() < 1e-4
+    merged_is_trained(tmp_path, tied=True, more=1, old=(5,), targets=("lm_head", "q_proj"))
 
 
 def test_a_norm_of_a_wider_base_belongs_to_another_base(tmp_path):
@@ -254,14 +242,17 @@ def test_lora_on_tied_embeddings_is_not_in_the_head_that_becomes_its_own(tmp_pat
     assert not torch.equal(tensors["model.embed_tokens.weight"], before)
 
 
+def store_the_head_too(folder: Path) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def tied_base(folder: Path, *, stored_twice: bool) -> Path:
     """Either with the head beside the embeddings (Qwen 3 0.6B), or tied by what its class does unsaid (Gemma)."""
     if stored_twice:
-        write_model(folder, tie_word_embeddings=True)
-        tensors = load_file(folder / "model.safetensors")
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        return folder
+        return store_the_head_too(write_model(folder, tie_word_embeddings=True))
     write_family(folder, Family("Gemma 1", "gemma", {"head_dim": 16}))
     config = json.loads((folder / "config.json").read_text())
     del config["tie_word_embeddings"]
