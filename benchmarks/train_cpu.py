@@ -3,9 +3,10 @@
 Claim: 1,000 Alpaca rows (answers supervised), length 1,024, 4 packs a step, bf16, 2 threads: at least 1.5x supervised
 tokens/s of TRL's fastest own setting, at most 0.6x its peak memory, the first step within half its time.
 
-    python benchmarks/train_cpu.py --model FOLDER [--peer PYTHON]
+    python benchmarks/train_cpu.py --model FOLDER [--peer PYTHON] [--quantizer nf4]
 
-``--peer``: the Python that has TRL, where that lives in an environment of its own. Data:
+``--peer``: the Python that has TRL, where that lives in an environment of its own. With ``nf4`` both sides hold the base
+in 4 bits (double quantisation, products in bf16), and the result is train_cpu_nf4.json. Data:
 shared/data/alpaca_en_demo.json.
 """
 
@@ -38,7 +39,7 @@ settings, rows_file, out, steps, model, targets = json.loads(sys.argv[1])
 import torch
 from datasets import load_dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 torch.set_num_threads(int(settings["threads"]))
@@ -56,6 +57,12 @@ class Trainer(SFTTrainer):
         say(supervised=int((inputs["labels"][:, 1:] != -100).sum()), slots=inputs["labels"].numel())
         return super().training_step(model, inputs, *rest)
 
+nf4 = {}
+if settings["quantizer"] == "nf4":
+    nf4["quantization_config"] = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 Trainer(
     model=model,
     args=SFTConfig(
@@ -64,7 +71,7 @@ Trainer(
         gradient_accumulation_steps=settings["packs"] // settings["rows"], gradient_checkpointing=False,
         learning_rate=1e-4, warmup_steps=0, lr_scheduler_type="constant", report_to="none", save_strategy="no",
         logging_strategy="no", disable_tqdm=True, completion_only_loss=True, eos_token="<|im_end|>",
-        model_init_kwargs={"dtype": settings["dtype"], "attn_implementation": "sdpa"},
+        model_init_kwargs={"dtype": settings["dtype"], "attn_implementation": "sdpa", **nf4},
     ),
     train_dataset=load_dataset("json", data_files=rows_file, split="train"),
     processing_class=AutoTokenizer.from_pretrained(model),
@@ -138,7 +145,7 @@ def ours(rows: Path, folder: Path, args: Any) -> dict[str, float]:
     """Run ``corefit train``."""
     out = folder / "run"
     words = ["train", "--plugin", "openai", "--template", "chatml", "--model", str(args.model), "--data", str(rows)]
-    words += ["--quantizer", "none", "--out", str(out), "--set", *settings(args.steps, args.threads)]
+    words += ["--quantizer", args.quantizer, "--out", str(out), "--set", *settings(args.steps, args.threads)]
     found = run([sys.executable, "-m", "corefit", *words], folder, args.threads, out / "metrics.jsonl")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     steps = [line for line in lines if line.get("supervised_tokens")]
@@ -151,7 +158,7 @@ def ours(rows: Path, folder: Path, args: Any) -> dict[str, float]:
 def theirs(rows: Path, folder: Path, args: Any, own: dict[str, Any]) -> dict[str, float]:
     """Run SFTTrainer."""
     out = folder / "trl.jsonl"
-    own = {**own, "threads": args.threads, "length": LENGTH, "packs": PACKS}
+    own = {**own, "threads": args.threads, "length": LENGTH, "packs": PACKS, "quantizer": args.quantizer}
     given = json.dumps([own, str(rows), str(out), args.steps, str(args.model), TARGETS])
     found = run([str(args.peer), "-c", PEER, given], folder, args.threads)
     steps, supervised, slots = list[dict[str, float]](), [0], [0]
@@ -176,9 +183,12 @@ def main() -> None:
         threads={"type": int, "default": 2},
         rounds={"type": int, "default": 3},
         steps={"type": int, "default": 5},
+        quantizer={"choices": ("none", "nf4"), "default": "none", "help": "how both sides hold the base"},
         settings={"type": int, "default": len(PEER_SETTINGS), "metavar": "N", "help": "of TRL, that round 1 tries"},
     )
     rounds, args.steps = (1, 2) if args.quick else (args.rounds, args.steps)
+    if args.quantizer != "none":
+        args.out = args.out or common.HERE / "results" / f"train_cpu_{args.quantizer}.json"
     args.model, seen = args.model.resolve(), dict[str, list[dict[str, float]]]()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -209,7 +219,7 @@ def main() -> None:
             common.goal("peak memory, times TRL's", ratio("peak MB"), most=0.6),
             common.goal("process start to the end of step 1, times TRL's", ratio("first step s"), most=0.5),
         ],
-        peers=("torch", "transformers", "peft"),
+        peers=("torch", "transformers", "peft", "bitsandbytes"),
         peer=subprocess.run(
             [str(args.peer), "-c", "import importlib.metadata as m; print(m.version('trl'), m.version('torch'))"],
             capture_output=True, text=True, check=True,
