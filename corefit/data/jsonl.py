@@ -17,11 +17,12 @@ import re
 import sys
 import tempfile
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from io import BufferedReader
-from itertools import groupby, islice
+from itertools import cycle, groupby, islice
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
@@ -473,6 +474,39 @@ class Columns(NamedTuple):
     """What can't be read, each with the number of records here that precede it."""
 
 
+class _Chunk(NamedTuple):
+    """Whole lines of a file."""
+
+    buffer: bytearray
+    """Used again three chunks later."""
+    end: int
+    """Of the last line."""
+
+
+def _chunks(f: _File) -> Iterator[_Chunk | tuple[int, bool, bytes | None]]:
+    """Give chunks, and each line that is in none, as ``_line`` does."""
+    for buffer in cycle(bytearray(_CHUNK) for _ in range(3)):
+        view = memoryview(buffer)
+        got = f.file.readinto(view if f.again else view[: len(f.file.peek(1))])  # from a pipe what there is
+        if not got:
+            return
+        end = buffer.rfind(b"\n", 0, got) + 1
+        yield _Chunk(buffer, end)
+        if end < got:
+            yield _line(f.file, bytes(buffer[end:got]), f.hold)
+
+
+def _ahead(parts: Iterator[_T]) -> Iterator[_T]:
+    """Have a thread make the next two parts while one is used."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        made = deque(pool.submit(next, parts, None) for _ in range(3))
+        while (part := made.popleft().result()) is not None:
+            yield part
+            made.append(pool.submit(next, parts, None))
+
+
 class _Table:
     """What ``extract`` of the kernel and its twin (``add``) fill: a row of int64 a record, and the bytes of its values.
 
@@ -543,9 +577,12 @@ class _Table:
             at, line = stop, line + 1
         return at, line
 
-    def fill(self) -> Iterator[None]:
-        """Fill the table with what the file holds, again and again; clears it when asked for more."""
-        for _ in self.elements() if self.f.is_list else self.lines():
+    def fill(self, *, ahead: bool = False) -> Iterator[None]:
+        """Fill the table with what the file holds, again and again; clears it when asked for more.
+
+        ``ahead``: a thread reads lines while those before them are taken.
+        """
+        for _ in self.elements() if self.f.is_list else self.lines(ahead):
             if self.rows or self.bad:
                 yield
             self.clear()
@@ -556,22 +593,21 @@ class _Table:
                 yield
         yield
 
-    def lines(self) -> Iterator[None]:
-        f, offset, line = self.f, self.f.offset, self.f.line
-        buffer = bytearray(_CHUNK)
-        view = memoryview(buffer)
-        while got := f.file.readinto(view if f.again else view[: len(f.file.peek(1))]):  # from a pipe what there is
-            at, end = 0, buffer.rfind(b"\n", 0, got) + 1
-            while at < end:
-                at, line = self.take_lines(buffer, offset, line, end, at)
-                yield
-            offset += end
-            if end < got:
-                size, blank, raw = _line(f.file, bytes(buffer[end:got]), f.hold)
-                if not blank:
-                    list(self.take([(offset, line, size, raw, None)], self.take_lines))
-                offset, line = offset + size, line + 1
-                yield
+    def lines(self, ahead: bool) -> Iterator[None]:
+        offset, line = self.f.offset, self.f.line
+        for part in _ahead(_chunks(self.f)) if ahead else _chunks(self.f):
+            if isinstance(part, _Chunk):
+                at = 0
+                while at < part.end:
+                    at, line = self.take_lines(part.buffer, offset, line, part.end, at)
+                    yield
+                offset += part.end
+                continue
+            size, blank, raw = part
+            if not blank:
+                list(self.take([(offset, line, size, raw, None)], self.take_lines))
+            offset, line = offset + size, line + 1
+            yield
 
     def records(self) -> Iterator[Record | BadRecord]:
         cells, text = self.cells[: self.rows * self.width].tolist(), memoryview(self.arena)
@@ -613,7 +649,7 @@ def extract(sources: Sources, fields: Sequence[str]) -> Iterator[Columns]:
 
     def columns(f: _File) -> Iterator[Columns]:
         table = _Table(f, fields)
-        return (table.columns() for _ in table.fill())
+        return (table.columns() for _ in table.fill(ahead=f.again))
 
     return _each_file(sources, columns)
 

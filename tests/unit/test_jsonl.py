@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -439,6 +440,38 @@ def test_lines_longer_than_a_chunk_may_follow_each_other(tmp_path):
     where = Sources((write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))),), fields=("n", "t"))
     assert [dict(r) for r in read_jsonl(where)] == rows
     assert sum(len(block.places) for block in extract(where, ("t",))) == len(rows)
+
+
+def test_lines_are_read_ahead_by_a_thread_that_ends_with_the_reading(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "_CHUNK", 2**10)
+    where, before = (
+        sources(write(tmp_path / "a.jsonl", "\n".join(f'{{"n": {i}}}' for i in range(5000)))),
+        set(threading.enumerate()),
+    )
+    whole = [
+        int(block.text[a:b].tobytes()) for block in extract(where, ("n",)) for _, a, b in block.values[:, 0].tolist()
+    ]
+    assert whole == list(range(5000)) and set(threading.enumerate()) == before
+    blocks = extract(where, ("n",))
+    next(blocks)
+    assert set(threading.enumerate()) > before
+    blocks.close()
+    assert set(threading.enumerate()) == before
+
+
+def test_what_fails_while_lines_are_read_ahead_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "_CHUNK", 2**10)
+    where = sources(write(tmp_path / "a.jsonl", '{"n": 1}\n' * 5000))
+    plain, calls = jsonl._line, iter(range(9))
+
+    def fails(*given):
+        if next(calls) == 3:
+            raise OSError("the disk is gone")
+        return plain(*given)
+
+    monkeypatch.setattr(jsonl, "_line", fails)
+    with pytest.raises(DataError, match="the disk is gone"):
+        list(extract(where, ("n",)))
 
 
 def test_bad_lines_fill_a_table_too(tmp_path):
