@@ -5,8 +5,8 @@ tokens/s of TRL's fastest own setting, at most 0.6x its peak memory, the first s
 
     python benchmarks/train_cpu.py --model FOLDER [--peer PYTHON] [--quantizer nf4]
 
-``--peer``: the Python that has TRL, where that lives in an environment of its own. With ``nf4`` both sides hold the base
-in 4 bits (double quantisation, products in bf16), and the result is train_cpu_nf4.json. Data:
+``--peer``: the Python that has TRL, where that lives in an environment of its own. With ``nf4`` both sides hold the
+base in 4 bits (double quantisation, products in bf16), and the result is train_cpu_nf4.json. Data:
 shared/data/alpaca_en_demo.json.
 """
 
