@@ -37,12 +37,16 @@ class Head(NamedTuple):
     at: Tensor | None = None
     """int64 [R]; None: as ``rows``."""
 
-    def whole(self, dtype: torch.dtype) -> Tensor:
-        """Give the matrix [V, H] that hidden states are multiplied with."""
-        weight = self.weight.to(dtype)
-        if self.rows is None or self.at is None:
-            return weight
-        return weight.index_copy(0, self.at, self.rows.to(dtype))
+    def to(self, dtype: torch.dtype) -> Head:
+        """Give the same in this dtype."""
+        return Head(self.weight.to(dtype), None if self.rows is None else self.rows.to(dtype), self.at)
+
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Give logits [..., V] of hidden states [..., H] of the same dtype."""
+        made = torch.matmul(hidden, self.weight.T, out=out)
+        if self.rows is not None and self.at is not None:
+            made.index_copy_(-1, self.at, hidden @ self.rows.T)
+        return made
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -69,18 +73,18 @@ class LinearCrossEntropy(torch.autograd.Function):
         for_hidden, _, for_weight, for_rows = (with_grad and need for need in ctx.needs_input_grad[:4])
         for_any = for_hidden or for_weight or for_rows
         loss = torch.zeros((), device=hidden.device)
-        grad_hidden = torch.empty(hidden.shape, device=hidden.device) if for_hidden else None
+        grad_hidden = torch.zeros(hidden.shape, device=hidden.device) if for_hidden else None
         grad_weight = torch.zeros(weight.shape, device=weight.device) if for_weight else None
         grad_rows = torch.zeros(rows.shape, device=weight.device) if rows is not None and for_rows else None
         with torch.autocast(hidden.device.type, enabled=False):
-            w = Head(weight, rows, at).whole(dtype)
+            head = Head(weight, rows, at).to(dtype)
             few = CACHED if hidden.device.type == "cpu" else chunk
-            products = torch.empty(min(chunk, len(hidden)), len(w), dtype=dtype, device=hidden.device)
+            products = torch.empty(min(chunk, len(hidden)), len(weight), dtype=dtype, device=hidden.device)
             wide = None if dtype == torch.float32 else torch.empty_like(products[:few], dtype=torch.float32)
             numbers = torch.arange(few, device=hidden.device)
             for i in range(0, len(hidden), chunk):
                 h = hidden[i : i + chunk].to(dtype)
-                p = torch.mm(h, w.T, out=products[: len(h)])
+                p = head.logits(h, out=products[: len(h)])
                 for part, y in zip(torch.split(p, few), torch.split(targets[i : i + chunk], few), strict=True):
                     z, at_target = part if wide is None else wide[: len(part)].copy_(part), (numbers[: len(part)], y)
                     z -= z.amax(-1, keepdim=True)
@@ -90,12 +94,17 @@ class LinearCrossEntropy(torch.autograd.Function):
                     if for_any:
                         part.copy_(z.div_(total[:, None]))
                         part[at_target] = right.exp_().div_(total).sub_(1).to(dtype)  # scatter_ copies all of it twice
+                if for_any and head.rows is not None and at is not None:
+                    of_rows = p.index_select(1, at)
+                    p.index_fill_(1, at, 0)  # from here on p is of the other rows alone
+                    if grad_hidden is not None:
+                        grad_hidden[i : i + chunk] = of_rows @ head.rows
+                    if grad_rows is not None:
+                        grad_rows += of_rows.T @ h
                 if grad_hidden is not None:
-                    grad_hidden[i : i + chunk] = p @ w
+                    grad_hidden[i : i + chunk] += p @ head.weight
                 if grad_weight is not None:
                     grad_weight += p.T @ h
-                if grad_rows is not None and at is not None:
-                    grad_rows += p.index_select(1, at).T @ h
         ctx.save_for_backward(grad_hidden, grad_weight, grad_rows)
         ctx.dtypes = hidden.dtype, weight.dtype, torch.float32
         return loss
@@ -167,15 +176,16 @@ class CausalLoss(nn.Module):
         head = _linear_head(self.model)
         if head is None:
             return "the head is not a plain linear layer (a bias, an adapter or a quantizer is on it)"
-        weight = head.whole(head.weight.dtype)
-        positions = torch.arange(8, device=weight.device)[None]
-        ids = positions * 7 % len(weight)
+        positions = torch.arange(8, device=head.weight.device)[None]
+        ids = positions * 7 % len(head.weight)
         try:
             hidden = run_packed(decoder(self.model), ids, positions).last_hidden_state
         except AttributeError:
             return "the model has no decoder of its own"
         # large logits, on which a soft cap shows; the head's real input is also compared with the decoder's output
-        factor = 100 / float(F.linear(hidden.to(weight.dtype), weight).abs().max().clamp_min(1e-6))
+        dtype = product_dtype(hidden)
+        ours = head.to(dtype)
+        factor = 100 / float(ours.logits(hidden.to(dtype)).abs().max().clamp_min(1e-6))
         seen: list[Tensor] = []
 
         def enlarge(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -189,8 +199,7 @@ class CausalLoss(nn.Module):
             hook.remove()
         if not seen or not _close(seen[0], hidden):
             return "the head's input is not the decoder's output"
-        dtype = product_dtype(hidden)
-        if not _close(logits, F.linear((seen[0] * factor).to(dtype), weight.to(dtype))):
+        if not _close(logits, ours.logits((seen[0] * factor).to(dtype))):
             return "the logits are not the head's output (a soft cap or a scale)"
         return None
 

@@ -133,16 +133,23 @@ def test_any_split_of_a_step_gives_the_same_gradient(tmp_path, split):
     assert_close(found, expected, 1e-5)
 
 
+@pytest.mark.parametrize("replaced", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7, 16, 256])
-def test_chunks_equal_plain_cross_entropy(chunk):
+def test_chunks_equal_plain_cross_entropy(chunk, replaced):
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(33, 24, generator=generator, requires_grad=True)
     weight = torch.randn(101, 24, generator=generator, requires_grad=True)
-    targets = torch.randint(101, (33,), generator=generator)
-    plain = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
-    expected = torch.autograd.grad(plain * 0.3, (hidden, weight))
-    loss = LinearCrossEntropy.apply(hidden, targets, *Head(weight), torch.float32, chunk, True)
-    found = torch.autograd.grad(loss * 0.3, (hidden, weight))
+    rows = torch.randn(3, 24, generator=generator, requires_grad=True)
+    targets, at = torch.randint(101, (33,), generator=generator), torch.tensor([100, 2, 57])
+    targets[:3] = at
+    head = Head(weight, rows, at) if replaced else Head(weight)
+    inputs = (hidden, weight, rows) if replaced else (hidden, weight)
+    plain = F.cross_entropy(
+        hidden @ (weight.index_copy(0, at, rows) if replaced else weight).T, targets, reduction="sum"
+    )
+    expected = torch.autograd.grad(plain * 0.3, inputs)
+    loss = LinearCrossEntropy.apply(hidden, targets, *head, torch.float32, chunk, True)
+    found = torch.autograd.grad(loss * 0.3, inputs)
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
