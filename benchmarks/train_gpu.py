@@ -39,6 +39,8 @@ TOKENS = 16_384
 """Slots of a step: 8 packs of 2,048, 2 of 8,192."""
 WARM_UP = 2
 """Steps that are not counted."""
+LONGEST = 200
+"""Seconds that a run may take, loading included."""
 
 
 def write_model(folder: Path, shape: str, device: str) -> None:
@@ -142,6 +144,7 @@ def ours(model: Path, quantizer: str, length: int, checkpointing: str, device: s
     found["seconds"] = [step() for _ in range(steps + WARM_UP - 1)][WARM_UP - 1 :]
     found["memory"] = peak_memory(device)
     found["supervised"] = supervised
+    out.write_text(json.dumps(found))  # kept should the profile fail
     # of a GPU its kernels alone, and of one micro-batch: a step of 8 is half a million events
     activity = torch.profiler.ProfilerActivity.CPU if device == "cpu" else torch.profiler.ProfilerActivity.CUDA
     with torch.profiler.profile(activities=[activity]) as profile:
@@ -150,7 +153,7 @@ def ours(model: Path, quantizer: str, length: int, checkpointing: str, device: s
     kind = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
     events = sorted(profile.key_averages(), key=lambda e: -getattr(e, kind))
     total = sum(getattr(e, kind) for e in events)
-    found["profile"] = {e.key[:70]: round(100 * getattr(e, kind) / total, 1) for e in events[:15]}
+    found["profile"] = {e.key[:70]: round(100 * getattr(e, kind) / max(total, 1), 1) for e in events[:15]}
     side = 8192 if device != "cpu" else 512
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
     rates = []
@@ -183,7 +186,7 @@ try:
     attention = "flash_attention_2"
 except ImportError:
     attention = "sdpa"
-seconds, found = [], {}
+seconds, found, supervised = [], {}, []
 class Steps(TrainerCallback):
     def on_step_begin(self, *a, **k): self.began = time.perf_counter()
     def on_step_end(self, *a, **k):
@@ -192,7 +195,7 @@ class Steps(TrainerCallback):
         found.setdefault("first step s", time.time() - began)
 class Trainer(SFTTrainer):
     def training_step(self, model, inputs, *rest):
-        found["supervised"] = found.get("supervised", 0) + int((inputs["labels"][:, 1:] != -100).sum())
+        supervised.append((inputs["labels"][:, 1:] != -100).sum())  # read at the end: asking now would make it wait
         return super().training_step(model, inputs, *rest)
 kwargs = {"dtype": "bfloat16", "attn_implementation": attention}
 if quantizer == "nf4":
@@ -220,7 +223,7 @@ if device == "cpu":
     found["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 else:
     found["memory"] = torch.cuda.max_memory_allocated()
-found |= {"seconds": seconds[2:], "supervised": found["supervised"] / len(seconds), "route": attention}
+found |= {"seconds": seconds[2:], "supervised": sum(map(int, supervised)) / len(seconds), "route": attention}
 open(out, "w").write(json.dumps(found))
 """
 
@@ -274,13 +277,21 @@ def main() -> None:
                 if time.monotonic() - began > args.seconds:
                     left.append(f"{name} {side}")
                     continue
-                done = subprocess.run(
-                    command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-                )
-                if done.returncode:
-                    why = done.stderr.strip().splitlines()[-1:] or ["killed"]
-                    rows.append({"run": name, "side": side, "failed": why[0][:90]})
-                    print(done.stderr[-1500:], flush=True)
+                out.unlink(missing_ok=True)
+                environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+                try:
+                    done = subprocess.run(
+                        command, capture_output=True, text=True, check=False, env=environment, timeout=LONGEST
+                    )
+                    said = done.stderr if done.returncode else ""
+                except subprocess.TimeoutExpired:
+                    said = f"not done after {LONGEST} s"
+                if said:
+                    print(said[-1500:], flush=True)
+                if not out.exists():
+                    rows.append(
+                        {"run": name, "side": side, "failed": (said.strip().splitlines() or ["killed"])[-1][:90]}
+                    )
                     continue
                 found = json.loads(out.read_text())
                 seconds = statistics.median(found["seconds"])
@@ -305,7 +316,7 @@ def main() -> None:
             common.goal("nf4, 2,048, checkpointing: supervised tokens/s, times TRL's", speed, least=1.3),
             common.goal("nf4, 2,048, checkpointing: peak memory, times TRL's", memory, most=0.8),
         ],
-        peers=("torch", "transformers", "peft", "bitsandbytes"),
+        peers=("torch", "transformers", "peft", "bitsandbytes", "trl", "flash-attn"),
         device=args.device if args.device == "cpu" else torch.cuda.get_device_name(),
         shape=args.shape,
         left_out=left,
