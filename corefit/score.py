@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corefit import terminal
 from corefit.chat import Chatter
@@ -23,6 +23,9 @@ from corefit.report import columns, perplexity, to_json
 from corefit.show import labels
 from corefit.terminal import Say
 from corefit.types import BadRecord, Conversation, Message, Record, Sample, Sources
+
+if TYPE_CHECKING:
+    from corefit.engine.loss import CausalLoss
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -165,6 +168,9 @@ def _loss(chatter: Chatter, plan: Prepared, source: Source, rows: list[tuple[Sou
 
 def _multiple_choice(chatter: Chatter, path: Path, most: int) -> list[Score]:
     """Choose, for every row, the letter that the model thinks likeliest; count by subject."""
+    from corefit.engine.loss import CausalLoss
+
+    loss, base_loss = CausalLoss(chatter.model), CausalLoss(chatter.model)  # a head may have an adapter
     right: dict[str, list[tuple[bool, bool]]] = {}
     adapter = chatter.found.adapter is not None
     for record in islice(read_jsonl(Sources((path,), 2**26)), most):
@@ -173,11 +179,11 @@ def _multiple_choice(chatter: Chatter, path: Path, most: int) -> list[Score]:
         question, options, answer = _row(record)
         lines = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
         asked = Message("user", f"{question}\n{lines}\nAnswer with the letter of the right choice.")
-        tuned = _likeliest(chatter, asked, len(options)) == answer
+        tuned = _likeliest(chatter, loss, asked, len(options)) == answer
         base = tuned
         if adapter:
             with chatter.model.disable_adapter():
-                base = _likeliest(chatter, asked, len(options)) == answer
+                base = _likeliest(chatter, base_loss, asked, len(options)) == answer
         right.setdefault(str(record.get("subject", path.name)), []).append((tuned, base))
     if not right:
         raise DataError(f"{path}: no rows")
@@ -207,16 +213,14 @@ def _row(record: Record) -> tuple[str, Sequence[str], int]:
     return str(record["question"]), options, answer
 
 
-def _likeliest(chatter: Chatter, asked: Message, n: int) -> int:
+def _likeliest(chatter: Chatter, loss_fn: CausalLoss, asked: Message, n: int) -> int:
     """Give the number of the answer, one letter and its stop, whose tokens have the least loss."""
     import torch
 
     from corefit.engine.loop import autocast
-    from corefit.engine.loss import CausalLoss
     from corefit.engine.model import evaluating
 
     losses = []
-    loss_fn = CausalLoss(chatter.model)
     for letter in LETTERS[:n]:
         encoded = chatter.encoder.encode([(Conversation((asked, Message("assistant", letter))), "")])
         ids = torch.from_numpy(encoded.tokens).long()[None].to(chatter.device)
