@@ -995,7 +995,6 @@ def _events(folder: str, step: int = 0, *, failed: bool = False) -> list[Any]:
         lr=1e-4,
         grad_norm=loss,
         loss_scale=1.0,
-        next_loss_scale=1.0,
         skipped=failed,
         cause="non_finite_gradients" if failed else None,
         tokens=6,

@@ -119,7 +119,7 @@ def train(
     """
     loss_fn.train()
     supply = iter(steps)
-    first, next_scale, failed = state.step, scaler.get_scale(), False
+    first, failed = state.step, False
     broken: CorefitError | None = None
     scales: deque[tuple[int, float, str | None]] = deque(maxlen=SCALES)
     while not (reason := ranks.agree(should_stop())):
@@ -138,11 +138,11 @@ def train(
             break
         totals = Totals(*ranks.sum(*Totals.of(batches, ranks.rank)))
         progress = progress_at(state.step + 0.5, (state.epoch + totals.epoch) / 2, max_steps=max_steps, epochs=epochs)
-        lr, loss_scale, random = lr_at(progress), next_scale, random_state(device)
+        lr, random = lr_at(progress), random_state(device)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
         try:
-            loss, norm = take_step(
+            loss, norm, scale = take_step(
                 loss_fn, batches, totals.supervised, parameters, optimizer, scaler, device, compute_dtype, clip, ranks
             )
         except (RuntimeError, RunError) as error:
@@ -152,10 +152,9 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             set_random_state(random, device)
             break
-        next_scale, seconds = scaler.get_scale(), time.perf_counter() - begun
-        scale = loss_scale, next_scale
+        seconds = time.perf_counter() - begun
         report = report_of(state.step + 1, totals, progress, loss, norm, lr, scale, seconds, device)
-        scales.append((report.step, loss_scale, report.cause))
+        scales.append((report.step, scale, report.cause))
         if failed := report.cause == "non_finite_loss":  # no scale mends it: as if the step had not begun
             set_random_state(random, device)
             break
@@ -220,14 +219,14 @@ def take_step(
     compute_dtype: torch.dtype,
     clip: float | None,
     ranks: Ranks = ALONE,
-) -> tuple[float, float]:
-    """Give loss (nats per supervised token) and gradient norm; update the weights where both are finite.
+) -> tuple[float, float, float]:
+    """Give loss (nats per supervised token), gradient norm and loss scale; update the weights where both are finite.
 
-    Both are NaN, and nothing is computed, where none of the step's tokens, on any rank, is ``supervised``. Gradients
-    that aren't finite halve the loss scale; a loss that isn't leaves it as it is.
+    Loss and norm are NaN, and nothing is computed, where none of the step's tokens, on any rank, is ``supervised``.
+    Gradients that aren't finite halve the loss scale; a loss that isn't leaves it as it is.
     """
     if not supervised:
-        return math.nan, math.nan
+        return math.nan, math.nan, scaler.get_scale()
     loss = scaler.scale(torch.zeros((), device=device))  # a rank may have nothing else to scale
     for batch in ranks.in_step(batches):
         part = nats(loss_fn, batch, device, compute_dtype) / supervised
@@ -243,7 +242,8 @@ def take_step(
     if clip:
         torch.nn.utils.clip_grads_with_norm_(parameters.values(), clip, norm)
     norm = whole(norm)
-    values: list[float] = torch.stack([loss, norm.to(loss)]).tolist()  # the step's one wait for the device
+    scale = scaler.scale(torch.ones((), device=device))
+    values: list[float] = torch.stack([loss, norm.to(loss), scale]).tolist()  # the step's one wait for the device
     if all(map(math.isfinite, values)):
         try:
             scaler.step(optimizer)
@@ -254,9 +254,9 @@ def take_step(
                 f"out of memory in the optimizer's own step ({first_line(error)}): a smaller adapter.r or --set "
                 "train.optimizer=paged_adamw_8bit needs less; --resume goes on from the newest checkpoint"
             ) from error
-    scaler.update(None if math.isfinite(values[0]) else scaler.get_scale())
+    scaler.update(None if math.isfinite(values[0]) else values[2])
     optimizer.zero_grad(set_to_none=True)
-    return values[0], values[1]
+    return values[0], values[1], values[2]
 
 
 def nats(loss_fn: nn.Module, batch: Batch, device: str, compute_dtype: torch.dtype) -> torch.Tensor:
@@ -291,11 +291,11 @@ def report_of(
     loss: float,
     norm: float,
     lr: float,
-    scale: tuple[float, float],
+    scale: float,
     seconds: float,
     device: str,
 ) -> StepReport:
-    """Put a step's numbers together; ``scale``: the one that it used, and the next."""
+    """Put a step's numbers together."""
     cause = None
     if not (math.isfinite(loss) and math.isfinite(norm)):
         cause = "non_finite_gradients" if math.isfinite(loss) else "non_finite_loss"
@@ -307,8 +307,7 @@ def report_of(
         loss=loss if math.isfinite(loss) else None,
         lr=lr,
         grad_norm=norm if math.isfinite(norm) else None,
-        loss_scale=scale[0],
-        next_loss_scale=scale[1],
+        loss_scale=scale,
         skipped=cause is not None,
         cause=cause,
         tokens=int(totals.tokens),

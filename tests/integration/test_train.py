@@ -99,7 +99,7 @@ def test_a_run_folder_holds_what_is_promised_and_repeats(tmp_path: Path, base: l
     page = corefit("report", run, "--out", tmp_path / "page.html", cwd=tmp_path)
     assert page.returncode == 0 and "<html" in (tmp_path / "page.html").read_text("utf-8"), page.stderr
     steps = [line for line in lines(run / "metrics.jsonl") if "loss" in line]
-    keys = "step epoch progress loss lr grad_norm loss_scale next_loss_scale skipped cause tokens supervised_tokens"
+    keys = "step epoch progress loss lr grad_norm loss_scale skipped cause tokens supervised_tokens"
     assert set(steps[0]) == {*keys.split(), "samples", "packs", "fill", "tokens_per_s", "seconds", "memory_bytes"}
     assert [line["step"] for line in steps] == list(range(1, 7))
     assert any("val_loss" in line for line in lines(run / "metrics.jsonl"))

@@ -23,7 +23,7 @@ RECIPE = '[model]\nbase = "some/model"\n[[data]]\npath = "/rows.jsonl"\n[train]\
 
 def row(step: int, **more) -> dict:
     counts = dict(tokens=90, supervised_tokens=45, samples=3, packs=1, fill=90.0, tokens_per_s=22.5, seconds=2.0)
-    scale = dict(loss_scale=1.0, next_loss_scale=1.0, skipped=False, cause=None, memory_bytes=step * 2**20)
+    scale = dict(loss_scale=1.0, skipped=False, cause=None, memory_bytes=step * 2**20)
     return {"step": step, "epoch": step / 10, "progress": 0.5, "loss": 8 / step, "lr": 1e-3, "grad_norm": 1.0} | {
         **counts,
         **scale,

@@ -36,7 +36,6 @@ def report(step: int = 1, **changes) -> StepReport:
         **dict(step=step, epoch=step / 10, progress=(step - 0.5) / 10, loss=4.0 / step, lr=1e-4, grad_norm=1.0),
         **dict(
             loss_scale=1.0,
-            next_loss_scale=1.0,
             skipped=False,
             cause=None,
             tokens=900,
@@ -158,9 +157,9 @@ def test_a_step_in_one_line():
     assert step_line(report(), 200.0) == "step 1: loss 4.0000, 150 supervised tok/s, fill 90 %, 3 min 20 s left"
     skipped = report(skipped=True, cause="non_finite_gradients", grad_norm=None)
     assert step_line(skipped, None).startswith("step 1: skipped (non_finite_gradients), ")
-    halved = dataclasses.replace(skipped, loss_scale=65536.0, next_loss_scale=32768.0)
+    halved = dataclasses.replace(skipped, loss_scale=65536.0)
     assert step_line(halved, None).startswith("step 1: skipped (non_finite_gradients, loss scale 65536 -> 32768), ")
-    nothing = report(skipped=True, cause="nothing_supervised", loss=None, loss_scale=65536.0, next_loss_scale=65536.0)
+    nothing = report(skipped=True, cause="nothing_supervised", loss=None, loss_scale=65536.0)
     assert step_line(nothing, None).startswith("step 1: skipped (nothing_supervised), ")
     assert "left" not in step_line(report(), None)
 

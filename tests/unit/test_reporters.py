@@ -66,7 +66,7 @@ def registry(tmp_path, monkeypatch):
 
 def step(number: int) -> StepReport:
     counts = dict(tokens=9, supervised_tokens=4, samples=1, packs=1, fill=90.0, tokens_per_s=4.0, seconds=1.0)
-    scale = dict(loss_scale=1.0, next_loss_scale=1.0, skipped=False, cause=None, memory_bytes=None, grad_norm=None)
+    scale = dict(loss_scale=1.0, skipped=False, cause=None, memory_bytes=None, grad_norm=None)
     return StepReport(step=number, epoch=0.1, progress=0.5, loss=float("inf"), lr=1e-3, **counts, **scale)
 
 

@@ -14,7 +14,7 @@ from corefit import EndReport, PacksReport, SampleReport, StartReport, StepRepor
 
 
 def events(folder: Path, *, step: int = 0):
-    numbers = dict(epoch=0.5, progress=0.5, lr=1e-4, grad_norm=None, loss_scale=1.0, next_loss_scale=1.0, tokens=20)
+    numbers = dict(epoch=0.5, progress=0.5, lr=1e-4, grad_norm=None, loss_scale=1.0, tokens=20)
     more = dict(supervised_tokens=10, samples=2, packs=1, fill=99.0, tokens_per_s=5.0, seconds=2.0, memory_bytes=None)
     yield StartReport(folder=str(folder), step=step, endless=False, recipe={"train.lr": "0.0001"}, facts={})
     yield PacksReport(packs=[])
