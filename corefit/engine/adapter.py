@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from corefit.engine import internlm
-from corefit.engine.fused import fuse_lora, fuse_mlp, fuse_norm
+from corefit.engine.fused import fuse_lora, fuse_mlp, fuse_norm, fuse_tokens
 from corefit.engine.model import (
     first_line,
     hidden,
@@ -175,6 +175,7 @@ def _attach_lora(model: PreTrainedModel, spec: AdapterSpec, *, seed: int) -> Any
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     fuse_lora(adapted)
+    fuse_tokens(adapted)
     return adapted.train()
 
 

@@ -307,3 +307,26 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noq
     bias = None if base.bias is None else base.bias.to(dtype)
     fused: Tensor = LoraLinear.apply(x, dropped, base.weight, bias, a, b, layer.scaling["default"], state)  # type: ignore[no-untyped-call]
     return fused
+
+
+def fuse_tokens(model: nn.Module) -> None:
+    """Look rows that train up beside an embedding, where peft makes a copy of it, and of its gradient.
+
+    ``rows_at`` of peft's layers, int64 [R], says from now on which rows they stand in for.
+    """
+    layers: Iterator[Any] = model.modules()
+    for layer in layers:
+        if type(layer).__name__ == "TrainableTokensLayer":
+            rows, indices = layer.trainable_tokens_delta["default"], layer.token_indices["default"]
+            layer.register_buffer("rows_at", torch.tensor(indices, device=rows.device), persistent=False)
+            if type(layer.base_layer) is nn.Embedding:  # others do more
+                layer.forward = functools.partial(_embed, layer)
+
+
+def _embed(layer: Any, ids: Tensor) -> Tensor:  # noqa: ANN401
+    if layer.disable_adapters or layer.merged or layer.active_adapters != ["default"]:
+        return cast("Tensor", type(layer).forward(layer, ids))
+    known = layer.base_layer(ids)
+    found = ids[..., None] == layer.rows_at
+    rows = F.embedding(found.int().argmax(-1), layer.trainable_tokens_delta["default"])
+    return torch.where(found.any(-1, keepdim=True), rows.to(known.dtype), known)

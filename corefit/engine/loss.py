@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from corefit.engine.attention import Layout, decoder, run_packed, to_device
+from corefit.engine.attention import Layout, decoder, run_packed
 from corefit.engine.fused import product_dtype
 from corefit.engine.model import causal_lm, evaluating
 from corefit.types import IGNORE_INDEX
@@ -231,9 +230,7 @@ def _linear_head(model: nn.Module) -> Head | None:
         tokens = head.token_adapter
         head = tokens.base_layer
         if not tokens.disable_adapters and tokens.active_adapters:
-            name = tokens.active_adapters[0]
-            rows = tokens.trainable_tokens_delta[name]
-            at = to_device(np.array(tokens.token_indices[name]), str(rows.device))
+            rows, at = tokens.trainable_tokens_delta[tokens.active_adapters[0]], tokens.rows_at
     if hasattr(head, "modules_to_save"):
         off = head.disable_adapters or not head.active_adapters
         head = head.original_module if off else head.modules_to_save[head.active_adapters[0]]

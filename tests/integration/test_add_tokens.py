@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import write_model
 from tiny_internlm import write_internlm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import corefit
 from corefit.chat import find
@@ -158,6 +159,52 @@ def test_loss_and_gradients_of_trained_rows_are_those_of_full_logits(tiny_model:
     assert len(found[0][1]) == 2
     assert all(grad.abs().sum() > 0 for grad in found[0][1].values())
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of a tensor that an operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor) and not function.is_view:
+                self.numel = max(self.numel, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_rows_that_train_are_looked_up_as_peft_does_without_its_copy_of_all_rows(
+    kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base, name = make(tmp_path / "base", kind), str(dtype).removeprefix("torch.")
+    network = load_base(str(base), quantizer=Registry.load().quantizer("none"), compute_dtype=name, device="cpu")
+    tokens = (7, 9, 30)
+    network = attach_adapter(network, AdapterSpec(r=4, alpha=8, dropout=0.0, tokens=tokens), seed=0)
+    (layer,) = [module for module in network.modules() if "forward" in vars(module) and hasattr(module, "rows_at")]
+    with torch.no_grad():
+        layer.trainable_tokens_delta["default"].normal_()
+    ids = torch.tensor([[1, 7, 30, 5], [2, 7, 40, 9]])
+    positions, labels = torch.arange(4).expand(2, -1), torch.tensor([[7, 30, 5, -100], [-100, 40, 9, 3]])
+    loss_fn, found = CausalLoss(network), list[tuple[torch.Tensor, torch.Tensor]]()
+    for ours in (True, False):
+        if not ours:
+            del layer.forward
+        network.zero_grad()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            assert loss_fn.probe() is None
+            with Largest() as largest:
+                loss = loss_fn(ids, positions, labels)
+                (loss / 5).backward()
+        assert (largest.numel < layer.base_layer.weight.numel()) == ours
+        found.append((loss.detach(), layer.trainable_tokens_delta["default"].grad.clone()))
+        with torch.no_grad(), network.disable_adapter():
+            torch.testing.assert_close(layer(ids), layer.base_layer(ids), atol=0, rtol=0)
+    assert found[0][1].abs().sum() > 0
+    assert found[0][0] == found[1][0]
+    torch.testing.assert_close(found[0], found[1], atol=1e-5 if dtype == torch.float32 else 1e-2, rtol=1e-2)
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
