@@ -805,9 +805,7 @@ def encode_validation(
                 **made._asdict(),
                 n_tokens=int(samples[:, LENGTH].sum()),
                 n_samples=len(samples),
-                epoch=0.0,
                 origins=lambda rows=samples: tuple(block.origin(record) for record in rows[:, RECORD]),  # type: ignore[misc]
-                state=dict,
             )
         )
     return batches, ledger
