@@ -102,7 +102,6 @@ class Estimate:
     """What the run will read: of one epoch, but for ``total_packs`` (all epochs; None without a limit)."""
 
     records: int
-    samples: int
     packs: int
     total_packs: int | None
     exact: bool
@@ -735,7 +734,6 @@ class Stream:
         block = fit(block, self.max_length, self.overlong)
         if block.error is not None:
             raise block.error
-        repeats = np.array([one.source.repeat for one in self._inputs])
         if small:
             twin = copy.copy(self)
             twin.epochs, twin._known = min(self.epochs or 1, 50), _Known(block)
@@ -744,12 +742,11 @@ class Stream:
                 one.size = one.size._replace(records=len(head))
             twin._reset()
             n = sum(1 for _ in twin._packs())
-            counts = block.records[:, SAMPLES] * repeats[block.records[:, SOURCE]]
             n_records = sum(len(head) * one.source.repeat for head, one in zip(heads, self._inputs, strict=True))
             total = round(n * self.epochs / twin.epochs) if self.epochs else None
             exact = twin.epochs == (self.epochs or 1)
-            return Estimate(n_records, int(counts.sum()), -(-n // twin.epochs), total, exact)
-        sums = np.zeros(3)
+            return Estimate(n_records, -(-n // twin.epochs), total, exact)
+        sums = np.zeros(2)
         for one, head in zip(self._inputs, heads, strict=True):
             mine = block.records[block.samples[:, RECORD], SOURCE] == one.number
             plan = best_fit_decreasing(block.samples[mine, LENGTH], self.max_length)
@@ -757,9 +754,9 @@ class Stream:
             size = one.size
             scale = size.total / max(1, sum(map(one.weight, head)))
             scale = scale if size.records is None else size.records / max(1, len(head))
-            sums += np.array([len(head), int(mine.sum()), packs]) * max(1.0, scale) * one.source.repeat
-        n_records, n_samples, n = (max(1, round(value)) for value in sums)
-        return Estimate(n_records, n_samples, n, n * self.epochs or None, exact=False)
+            sums += np.array([len(head), packs]) * max(1.0, scale) * one.source.repeat
+        n_records, n = (max(1, round(value)) for value in sums)
+        return Estimate(n_records, n, n * self.epochs or None, exact=False)
 
 
 def _by_block(packs: Sequence[tuple[_Taken, int]]) -> list[tuple[_Taken, list[int]]]:
