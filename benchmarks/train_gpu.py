@@ -127,7 +127,7 @@ def ours(model: Path, quantizer: str, length: int, checkpointing: str, device: s
             Batch(
                 input_ids=ids[None], labels=labels[None], position_ids=positions[None],
                 cu_seqlens=np.cumsum([0, *sizes], dtype=np.int32), n_supervised=int((labels != -100).sum()),
-                n_tokens=length, n_samples=len(sizes), epoch=0.0, origins=tuple, state=dict,
+                n_tokens=length, n_samples=len(sizes),
             )
         )  # fmt: skip
 

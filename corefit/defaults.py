@@ -40,18 +40,6 @@ def _nf4(compute_dtype: str) -> Any:  # noqa: ANN401, a transformers class that 
     )
 
 
-def _keep_4bit_layout(model: Any) -> None:  # noqa: ANN401
-    """Stop bitsandbytes from repacking 4-bit weights in place at a CPU's first forward without gradients.
-
-    The repacked weights give wrong gradients from then on, without a word.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
 def _int8(compute_dtype: str) -> Any:  # noqa: ANN401
     from transformers import BitsAndBytesConfig
 
@@ -61,12 +49,7 @@ def _int8(compute_dtype: str) -> Any:  # noqa: ANN401
 def corefit_quantizers() -> Iterable[Quantizer]:
     """As stored, 4-bit and 8-bit. Source: Dettmers et al., QLoRA (2305.14314) 3; LLM.int8() (2208.07339)."""
     yield Quantizer(name="none", summary="weights as they are stored", config=lambda compute_dtype: None)
-    yield Quantizer(
-        name="nf4",
-        summary="4-bit NormalFloat, double quantisation (QLoRA)",
-        config=_nf4,
-        after_load=_keep_4bit_layout,
-    )
+    yield Quantizer(name="nf4", summary="4-bit NormalFloat, double quantisation (QLoRA)", config=_nf4)
     yield Quantizer(name="int8", summary="8-bit integers, outlier columns kept (LLM.int8)", config=_int8)
 
 

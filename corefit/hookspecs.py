@@ -356,16 +356,3 @@ def corefit_reporters() -> Iterable[Reporter]:
             yield Reporter(name="my_plugin", summary="a line with the loss of each step", open=begin, options=Options)
     '''
     return ()
-
-
-__all__ = [
-    "corefit_dataset_readers",
-    "corefit_map_functions",
-    "corefit_prompt_templates",
-    "corefit_quantizers",
-    "corefit_recipe_readers",
-    "corefit_reporters",
-    "corefit_schedulers",
-    "hookimpl",
-    "hookspec",
-]

@@ -19,7 +19,7 @@ import numpy as np
 
 from corefit.data.block import LENGTH, RECORD, START, Block, fit
 from corefit.data.rows import gather, padded
-from corefit.data.source import Source, encode_items, items_of
+from corefit.data.source import Source
 from corefit.errors import CorefitError, DataError, MaskError
 from corefit.types import IGNORE_INDEX, BadRecord, Conversation, Document, Item, Message, Record, Unrenderable
 
@@ -60,14 +60,15 @@ def first_records(sources: Iterable[Source]) -> list[tuple[Source, Record | BadR
     return found
 
 
-def data_proofs(plan: Prepared, records: Sequence[tuple[Source, Record | BadRecord]]) -> Iterator[Proof]:
-    """Prove what must hold of the samples that these records become, one proof after the other.
+def data_proofs(
+    plan: Prepared, items: Sequence[tuple[Item, str]], block: Block, drops: Sequence[str | None]
+) -> Iterator[Proof]:
+    """Prove what must hold of the samples that items became (see ``encode_items``), one proof after the other.
 
     Raises:
-        MaskError: a sample is not what its messages say. DataError: too little is supervised; a map function failed.
+        MaskError: a sample is not what its messages say. DataError: too little is supervised.
     """
-    items, pack = items_of(records, plan.encoder.supervise), plan.recipe.pack
-    block, drops = encode_items(items, plan.encoder)
+    pack = plan.recipe.pack
     fitted = fit(block, pack.max_length, pack.overlong)
     if fitted.error is not None:
         raise fitted.error

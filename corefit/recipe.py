@@ -390,15 +390,9 @@ def _mismatch(key: str, hint: Any, value: object) -> str:  # noqa: ANN401
     return f"{key}: found {found if len(found) <= 80 else found[:77] + '...'}; expected {_expected(hint)}"
 
 
-def option_keys(cls: type | None) -> dict[str, str]:
-    """Give the keys of a plugin's options, each with its type and default in words; none where it has no options."""
-    keys = {}
-    for name, hint in {} if cls is None else _hints(cls).items():
-        item = next(item for item in dataclasses.fields(cls) if item.name == name)  # type: ignore[arg-type]
-        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
-        known = "" if default in (None, dataclasses.MISSING) else f" (default {_value(default)})"
-        keys[name] = _expected(hint) + known
-    return keys
+def option_keys(cls: type | None) -> list[str]:
+    """Give the keys of a plugin's options; none where it has no options."""
+    return [] if cls is None else list(_hints(cls))
 
 
 def shares(table: Mapping[str, Any], classes: Sequence[type | None], *, where: str) -> list[dict[str, Any]]:

@@ -279,8 +279,7 @@ class Lab:
             width=padded(int(lengths.reshape(-1, documents).sum(1).max())),
             pad_id=self.tokenizer.pad_id,
         )
-        counts: dict[str, Any] = {"n_tokens": int(ends[-1]), "n_samples": len(texts), "epoch": 0.0}
-        return Batch(**rows._asdict(), **counts, origins=tuple, state=lambda: state or {})
+        return Batch(**rows._asdict(), n_tokens=int(ends[-1]), n_samples=len(texts), state=lambda: state or {})
 
     def train(self, loss_fn: CausalLoss, steps: Sequence[tuple[Batch, ...]], **changes: Any) -> None:  # noqa: ANN401
         """Run the training loop over these steps."""

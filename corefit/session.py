@@ -173,7 +173,9 @@ class Session:
         else:
             self.say(f"validation: {len(held_out):,} records, {sum(batch.n_samples for batch in batches):,} samples")
         first = first_records(plan.sources)
-        for proof in data_proofs(plan, first):
+        items = items_of(first, plan.encoder.supervise)
+        block, drops = encode_items(items, plan.encoder)
+        for proof in data_proofs(plan, items, block, drops):
             self._proved(proof)
         self.say(forecast(stream.estimate(), recipe.train))
         if self.scheduler.decays and not recipe.train.max_steps and not (recipe.train.epochs and stream.total_bytes):
@@ -181,9 +183,7 @@ class Session:
                 f"scheduler {self.scheduler.name!r} must know how long the run is, the size of the data isn't known: "
                 "--set train.max_steps=N, or --scheduler constant"
             )
-        items = items_of(first, plan.encoder.supervise)
         self.system = common_system([item for item, _ in items])
-        block, _ = encode_items(items, plan.encoder)
         block = fit(block, recipe.pack.max_length, recipe.pack.overlong)
         self.sample_lengths: list[int] = block.samples[:, LENGTH].tolist()
         return stream, batches, recipe.sample.prompts or questions(held_out or first)

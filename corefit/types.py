@@ -233,14 +233,14 @@ class Batch:
     cu_seqlens: NDArray[np.int32]
     """int32 [D+1]: bounds of the documents over the flattened B*T' slots."""
     n_supervised: int
-    n_tokens: int
+    n_tokens: int = 0
     """Slots that are not padding."""
-    n_samples: int
-    epoch: float
+    n_samples: int = 0
+    epoch: float = 0.0
     """Epochs done once this batch is consumed."""
-    origins: Callable[[], tuple[str, ...]] = field(repr=False)
+    origins: Callable[[], tuple[str, ...]] = field(default=tuple, repr=False)
     """Gives ``path:line`` of every sample, in order."""
-    state: Callable[[], Mapping[str, Any]] = field(repr=False)
+    state: Callable[[], Mapping[str, Any]] = field(default=dict, repr=False)
     """Gives the stream's state once this batch is consumed; JSON-able; holds ``ledger``."""
 
 

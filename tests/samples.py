@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from corefit.data.block import DROPPED, LENGTH, RECORD_COLUMNS, TRUNCATED, WORDS, Block, fit
 from corefit.data.rows import Rows, gather, padded
+from corefit.data.source import encode_items, items_of
+from corefit.proofs import Proof, data_proofs
 from corefit.types import Sample
 
 
@@ -33,6 +36,12 @@ def encode_each(encoder, items) -> list[Result]:
     block = Block(np.zeros((len(items), RECORD_COLUMNS), np.int64), made.samples, made.tokens, made.spans, made.cuts)
     found = {row[6]: block.sample(i, items[row[6]][1]) for i, row in enumerate(made.samples.tolist())}
     return [Result(found.get(i), made.drops[i], tuple(made.notes[i])) for i in range(len(items))]
+
+
+def proved(plan, records) -> Iterator[Proof]:
+    """Give the proofs of what records become, as a run starts with."""
+    items = items_of(records, plan.encoder.supervise)
+    return data_proofs(plan, items, *encode_items(items, plan.encoder))
 
 
 def labels_in_place(sample: Sample) -> list[int]:

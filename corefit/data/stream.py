@@ -47,7 +47,7 @@ from corefit.data.block import (
 )
 from corefit.data.ledger import Ledger
 from corefit.data.pack import Streamed, best_fit_decreasing, stream
-from corefit.data.rows import Rows, Window, gather, padded, stack
+from corefit.data.rows import Rows, appended, gather, padded, stack
 from corefit.data.source import (
     ESTIMATE_RECORDS,
     GROUP_RECORDS,
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from corefit.data.arena import Arena
     from corefit.data.block import Table
     from corefit.data.encode import Encoder
+    from corefit.data.rows import Window
 
 __all__ = ["Estimate", "Source", "Split", "Stream", "encode_validation", "packs_at_once", "split_validation"]
 
@@ -101,7 +102,6 @@ class Estimate:
     """What the run will read: of one epoch, but for ``total_packs`` (all epochs; None without a limit)."""
 
     records: int
-    samples: int
     packs: int
     total_packs: int | None
     exact: bool
@@ -154,8 +154,8 @@ class _Taken:
     """Those held from before, then the block's."""
     rows: Table
     """Samples held from before, then the block's; ``RECORD`` refers to ``records``."""
-    window: tuple[NDArray[Any], Table]
-    """Tokens and spans that ``rows`` refer to."""
+    window: Window
+    """What ``rows`` refer to."""
     closed: Streamed
     """Packs of ``rows``."""
     packed: Table
@@ -285,8 +285,10 @@ class Stream:
 
     def _reset(self) -> None:
         self.ledger = Ledger()  # of the blocks taken in
-        self._window = Window(None if self._known is None else self._known.block)
-        self._rows = np.empty((0, SAMPLE_COLUMNS), np.int64)  # the samples held
+        self._window: Window = np.empty(0, np.int32), np.empty((0, 2), np.int64)
+        if self._known is not None:
+            self._window = self._known.block.tokens, self._known.block.spans
+        self._rows = np.empty((0, SAMPLE_COLUMNS), np.int64)  # the samples held: these refer to tokens and spans there
         self._records = np.empty((0, RECORD_COLUMNS), np.int64)  # theirs
         self._cursor = _Cursor(0, None, (At(),) * len(self._inputs))
         self._read = 0  # bytes
@@ -522,7 +524,7 @@ class Stream:
     def _take(self, group: _Group, block: Block) -> _Taken:
         """Hand a block's samples to the packer, and account for them."""
         n_held, before = len(self._records), len(self._rows)
-        rows = self._window.add(self._rows, block)
+        rows, self._window = appended(self._rows, self._window, block)
         rows[before:, RECORD] += n_held
         records = np.concatenate([self._records, block.records])
         ends = np.append(rows[1:, RECORD] != rows[:-1, RECORD], True)[: len(rows)]
@@ -553,7 +555,7 @@ class Stream:
         done = read[n_read] * ((self.ledger.records.used + sums[1:, 2]) / np.maximum(known[n_read], 1))
         taken = _Taken(
             begin=group.begin, base=self.ledger, block=block, records=records, rows=rows,
-            window=(self._window.tokens, self._window.spans), closed=packed, packed=out,
+            window=self._window, closed=packed, packed=out,
             sums=sums, counts=np.diff(packed.offsets),
             tokens=np.diff(sums[:, 0]).tolist(), supervised=np.diff(sums[:, 1]).tolist(),
             n_read=n_read, read=read, epochs=self._progress(group.begin, done),
@@ -690,8 +692,9 @@ class Stream:
         held = {(i, ordinal) for i, row in enumerate(state["held"]) for ordinal in row[6]}
         waits = [tuple(pair) in held for pair in block.samples[:, [RECORD, ORDINAL]].tolist()]
         block.samples = block.samples[waits]
-        self._rows, self._records = self._window.add(self._rows, block), block.records
-        if _checksum(self._rows, self._window.tokens) != state["samples"]:
+        self._rows, self._window = appended(self._rows, self._window, block)
+        self._records = block.records
+        if _checksum(self._rows, self._window[0]) != state["samples"]:
             raise CheckpointError(CHANGED)
 
     def _again(self, held: Sequence[Sequence[Any]]) -> Block:
@@ -731,7 +734,6 @@ class Stream:
         block = fit(block, self.max_length, self.overlong)
         if block.error is not None:
             raise block.error
-        repeats = np.array([one.source.repeat for one in self._inputs])
         if small:
             twin = copy.copy(self)
             twin.epochs, twin._known = min(self.epochs or 1, 50), _Known(block)
@@ -740,12 +742,11 @@ class Stream:
                 one.size = one.size._replace(records=len(head))
             twin._reset()
             n = sum(1 for _ in twin._packs())
-            counts = block.records[:, SAMPLES] * repeats[block.records[:, SOURCE]]
             n_records = sum(len(head) * one.source.repeat for head, one in zip(heads, self._inputs, strict=True))
             total = round(n * self.epochs / twin.epochs) if self.epochs else None
             exact = twin.epochs == (self.epochs or 1)
-            return Estimate(n_records, int(counts.sum()), -(-n // twin.epochs), total, exact)
-        sums = np.zeros(3)
+            return Estimate(n_records, -(-n // twin.epochs), total, exact)
+        sums = np.zeros(2)
         for one, head in zip(self._inputs, heads, strict=True):
             mine = block.records[block.samples[:, RECORD], SOURCE] == one.number
             plan = best_fit_decreasing(block.samples[mine, LENGTH], self.max_length)
@@ -753,9 +754,9 @@ class Stream:
             size = one.size
             scale = size.total / max(1, sum(map(one.weight, head)))
             scale = scale if size.records is None else size.records / max(1, len(head))
-            sums += np.array([len(head), int(mine.sum()), packs]) * max(1.0, scale) * one.source.repeat
-        n_records, n_samples, n = (max(1, round(value)) for value in sums)
-        return Estimate(n_records, n_samples, n, n * self.epochs or None, exact=False)
+            sums += np.array([len(head), packs]) * max(1.0, scale) * one.source.repeat
+        n_records, n = (max(1, round(value)) for value in sums)
+        return Estimate(n_records, n, n * self.epochs or None, exact=False)
 
 
 def _by_block(packs: Sequence[tuple[_Taken, int]]) -> list[tuple[_Taken, list[int]]]:
@@ -801,9 +802,7 @@ def encode_validation(
                 **made._asdict(),
                 n_tokens=int(samples[:, LENGTH].sum()),
                 n_samples=len(samples),
-                epoch=0.0,
                 origins=lambda rows=samples: tuple(block.origin(record) for record in rows[:, RECORD]),  # type: ignore[misc]
-                state=dict,
             )
         )
     return batches, ledger

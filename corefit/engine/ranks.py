@@ -45,11 +45,6 @@ def stand_in(rows: int, slots: int, *, supervised: bool) -> Batch:
         position_ids=np.tile(np.arange(slots), (rows, 1)),
         cu_seqlens=np.arange(0, rows * slots + 1, slots, dtype=np.int32),
         n_supervised=rows * slots * supervised,
-        n_tokens=0,
-        n_samples=0,
-        epoch=0.0,
-        origins=tuple,
-        state=dict,
     )
 
 

@@ -145,9 +145,8 @@ def two_packs() -> Any:
     positions = np.concatenate([np.arange(n) for n in sizes]).reshape(2, 128)
     labels = np.where(np.roll(positions, -1) == 0, -100, np.roll(ids, -1))
     labels[1, -7:] = -100
-    counts: dict[str, Any] = {"n_tokens": 249, "n_samples": 8, "epoch": 0.0, "origins": tuple, "state": dict}
     bounds = np.cumsum([0, *sizes], dtype=np.int32)
-    return Batch(ids, labels, positions, bounds, n_supervised=int((labels != -100).sum()), **counts)
+    return Batch(ids, labels, positions, bounds, n_supervised=int((labels != -100).sum()), n_tokens=249, n_samples=8)
 
 
 def loss_and_gradients(model: Any, autocast: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ from corefit_tokenizer import corefit_prompt_templates as own_template
 from fakes import JSONL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import proved
 from tiny import CONTROL
 from tokenizers_at_hand import TOKENIZERS
 
@@ -78,7 +79,7 @@ def mask_proof(made: Encoder, items, *sets) -> proofs.Proof:
     source = Source(reader=JSONL, map_function=mapped, sources=Sources(()))
     plan = Prepared(recipe, None, made.tokenizer, made.template, made, (source,), (), ())
     records = [(source, Record({"i": i}, path="d", line=i + 1, offset=0)) for i in range(len(items))]
-    return next(proofs.data_proofs(plan, records))
+    return next(proved(plan, records))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -78,9 +78,8 @@ def api() -> str:
     lines = []
     for name in corefit.__all__:
         lines += described(f"corefit.{name}", getattr(corefit, name))
-    for name in hookspecs.__all__:
-        if name.startswith("corefit_"):
-            lines += described(f"hook {name}", getattr(hookspecs, name))
+    for name in sorted(kind.hook for kind in KINDS.values()):
+        lines += described(f"hook {name}", getattr(hookspecs, name))
     for name in testing.__all__:
         lines += described(f"corefit.testing.{name}", getattr(testing, name))
     return "\n".join(lines) + "\n"

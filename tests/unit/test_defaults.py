@@ -106,16 +106,3 @@ def test_nf4_is_qlora_s(dtype):
 def test_int8():
     config = QUANTIZERS["int8"].config("float16")
     assert config.load_in_8bit and not config.load_in_4bit
-
-
-def test_nf4_forbids_the_repacking_on_a_cpu():
-    import torch
-    from bitsandbytes.nn import Linear4bit
-
-    model = torch.nn.Sequential(Linear4bit(64, 64), torch.nn.Sequential(Linear4bit(64, 64), torch.nn.Linear(4, 4)))
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = True
-    QUANTIZERS["nf4"].after_load(model)
-    found = [module.support_avx512bf16_for_cpu for module in model.modules() if isinstance(module, Linear4bit)]
-    assert found == [False, False]

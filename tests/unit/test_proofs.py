@@ -15,6 +15,7 @@ from corefit_chatml import corefit_prompt_templates as chatml
 from corefit_internlm_chat import corefit_prompt_templates as internlm_chat
 from corefit_tokenizer import corefit_prompt_templates as own_template
 from fakes import JSONL
+from samples import proved
 from tiny import CHATML_JINJA, write_model, write_tokenizer
 from tokenizers_at_hand import TOKENIZERS
 
@@ -73,13 +74,13 @@ def plan_of(tokenizer, template=CHATML, *sets, items=(TURNS,), reader=JSONL):
 
 
 def lines(tokenizer, template=CHATML, *sets, items=(TURNS,)) -> dict[str, str]:
-    return {p.name: p.line for p in proofs.data_proofs(*plan_of(tokenizer, template, *sets, items=items))}
+    return {p.name: p.line for p in proved(*plan_of(tokenizer, template, *sets, items=items))}
 
 
 def fails_first(tokenizer, template, error, *sets, items=(TURNS,)) -> str:
     """Give the one line of a failure of the first proof."""
     with pytest.raises(error) as caught:
-        next(proofs.data_proofs(*plan_of(tokenizer, template, *sets, items=items)))
+        next(proved(*plan_of(tokenizer, template, *sets, items=items)))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -102,7 +103,7 @@ def rewritten(template: PromptTemplate, change) -> PromptTemplate:
 def test_each_proof_is_one_line_and_facts(tiny_tokenizer, template):
     items = [TURNS, [["system", "S"], *TURNS], "a document", [["user", "x"], ["assistant", ""]], None]
     plan, records = plan_of(tiny_tokenizer, template, items=items)
-    found = {proof.name: proof for proof in proofs.data_proofs(plan, records)}
+    found = {proof.name: proof for proof in proved(plan, records)}
     assert list(found) == ["mask", "supervised", "chat_template"]
     assert all("\n" not in proof.line for proof in found.values())
     assert json.loads(json.dumps({name: proof.facts for name, proof in found.items()}))
@@ -155,7 +156,7 @@ def test_masked_answers_and_the_last_alone_are_asked_of_the_messages(tiny_tokeni
     wanted = {"all": 2, "last": 1}
     for supervise, n in wanted.items():
         plan, records = plan_of(tiny_tokenizer, CHATML, f"template.supervise={supervise}", items=[masked])
-        assert next(proofs.data_proofs(plan, records)).facts["supervised"] == sum(
+        assert next(proved(plan, records)).facts["supervised"] == sum(
             len(plan.tokenizer.encode([text])[0]) + 1 for text in ("yo, you", "that is all")[-n:]
         )
 
@@ -167,7 +168,7 @@ def test_odd_tokenizers_raise_no_alarm(tmp_path, kind):
     items = [TURNS, [["user", odd], ["assistant", odd], ["user", "\u0f40" * 100], ["assistant", "\0 \u200b" + odd]]]
     for template in (INTERNLM, CHATML, OWN):
         plan, records = plan_of(folder, template, "template.min_supervised=0", items=[*items, odd])
-        facts = next(proofs.data_proofs(plan, records)).facts
+        facts = next(proved(plan, records)).facts
         assert facts["samples"] == 3 and facts["unlocated"] == 0
         assert (facts["rewritten"] > 0) == (kind not in ("byte-level", "prefix space", "metaspace")), kind
 
@@ -200,7 +201,7 @@ def test_white_space_that_a_stop_swallows_is_no_part_of_the_answer(tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(data), "utf-8")
     plan, records = plan_of(folder, OWN)
     assert Segment("<|im_end|>\n", True, True) in plan.encoder.segments(map_messages({"m": TURNS}, None).__next__())
-    assert next(proofs.data_proofs(plan, records)).facts["samples"] == 1
+    assert next(proved(plan, records)).facts["samples"] == 1
 
 
 def test_only_the_first_records_are_read(tiny_tokenizer):
@@ -223,7 +224,7 @@ def test_proofs_take_no_time(tiny_tokenizer):
     long = [["user", "what is it? " * 40], ["assistant", "it is that, and so on. " * 60]] * 2
     plan, records = plan_of(tiny_tokenizer, items=[long] * proofs.LOOKED_AT)
     began = time.process_time()
-    list(proofs.data_proofs(plan, records))
+    list(proved(plan, records))
     assert time.process_time() - began < 1  # 0.2 s alone
 
 
@@ -337,7 +338,7 @@ def test_reasoning_before_an_answer_may_be_supervised(tiny_tokenizer):
     plan, [(source, record)] = plan_of(tiny_tokenizer, CHATML)
     plan = dataclasses.replace(plan, encoder=dataclasses.replace(plan.encoder, template=template))
     source = dataclasses.replace(source, map_function=dataclasses.replace(TALK, map=mapped))
-    assert next(proofs.data_proofs(plan, [(source, record)])).facts["unlocated"] == 0
+    assert next(proved(plan, [(source, record)])).facts["unlocated"] == 0
 
 
 # --------------------------------------------------------------------------------------------- bugs of what encodes it
@@ -404,7 +405,7 @@ def test_a_tokenizer_that_cuts_text_off_fails_the_mask_proof(tiny_tokenizer):
     plan, records = plan_of(tiny_tokenizer)
     plan.tokenizer._backend.enable_truncation(6)
     with pytest.raises(MaskError) as caught:
-        next(proofs.data_proofs(plan, records))
+        next(proved(plan, records))
     assert str(caught.value).startswith(
         f"{ORIGIN}: mask: text is lost in encoding: expected 'user\\nhi there', there is 'us"
     )
@@ -441,7 +442,7 @@ def test_an_answer_left_out_as_nothing_to_learn_fails_the_mask_proof(tiny_tokeni
 
 
 def second(tokenizer, *sets, items) -> str:
-    found = proofs.data_proofs(*plan_of(tokenizer, CHATML, *sets, items=items))
+    found = proved(*plan_of(tokenizer, CHATML, *sets, items=items))
     next(found)
     with pytest.raises(DataError) as caught:
         next(found)
@@ -515,7 +516,7 @@ DEFAULT_SYSTEM = (
 )  # fmt: skip
 def test_the_tokenizers_chat_template_is_compared_and_a_difference_shown(tmp_path, jinja, template, verdict, words):
     folder = with_jinja(tmp_path, jinja)
-    proof = list(proofs.data_proofs(*plan_of(folder, template)))[-1]
+    proof = list(proved(*plan_of(folder, template)))[-1]
     assert proof.facts["verdict"] == verdict
     assert bool(proof.facts["difference"]) == (verdict == "differs")
     assert words in proof.line, proof.line
@@ -534,7 +535,7 @@ def test_a_template_that_cant_write_a_system_message_is_compared_without(tmp_pat
         return CHATML.render(item, tokenizer, options)
 
     folder = with_jinja(tmp_path, CHATML_JINJA)
-    proof = list(proofs.data_proofs(*plan_of(folder, dataclasses.replace(CHATML, render=render))))[-1]
+    proof = list(proved(*plan_of(folder, dataclasses.replace(CHATML, render=render))))[-1]
     assert proof.facts == {"verdict": "equal", "difference": ""}
 
 

@@ -436,12 +436,9 @@ def test_an_options_class_that_no_recipe_can_fill_is_the_plugins_mistake():
         options_from(Odd, {"path": "x"}, where="w")
 
 
-def test_option_keys_in_words():
-    assert option_keys(None) == {}
-    keys = option_keys(Options)
-    assert list(keys) == ["name", "threads", "n", "share", "words", "more"]
-    assert keys["threads"] == '"best" or "all" (default "best")'
-    assert keys["name"] == "text" and keys["n"] == "a whole number"
+def test_option_keys():
+    assert option_keys(None) == []
+    assert option_keys(Options) == ["name", "threads", "n", "share", "words", "more"]
 
 
 # ------------------------------------------------------------------------------------------------------ writing
