@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from corefit.data import kernel
-from corefit.data.block import LENGTH, SPAN, SPANS, START, ranges
+from corefit.data.block import LENGTH, SPAN, SPANS, START
 from corefit.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
     from corefit.data.block import Block, Table
 
-    Window = tuple[NDArray[Any], Table]  # tokens and spans that rows of samples refer to
+
+MIN_TOKENS = 2**18
+"""Tokens that a window has room for, at least."""
 
 
 class Rows(NamedTuple):
@@ -126,20 +128,48 @@ def stack(parts: Sequence[Rows]) -> Rows:
     return Rows(ids, labels, positions, cu_seqlens, sum(part.n_supervised for part in parts))
 
 
-def appended(held: Table, window: Window, block: Block) -> tuple[Table, Window]:
-    """Give rows for the samples held and then those of a block, and the tokens and spans that these rows refer to.
+class Window:
+    """Tokens and spans of the samples that wait, in one buffer, so that a micro-batch is one gather.
 
-    What no sample held refers to stays behind. Arrays are new, so that rows that were given out stay good together with
-    theirs; but where the block shares its tokens with what is held, as those of an arena do, nothing is copied.
+    Buffers are only ever added to; where one is full, what still waits moves to a new one. So rows that were given out
+    stay good together with the buffers of that moment. Samples of an arena are used where they lie.
     """
-    rows, (tokens, spans) = np.concatenate([held, block.samples]), window
-    if block.tokens is tokens:
-        return rows, window
-    start, length, span, count = held[:, [START, LENGTH, SPAN, SPANS]].T
-    to, n, m = np.cumsum(length) - length, int(length.sum()), int(count.sum())
-    # a piece of a long document shares its span with the others: only what lies in it moves along
-    kept = np.clip(spans[ranges(span, count)] - np.repeat(start, count)[:, None], 0, np.repeat(length, count)[:, None])
-    rows[: len(held), START], rows[: len(held), SPAN] = to, np.cumsum(count) - count
-    rows[len(held) :, [START, SPAN]] += n, m
-    spans = np.concatenate([kept + np.repeat(to, count)[:, None], block.spans + n])
-    return rows, (np.concatenate([tokens[ranges(start, length)], block.tokens]), spans)
+
+    def __init__(self, arena: Block | None = None) -> None:
+        """``arena``: every block to come is a part of it."""
+        self._in_place = arena is not None
+        self.tokens: NDArray[Any] = np.empty(0, np.int32) if arena is None else arena.tokens
+        self.spans: Table = np.empty((0, 2), np.int64) if arena is None else arena.spans
+        self._n_tokens = self._n_spans = 0  # written
+
+    def add(self, held: Table, block: Block) -> Table:
+        """Take in a block's samples; give the rows of those held and of these, for the buffers of now."""
+        if self._in_place:
+            return np.concatenate([held, block.samples])
+        n, m = len(block.tokens), len(block.spans)
+        if self._n_tokens + n > len(self.tokens) or self._n_spans + m > len(self.spans):
+            held = self._move(held, n, m)
+        rows = block.samples.copy()
+        rows[:, START] += self._n_tokens
+        rows[:, SPAN] += self._n_spans
+        self.tokens[self._n_tokens : self._n_tokens + n] = block.tokens
+        self.spans[self._n_spans : self._n_spans + m] = block.spans + self._n_tokens
+        self._n_tokens, self._n_spans = self._n_tokens + n, self._n_spans + m
+        return np.concatenate([held, rows])
+
+    def _move(self, held: Table, n: int, m: int) -> Table:
+        """Begin new buffers with what is held and room for as much again, and for n tokens and m spans."""
+        old_tokens, old_spans, held = self.tokens, self.spans, held.copy()
+        lengths, counts = held[:, LENGTH], held[:, SPANS]
+        starts, firsts = np.cumsum(lengths) - lengths, np.cumsum(counts) - counts
+        self._n_tokens, self._n_spans = int(lengths.sum()), int(counts.sum())
+        self.tokens = np.empty(max(2 * (self._n_tokens + n), MIN_TOKENS), np.int32)
+        self.spans = np.empty((max(2 * (self._n_spans + m), MIN_TOKENS // 64), 2), np.int64)
+        for (start, length, span, count, *_), to, first in zip(
+            held.tolist(), starts.tolist(), firsts.tolist(), strict=True
+        ):
+            self.tokens[to : to + length] = old_tokens[start : start + length]
+            # a piece of a long document shares its span with the others: only what lies in it moves along
+            self.spans[first : first + count] = np.clip(old_spans[span : span + count] - start, 0, length) + to
+        held[:, START], held[:, SPAN] = starts, firsts
+        return held

@@ -47,7 +47,7 @@ from corefit.data.block import (
 )
 from corefit.data.ledger import Ledger
 from corefit.data.pack import Streamed, best_fit_decreasing, stream
-from corefit.data.rows import Rows, appended, gather, padded, stack
+from corefit.data.rows import Rows, Window, gather, padded, stack
 from corefit.data.source import (
     ESTIMATE_RECORDS,
     GROUP_RECORDS,
@@ -69,7 +69,6 @@ if TYPE_CHECKING:
     from corefit.data.arena import Arena
     from corefit.data.block import Table
     from corefit.data.encode import Encoder
-    from corefit.data.rows import Window
 
 __all__ = ["Estimate", "Source", "Split", "Stream", "encode_validation", "packs_at_once", "split_validation"]
 
@@ -154,8 +153,8 @@ class _Taken:
     """Those held from before, then the block's."""
     rows: Table
     """Samples held from before, then the block's; ``RECORD`` refers to ``records``."""
-    window: Window
-    """What ``rows`` refer to."""
+    window: tuple[NDArray[Any], Table]
+    """Tokens and spans that ``rows`` refer to."""
     closed: Streamed
     """Packs of ``rows``."""
     packed: Table
@@ -285,10 +284,8 @@ class Stream:
 
     def _reset(self) -> None:
         self.ledger = Ledger()  # of the blocks taken in
-        self._window: Window = np.empty(0, np.int32), np.empty((0, 2), np.int64)
-        if self._known is not None:
-            self._window = self._known.block.tokens, self._known.block.spans
-        self._rows = np.empty((0, SAMPLE_COLUMNS), np.int64)  # the samples held: these refer to tokens and spans there
+        self._window = Window(None if self._known is None else self._known.block)
+        self._rows = np.empty((0, SAMPLE_COLUMNS), np.int64)  # the samples held
         self._records = np.empty((0, RECORD_COLUMNS), np.int64)  # theirs
         self._cursor = _Cursor(0, None, (At(),) * len(self._inputs))
         self._read = 0  # bytes
@@ -524,7 +521,7 @@ class Stream:
     def _take(self, group: _Group, block: Block) -> _Taken:
         """Hand a block's samples to the packer, and account for them."""
         n_held, before = len(self._records), len(self._rows)
-        rows, self._window = appended(self._rows, self._window, block)
+        rows = self._window.add(self._rows, block)
         rows[before:, RECORD] += n_held
         records = np.concatenate([self._records, block.records])
         ends = np.append(rows[1:, RECORD] != rows[:-1, RECORD], True)[: len(rows)]
@@ -555,7 +552,7 @@ class Stream:
         done = read[n_read] * ((self.ledger.records.used + sums[1:, 2]) / np.maximum(known[n_read], 1))
         taken = _Taken(
             begin=group.begin, base=self.ledger, block=block, records=records, rows=rows,
-            window=self._window, closed=packed, packed=out,
+            window=(self._window.tokens, self._window.spans), closed=packed, packed=out,
             sums=sums, counts=np.diff(packed.offsets),
             tokens=np.diff(sums[:, 0]).tolist(), supervised=np.diff(sums[:, 1]).tolist(),
             n_read=n_read, read=read, epochs=self._progress(group.begin, done),
@@ -692,9 +689,8 @@ class Stream:
         held = {(i, ordinal) for i, row in enumerate(state["held"]) for ordinal in row[6]}
         waits = [tuple(pair) in held for pair in block.samples[:, [RECORD, ORDINAL]].tolist()]
         block.samples = block.samples[waits]
-        self._rows, self._window = appended(self._rows, self._window, block)
-        self._records = block.records
-        if _checksum(self._rows, self._window[0]) != state["samples"]:
+        self._rows, self._records = self._window.add(self._rows, block), block.records
+        if _checksum(self._rows, self._window.tokens) != state["samples"]:
             raise CheckpointError(CHANGED)
 
     def _again(self, held: Sequence[Sequence[Any]]) -> Block:

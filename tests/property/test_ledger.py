@@ -261,6 +261,7 @@ def built(case):
         for name in ("KNOWN_RECORDS", "GROUP_RECORDS"):
             stack.enter_context(patch(f"corefit.data.stream.{name}", case.at_once))
         stack.enter_context(patch("corefit.data.source.MIN_RECORDS_TO_SPLIT", 3))
+        stack.enter_context(patch("corefit.data.rows.MIN_TOKENS", 64))  # what waits often moves to a new buffer
         if case.twin:
             stack.enter_context(patch.object(kernel, "compiled", None))
         sources, known = [], []

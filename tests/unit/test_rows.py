@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from samples import block_of, rows_of
 
-from corefit.data.block import fit, join, link, select
-from corefit.data.rows import appended, gather
+from corefit.data.block import fit
+from corefit.data.rows import Window, gather
 from corefit.types import Sample
 
 pytestmark = pytest.mark.usefixtures("either")
@@ -65,28 +65,13 @@ def test_gather_refuses_what_is_no_pack(packs):
         rows_of(packs, max_length=8, pad_id=0)
 
 
-NONE = np.empty((0, 8), np.int64)
-
-
-def test_a_piece_of_a_document_whose_beginning_is_gone_moves_to_a_new_buffer():
-    nothing = np.empty(0, np.int32), np.empty((0, 2), np.int64)
-    rows, window = appended(NONE, nothing, fit(block_of(sample(range(100, 140))), 8, "split"))
-    held = rows[3:]  # the first three pieces have been packed
+def test_a_piece_of_a_document_whose_beginning_is_gone_moves_to_a_new_buffer(monkeypatch):
+    monkeypatch.setattr("corefit.data.rows.MIN_TOKENS", 64)
+    window = Window()
+    whole = fit(block_of(sample(range(100, 140))), 8, "split")
+    held = window.add(np.empty((0, 8), np.int64), whole)[3:]  # the first three pieces have been packed
     for number in range(3):
-        rows, window = appended(held, window, block_of(sample(range(200, 290))))
-        assert len(window[0]) == 16 + 90, "what is packed stays behind"
-        held = rows[:2]
-        packed = gather(*window, held, np.array([2]), width=16, pad_id=0)
+        held = window.add(held, block_of(sample(range(200, 290))))[: len(held)]
+        packed = gather(window.tokens, window.spans, held, np.array([2]), width=16, pad_id=0)
         assert packed.input_ids.tolist() == [[*range(124, 140)]], number
         assert packed.labels.tolist() == [[*range(125, 132), -100, *range(133, 140), -100]]
-
-
-def test_samples_of_one_arena_stay_where_they_lie():
-    arena = join([block_of(sample(range(n, n + 9))) for n in (100, 200, 300)])
-    link(arena.records, arena.samples)
-    first, second = (select(arena, np.array(rows)) for rows in ([2], [0, 1]))
-    held, window = appended(NONE, (arena.tokens, arena.spans), first)
-    rows, window = appended(held, window, second)
-    assert window[0] is arena.tokens and window[1] is arena.spans
-    packed = gather(*window, rows, np.array([1, 1, 1]), width=16, pad_id=0)
-    assert packed.input_ids[:, 0].tolist() == [300, 100, 200]
