@@ -114,15 +114,18 @@ def gains(block: Block, end: int) -> Ledger:
     return ledger
 
 
+def ranges(firsts: Table, counts: Table) -> Table:
+    """Give the indices of so many rows from each first one on, one range after the other."""
+    return np.repeat(firsts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+
+
 def select(block: Block, rows: NDArray[np.int64]) -> Block:
     """Give the block of these records, in this order; no token moves."""
     records: Table = block.records[rows]
     counts = records[:, SAMPLES]
-    ends = np.cumsum(counts)
-    picked = np.repeat(records[:, FIRST] - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
-    samples = block.samples[picked]
+    samples = block.samples[ranges(records[:, FIRST], counts)]
     samples[:, RECORD] = np.repeat(np.arange(len(records)), counts)
-    records[:, FIRST] = ends - counts
+    records[:, FIRST] = np.cumsum(counts) - counts
     return replace(block, records=records, samples=samples)
 
 

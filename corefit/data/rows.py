@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from corefit.data import kernel
-from corefit.data.block import LENGTH, SPAN, SPANS, START
+from corefit.data.block import LENGTH, SPAN, SPANS, START, ranges
 from corefit.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -160,16 +160,15 @@ class Window:
     def _move(self, held: Table, n: int, m: int) -> Table:
         """Begin new buffers with what is held and room for as much again, and for n tokens and m spans."""
         old_tokens, old_spans, held = self.tokens, self.spans, held.copy()
-        lengths, counts = held[:, LENGTH], held[:, SPANS]
-        starts, firsts = np.cumsum(lengths) - lengths, np.cumsum(counts) - counts
-        self._n_tokens, self._n_spans = int(lengths.sum()), int(counts.sum())
+        start, length, span, count = held[:, [START, LENGTH, SPAN, SPANS]].T
+        to, self._n_tokens, self._n_spans = np.cumsum(length) - length, int(length.sum()), int(count.sum())
         self.tokens = np.empty(max(2 * (self._n_tokens + n), MIN_TOKENS), np.int32)
         self.spans = np.empty((max(2 * (self._n_spans + m), MIN_TOKENS // 64), 2), np.int64)
-        for (start, length, span, count, *_), to, first in zip(
-            held.tolist(), starts.tolist(), firsts.tolist(), strict=True
-        ):
-            self.tokens[to : to + length] = old_tokens[start : start + length]
-            # a piece of a long document shares its span with the others: only what lies in it moves along
-            self.spans[first : first + count] = np.clip(old_spans[span : span + count] - start, 0, length) + to
-        held[:, START], held[:, SPAN] = starts, firsts
+        self.tokens[: self._n_tokens] = old_tokens[ranges(start, length)]
+        # a piece of a long document shares its span with the others: only what lies in it moves along
+        moved = old_spans[ranges(span, count)] - np.repeat(start, count)[:, None]
+        self.spans[: self._n_spans] = (
+            np.clip(moved, 0, np.repeat(length, count)[:, None]) + np.repeat(to, count)[:, None]
+        )
+        held[:, START], held[:, SPAN] = to, np.cumsum(count) - count
         return held
