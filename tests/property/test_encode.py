@@ -57,7 +57,7 @@ def encoder(name: str, supervise: str = "all"):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(messages=messages)
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_segments_join_to_what_the_jinja_writes(name, messages):
     made = encoder(name)
     jinja = TEMPLATES[name].chat_template
@@ -79,7 +79,7 @@ def test_segments_join_to_what_the_jinja_writes(name, messages):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(messages=messages)
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_samples_are_the_segments_and_content_forges_nothing(name, messages):
     made = encoder(name, "last")
     item = Conversation(tuple(Message(role, content) for role, content in messages))
@@ -146,7 +146,7 @@ forged = st.lists(
 
 @pytest.mark.parametrize("kind", ["nfkc", "unigram", "words", "unknown is the end", "internlm"])
 @given(messages=st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), forged), max_size=5), text=forged)
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_no_tokenizer_gives_content_a_control_token_in_training_or_in_chat(kind, messages, text):
     made = odd_encoder(kind)
     tokenizer = made.tokenizer
@@ -238,7 +238,7 @@ def internlm():
 
 
 @given(texts=st.lists(odd_texts.map("".join), min_size=1, max_size=20))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_bare_sentencepiece_model_equals_sentencepiece(texts):
     ours, theirs = internlm()
     texts = [text for text in texts if not any("\ud800" <= char <= "\udfff" for char in text)]

@@ -49,7 +49,7 @@ READER = DatasetReader(name="r", summary="", read=lambda *_: iter(()))
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @given(row=RECORDS)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_whatever_a_record_holds_it_becomes_items_or_counted_drops(name, row):
     function, before = FUNCTIONS[name], json.dumps(row)
     record = Record(row, path="d", line=1, offset=0)

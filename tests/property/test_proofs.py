@@ -90,7 +90,7 @@ def mask_proof(made: Encoder, items, *sets) -> proofs.Proof:
     max_length=st.integers(8, 90),
     overlong=st.sampled_from(["truncate", "split", "drop"]),
 )
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_no_false_alarm(name, kind, talks, supervise, max_length, overlong):
     if kind in REAL and name not in ("internlm_chat", "every_turn"):
         kind = "byte-level"  # InternLM's tokenizer lacks the tokens of this format
@@ -102,7 +102,7 @@ def test_no_false_alarm(name, kind, talks, supervise, max_length, overlong):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(talk=conversations, data=st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_no_changed_target_and_no_changed_token_passes(name, talk, data):
     made = encoder("byte-level", name)
     items = [item(*talk[0])]

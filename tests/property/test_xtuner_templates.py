@@ -34,7 +34,7 @@ conversations = st.lists(st.tuples(roles, contents.map("".join)), min_size=1, ma
 
 
 @given(name=st.sampled_from(sorted(TEMPLATES)), conversation=conversations)
-@settings(deadline=None, max_examples=600)
+@settings(max_examples=600)
 def test_segments_are_the_jinjas_text_and_nothing_typed_is_control(name, conversation):
     made = encoder(name)
     jinja = TEMPLATES[name].chat_template

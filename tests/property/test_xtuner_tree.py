@@ -60,7 +60,7 @@ statements = st.one_of(
 
 @given(st.lists(statements, min_size=1, max_size=5))
 @example(["a = f'{[0, (0, 0)]}!'"])
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 def test_what_is_known_is_what_python_says(tmp_path_factory, lines: list[str]) -> None:
     start = "a = 3\nb = dict(k=1, m=[2])\nc = [1, 'x']\n"
     path = tmp_path_factory.getbasetemp() / "config.py"

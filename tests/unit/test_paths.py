@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cli import corefit
 from fake_plugins import scheduler, write_plugin
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import write_model
 from tiny_export import adapted, facts
@@ -39,7 +39,6 @@ def test_a_plugin_name_is_never_a_path(name, tmp_path):
 
 
 @given(st.text(st.characters(exclude_characters="/\x00"), min_size=1).filter(lambda name: name not in (".", "..")))
-@settings(deadline=None)
 def test_a_run_lies_in_runs_whatever_its_recipe_is_called(name):
     assert _new_folder(Recipe(), Path(f"somewhere/{name}.toml").stem, fork=False).parent == Path("runs")
 

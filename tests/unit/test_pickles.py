@@ -394,7 +394,7 @@ def opened(path: Path) -> Checkpoint | None:
 
 
 @given(ops=st.lists(opcodes, max_size=40))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_no_pickle_imports_or_calls_anything(ops, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "some.bin"
     path.write_bytes(one(b"".join(ops) + b"."))
@@ -403,7 +403,7 @@ def test_no_pickle_imports_or_calls_anything(ops, tmp_path_factory):
 
 
 @given(seed=st.integers(0, 2**32), good=st.sampled_from(GOOD))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_damaged_checkpoint_is_read_or_refused(seed, good, tmp_path_factory):
     rng, data = random.Random(seed), bytearray(good)
     for _ in range(rng.randint(1, 4)):

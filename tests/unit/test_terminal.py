@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from hostile import HOSTILE, obeyed
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from corefit import terminal
@@ -21,7 +21,6 @@ texts = st.lists(st.one_of(st.sampled_from([*HOSTILE, "\n", "\t", "你", "👩\u
 
 
 @given(texts.map("".join))
-@settings(deadline=None)
 def test_nothing_that_a_terminal_obeys_gets_through_and_the_rest_stays(text):
     shown = visible(text)
     assert not obeyed(shown) and visible(shown) == shown
@@ -39,7 +38,6 @@ def test_what_people_write_stays_as_it_is(text):
 
 
 @given(texts.map("".join))
-@settings(deadline=None)
 def test_whatever_shows_content_shows_it_so(text):
     class Tokens:
         def token_bytes(self, token_id):

@@ -117,7 +117,7 @@ turns = st.lists(st.tuples(contents, contents), min_size=1, max_size=3)
 
 @pytest.mark.parametrize("name", SHAPES)
 @given(system=st.none() | contents, turns=turns)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_pieces_add_up_or_the_conversation_is_a_counted_drop(name, system, turns):
     said = [Message(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
     messages = (*((Message("system", system),) if system is not None else ()), *said)
