@@ -176,8 +176,8 @@ def progress(options: object = None) -> Callable[[Event], None]:
 
 def step_line(report: StepReport, left: float | None) -> str:
     """Give a step in one line; ``left`` in seconds."""
-    halved = report.cause == "non_finite_gradients" and report.loss_scale != 1
-    scale = f", loss scale {report.loss_scale:g} -> {report.loss_scale / 2:g}" if halved else ""
+    scaled = report.cause == "non_finite_gradients" and report.loss_scale != 1
+    scale = f" at loss scale {report.loss_scale:g}" if scaled else ""
     what = f"skipped ({report.cause}{scale})" if report.cause else f"loss {report.loss:.4f}"
     rest = f", {duration(left)} left" if left is not None else ""
     return f"step {report.step}: {what}, {report.tokens_per_s:,.0f} supervised tok/s, fill {report.fill:.0f} %{rest}"

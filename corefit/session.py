@@ -237,7 +237,7 @@ class Session:
         line = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
         self._proved(Proof("vocabulary", sizes, f"vocabulary: {line}; all {len(ids)} control tokens are among them"))
         lora = {key: value for key, value in vars(recipe.adapter).items() if key != "kind"}
-        spec = adapter.AdapterSpec(**lora, tokens=tuple(ids[token] for token in recipe.model.add_tokens))
+        spec = adapter.AdapterSpec(**lora, tokens=tuple(dict.fromkeys(ids[token] for token in recipe.model.add_tokens)))
         self.network = network = adapter.attach_adapter(network, None if full else spec, seed=settings.seed)
         wanted = settings.gradient_checkpointing
         if wanted == "auto":

@@ -263,7 +263,7 @@ class StepReport:
     grad_norm: float | None
     """Before clipping, without the loss scale; None where it is not finite."""
     loss_scale: float
-    """The scale that this step used; 1 without scaling. Where gradients overflowed the next step uses half of it."""
+    """The scale that this step used; 1 without scaling."""
     skipped: bool
     """True: no weight and no optimizer state changed."""
     cause: str | None

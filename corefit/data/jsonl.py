@@ -639,6 +639,8 @@ class _Table:
 def extract(sources: Sources, fields: Sequence[str]) -> Iterator[Columns]:
     """Give the values of some fields of all records, in order, without making Python strings of them.
 
+    A thread reads ahead: what begins in one process can't go on in a fork of it.
+
     Args:
         sources: as for ``read_jsonl``, whose rules decide what is a bad record.
         fields: keys of a record, F of them once doubles are left out.

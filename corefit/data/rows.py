@@ -164,7 +164,8 @@ class Window:
         to, self._n_tokens, self._n_spans = np.cumsum(length) - length, int(length.sum()), int(count.sum())
         self.tokens = np.empty(max(2 * (self._n_tokens + n), MIN_TOKENS), np.int32)
         self.spans = np.empty((max(2 * (self._n_spans + m), MIN_TOKENS // 64), 2), np.int64)
-        self.tokens[: self._n_tokens] = old_tokens[ranges(start, length)]
+        parts = [old_tokens[a : a + size] for a, size in zip(start.tolist(), length.tolist(), strict=True)]
+        np.concatenate([old_tokens[:0], *parts], out=self.tokens[: self._n_tokens])
         # a piece of a long document shares its span with the others: only what lies in it moves along
         moved = old_spans[ranges(span, count)] - np.repeat(start, count)[:, None]
         self.spans[: self._n_spans] = (

@@ -242,7 +242,9 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> Any:  # noqa: ANN401, 
         }
         rows = [whole.get(f"base_model.model.{name}.weight", 0) for name in vocabulary(model)]
         add_rows(model, max([*rows, *(id + 1 for id in ids)]))
-        return PeftModel.from_pretrained(model, str(adapter))
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+    fuse_tokens(adapted)
+    return adapted
 
 
 def vocabulary(model: Any) -> dict[str, nn.Module]:  # noqa: ANN401

@@ -317,16 +317,19 @@ def fuse_tokens(model: nn.Module) -> None:
     layers: Iterator[Any] = model.modules()
     for layer in layers:
         if type(layer).__name__ == "TrainableTokensLayer":
-            rows, indices = layer.trainable_tokens_delta["default"], layer.token_indices["default"]
-            layer.register_buffer("rows_at", torch.tensor(indices, device=rows.device), persistent=False)
-            if type(layer.base_layer) is nn.Embedding:  # others do more
+            rows, table = layer.trainable_tokens_delta["default"], layer.base_layer
+            at = torch.tensor(layer.token_indices["default"], device=rows.device)
+            layer.register_buffer("rows_at", at, persistent=False)
+            if type(table) is nn.Embedding:  # others do more
+                row_of = torch.full([table.num_embeddings], -1, device=at.device)
+                row_of[at] = torch.arange(len(at), device=at.device)
+                layer.register_buffer("row_of", row_of, persistent=False)
                 layer.forward = functools.partial(_embed, layer)
 
 
 def _embed(layer: Any, ids: Tensor) -> Tensor:  # noqa: ANN401
     if layer.disable_adapters or layer.merged or layer.active_adapters != ["default"]:
         return cast("Tensor", type(layer).forward(layer, ids))
-    known = layer.base_layer(ids)
-    found = ids[..., None] == layer.rows_at
-    rows = F.embedding(found.int().argmax(-1), layer.trainable_tokens_delta["default"])
-    return torch.where(found.any(-1, keepdim=True), rows.to(known.dtype), known)
+    known, row = layer.base_layer(ids), layer.row_of[ids]
+    rows = F.embedding(row.clamp_min(0), layer.trainable_tokens_delta["default"])
+    return torch.where((row >= 0)[..., None], rows.to(known.dtype), known)

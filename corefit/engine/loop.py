@@ -246,7 +246,7 @@ def take_step(
     values: list[float] = torch.stack([loss, norm.to(loss), scale]).tolist()  # the step's one wait for the device
     if all(map(math.isfinite, values)):
         try:
-            scaler.step(optimizer)
+            optimizer.step()  # what is finite is known: scaler.step would wait to hear it again
         except RuntimeError as error:
             if not ran_out(error):
                 raise

@@ -22,6 +22,7 @@ from corefit.engine.model import load_base
 from corefit.errors import ModelError
 from corefit.merge import load, logits, merge
 from corefit.registry import Registry
+from corefit.score import evaluate
 
 TOKENS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 SETS = [
@@ -116,6 +117,25 @@ def test_it_resumes_to_the_same_bits_and_another_run_goes_on_from_its_adapter(tm
     first, last = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (straight, more.path))
     assert first.keys() == last.keys()
     assert find(f"{half}@2", model=str(base)).tokenizer().token_id(TOKENS[0]) is not None
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_a_run_with_tokens_of_its_own_is_scored_as_what_it_merges_to(kind: str, tmp_path: Path) -> None:
+    run = trained(tmp_path, make(tmp_path / "base", kind))
+    merge(str(run), tmp_path / "whole")
+    data = {"data": str(tmp_path / "rows.jsonl"), "plugin": "oasst1"}
+    scores = []
+    for target, template in ((run, {}), (tmp_path / "whole", {"template": "llama3_chat"})):
+        scores += evaluate(str(target), {**data, **template}, ["run.device=cpu"], say=lambda line: None)
+    assert scores[0].tuned != scores[0].base
+    assert scores[0].tuned == pytest.approx(scores[1].tuned, rel=1e-3)
+
+
+def test_a_token_that_is_added_twice_is_one_row(tmp_path: Path) -> None:
+    run = trained(tmp_path, make(tmp_path / "base", "tied"), f"model.add_tokens={json.dumps([*TOKENS, TOKENS[2]])}")
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text("utf-8"))
+    (ids,) = config["trainable_token_indices"].values()
+    assert len(ids) == len(set(ids)) == len(TOKENS)
 
 
 def test_plain_peft_opens_it_as_its_readme_says(tmp_path: Path) -> None:

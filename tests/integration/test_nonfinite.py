@@ -123,7 +123,7 @@ def test_gradients_that_overflow_float16_halve_the_scale_and_their_steps_are_cou
         "data is consumed"
     )
     said = done.stderr.splitlines()
-    assert any(line.startswith("step 1: skipped (non_finite_gradients, loss scale 65536 -> 32768), ") for line in said)
+    assert any(line.startswith("step 1: skipped (non_finite_gradients at loss scale 65536), ") for line in said)
     assert f"{n} steps skipped: {n} non_finite_gradients" in done.stdout
     assert json.loads((run / "ledger.json").read_text("utf-8"))["balanced"] is True
     saved = steps_in(run / "checkpoints")

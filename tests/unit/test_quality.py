@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTHON_LINES, C_LINES = 14_353, 955
+PYTHON_LINES, C_LINES = 14_355, 955
 """The budget of the engine in lines of code: without blank lines, comments and docstrings.
 
 The design asks for 6,000 lines of Python and 900 of C in all. What took more, in lines of Python: the first version
@@ -94,13 +94,13 @@ def test_no_module_takes_anothers_private_names() -> None:
 def test_public_names_are_sorted_complete_and_importable() -> None:
     import corefit
 
-    assert corefit.__all__ == sorted(set(corefit.__all__))
+    assert corefit.__all__ == sorted(set(corefit.__all__) | corefit._HOME.keys())
     for name in corefit.__all__:
         assert getattr(corefit, name) is not None
     tree = ast.parse((ROOT / "corefit/__init__.py").read_text("utf-8"))
     (typed,) = (node for node in tree.body if isinstance(node, ast.If))
-    homes = {(node.module, name.asname) for node in typed.body for name in node.names}  # type: ignore[attr-defined]
-    assert homes == {(home, name) for home, names in corefit._HOMES.items() for name in names.split()}
+    homes = {name.name: node.module for node in typed.body for name in node.names}  # type: ignore[attr-defined]
+    assert homes == {name: corefit._HOME.get(name, "corefit.types") for name in corefit.__all__}
 
 
 @pytest.mark.parametrize("statement", ["import corefit", "import corefit.cli", "import corefit.registry"])
