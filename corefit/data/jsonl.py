@@ -44,6 +44,7 @@ MAX_DIGITS = 4300
 _CHUNK = 2**20  # bytes of whole lines that the kernel is given at once
 _ROWS = 2**12  # records in one Columns, at most
 _SMALL_BLOCK = 2**12  # where single records are read
+_AHEAD = 2  # parts of a file that are read ahead: whole lines, and the line after them
 _HOLD = 2**20  # what is held of a record before its end is known, where the file can be read again
 # The second branch alone is right; the first, which ends at a quote that no backslash precedes, is five times as fast.
 _STRING = r'"(?:[^"]*+(?<!\\)"|[^"\\]*+(?:\\.[^"\\]*+)*+")'
@@ -478,14 +479,14 @@ class _Chunk(NamedTuple):
     """Whole lines of a file."""
 
     buffer: bytearray
-    """Used again three chunks later."""
+    """Used again as many chunks later as there are buffers."""
     end: int
     """Of the last line."""
 
 
-def _chunks(f: _File) -> Iterator[_Chunk | tuple[int, bool, bytes | None]]:
+def _chunks(f: _File, buffers: int) -> Iterator[_Chunk | tuple[int, bool, bytes | None]]:
     """Give chunks, and each line that is in none, as ``_line`` does."""
-    for buffer in cycle(bytearray(_CHUNK) for _ in range(3)):
+    for buffer in cycle(bytearray(_CHUNK) for _ in range(buffers)):
         view = memoryview(buffer)
         got = f.file.readinto(view if f.again else view[: len(f.file.peek(1))])  # from a pipe what there is
         if not got:
@@ -497,11 +498,11 @@ def _chunks(f: _File) -> Iterator[_Chunk | tuple[int, bool, bytes | None]]:
 
 
 def _ahead(parts: Iterator[_T]) -> Iterator[_T]:
-    """Have a thread make the next two parts while one is used."""
+    """Have a thread make the next parts while one is used."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as pool:
-        made = deque(pool.submit(next, parts, None) for _ in range(3))
+        made = deque(pool.submit(next, parts, None) for _ in range(1 + _AHEAD))
         while (part := made.popleft().result()) is not None:
             yield part
             made.append(pool.submit(next, parts, None))
@@ -595,7 +596,7 @@ class _Table:
 
     def lines(self, ahead: bool) -> Iterator[None]:
         offset, line = self.f.offset, self.f.line
-        for part in _ahead(_chunks(self.f)) if ahead else _chunks(self.f):
+        for part in _ahead(_chunks(self.f, 1 + _AHEAD)) if ahead else _chunks(self.f, 1):
             if isinstance(part, _Chunk):
                 at = 0
                 while at < part.end:

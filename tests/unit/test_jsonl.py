@@ -444,14 +444,11 @@ def test_lines_longer_than_a_chunk_may_follow_each_other(tmp_path):
 
 def test_lines_are_read_ahead_by_a_thread_that_ends_with_the_reading(tmp_path, monkeypatch):
     monkeypatch.setattr(jsonl, "_CHUNK", 2**10)
-    where, before = (
-        sources(write(tmp_path / "a.jsonl", "\n".join(f'{{"n": {i}}}' for i in range(5000)))),
-        set(threading.enumerate()),
-    )
-    whole = [
-        int(block.text[a:b].tobytes()) for block in extract(where, ("n",)) for _, a, b in block.values[:, 0].tolist()
-    ]
-    assert whole == list(range(5000)) and set(threading.enumerate()) == before
+    path = write(tmp_path / "a.jsonl", "\n".join(f'{{"n": {i}}}' for i in range(5000)))
+    where, before, found = sources(path), set(threading.enumerate()), []
+    for block in extract(where, ("n",)):
+        found += [int(block.text[a:b].tobytes()) for _, a, b in block.values[:, 0].tolist()]
+    assert found == list(range(5000)) and set(threading.enumerate()) == before
     blocks = extract(where, ("n",))
     next(blocks)
     assert set(threading.enumerate()) > before
