@@ -15,7 +15,7 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 from fakes import FORWARD, JSONL, NO_INDEX, FakeEncoder, source
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from corefit.data import kernel
@@ -340,7 +340,7 @@ def origin(case, number, i):
     return f"{number}-{places[i][0]}.jsonl:{places[i][1]}:"
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_the_ledger_is_a_naive_recount_to_the_token_wherever_a_run_stops_and_goes_on(case):
     with built(case) as made:
@@ -371,7 +371,7 @@ def test_the_ledger_is_a_naive_recount_to_the_token_wherever_a_run_stops_and_goe
             assert any(origin(case, *place) in part for place in made.fatal)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_validation_holds_each_of_its_records_once_and_balances(case):
     with built(case) as made:

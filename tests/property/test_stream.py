@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import numpy as np
 from fakes import FORWARD, JSONL, NO_INDEX, FakeEncoder, source, write_records
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from corefit.data.arena import Arena, write_arena
@@ -82,7 +82,7 @@ def assert_same(one, other):
     assert json.dumps(one.state(), sort_keys=True) == json.dumps(other.state(), sort_keys=True)
 
 
-QUIET = settings(max_examples=25)
+QUIET = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 
 
 @QUIET
