@@ -283,19 +283,22 @@ def main() -> None:
                     done = subprocess.run(
                         command, capture_output=True, text=True, check=False, env=environment, timeout=LONGEST
                     )
-                    said = done.stderr if done.returncode else ""
+                    said = (done.stderr or "killed") if done.returncode else ""
                 except subprocess.TimeoutExpired:
                     said = f"not done after {LONGEST} s"
                 if said:
                     print(said[-1500:], flush=True)
+                row: dict[str, Any] = {
+                    "run": name,
+                    "side": side,
+                    "failed": "".join(said.strip().splitlines()[-1:])[:90],
+                }
                 if not out.exists():
-                    rows.append(
-                        {"run": name, "side": side, "failed": (said.strip().splitlines() or ["killed"])[-1][:90]}
-                    )
+                    rows.append(row)
                     continue
                 found = json.loads(out.read_text())
                 seconds = statistics.median(found["seconds"])
-                row: dict[str, Any] = {"run": name, "side": side, "failed": "", "step s": seconds}
+                row["step s"] = seconds
                 row |= {"supervised tokens/s": found["supervised"] / seconds, "peak GB": found["memory"] / 1e9}
                 row |= {"first step s": found["first step s"], "attention": found["route"]}
                 if "flops" in found:
@@ -303,7 +306,7 @@ def main() -> None:
                     details[name] = {key: found[key] for key in ("flops", "matmul flops/s", "profile")}
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-    pair = {row["side"]: row for row in rows if row["run"] == "nf4,2048,on" and not row["failed"]}
+    pair = {row["side"]: row for row in rows if row["run"] == "nf4,2048,on" and "step s" in row}
     both = len(pair) == 2
     speed, memory = (
         pair["corefit"][key] / pair["trl"][key] if both else None for key in ("supervised tokens/s", "peak GB")
