@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import json
 import os
 import pty
@@ -21,7 +22,7 @@ from safetensors.numpy import load_file
 
 from corefit import durable
 from corefit.cli import main
-from corefit.engine import checkpoint
+from corefit.engine import checkpoint, evaluate
 from corefit.errors import CheckpointError, CorefitError, RecipeError, RunError
 from corefit.run import Run, train, train_from
 
@@ -312,20 +313,20 @@ def test_standard_input_is_read_once_and_resumed_from_its_copy(tmp_path: Path, t
 # ------------------------------------------------------------------------------------------------ checkpoints, the disk
 
 
-def test_newest_and_best_checkpoints_are_kept_and_their_cost_is_in_the_metrics(here: Here):
-    run = here.train(
-        "checkpoint.keep=1",
-        "checkpoint.keep_best=true",
-        "val.every_steps=1",
-        "train.lr=0.3",
-        "train.epochs=3",
-        out="run",
-    ).path
-    validations = [line for line in lines(run) if "val_loss" in line and line["step"]]
-    lowest = min(validations, key=lambda line: line["val_loss"])["step"]
+def test_newest_and_best_checkpoints_are_kept_and_their_cost_is_in_the_metrics(here: Here, monkeypatch):
+    real, validations = evaluate.validation_loss, itertools.count()
+
+    def worse_in_the_end(*given: Any, **named: Any) -> tuple[float, int]:
+        nats, tokens = real(*given, **named)
+        return nats * (1 if next(validations) < 12 else 2), tokens
+
+    monkeypatch.setattr(evaluate, "validation_loss", worse_in_the_end)
+    run = here.train("checkpoint.keep=1", "checkpoint.keep_best=true", "val.every_steps=1", out="run").path
+    validated = [line for line in lines(run) if "val_loss" in line and line["step"]]
+    lowest = min(validated, key=lambda line: line["val_loss"])["step"]
     assert (run / "checkpoints" / "best").read_text("utf-8") == f"{checkpoint.name_of(lowest)}\n"
     last = losses(run)[-1][0]
-    assert lowest < last, "the rate is so high that the end is not the best"
+    assert lowest < 12 < last
     assert steps(run) == sorted({lowest, last})
     saves = [line for line in lines(run) if "save_bytes" in line]
     size = sum(p.stat().st_size for p in (run / "checkpoints" / checkpoint.name_of(last)).iterdir())
