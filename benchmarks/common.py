@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -62,15 +63,18 @@ def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[
 
 
 def machine() -> dict[str, Any]:
-    """Give the processor, the cores this process may use, and the system."""
+    """Give the processor, which of the instructions that matter here it has, the cores for this process, the system."""
     try:
-        found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = found[0].partition(":")[2].strip()
-    except (OSError, IndexError):
-        cpu = platform.processor()
+        said = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        said = ""
+    found = dict(re.findall(r"(?m)^(model name|flags)\s*:\s*(.*)$", said))
+    cpu, flags = found.get("model name") or platform.processor(), found.get("flags", "").split()
+    known = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count()
-    return {"cpu": cpu, "cores": cores, "os": f"{platform.system()} {platform.release()} {platform.machine()}"}
+    system = f"{platform.system()} {platform.release()} {platform.machine()}"
+    return {"cpu": cpu, "instructions": " ".join(known), "cores": cores, "os": system}
 
 
 def versions(*peers: str) -> dict[str, str]:

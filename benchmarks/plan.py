@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import common
 
@@ -39,7 +40,8 @@ QUICK = {
 
 def main() -> None:
     model = dict(default=str(common.SHARED / "smollm2"), metavar="DIR", help="what shared/real/make_smollm2.py made")
-    args = common.options(__doc__, model=model, device=dict(default="cpu"))
+    precision = dict(choices=("bf16", "fp32"), default="bf16", help="what products are asked for in")
+    args = common.options(__doc__, model=model, device=dict(default="cpu"), precision=precision)
     with tempfile.TemporaryDirectory() as folder:
         base = larger(Path(folder) / "base", args.device) if args.quick else Path(args.model)
         there = common.SHARED / "data" / "alpaca_en_demo.json"
@@ -48,7 +50,7 @@ def main() -> None:
             common.skip(f"no model in {base}")
         rows = []
         for name, words in (QUICK if args.quick else SETTINGS).items():
-            rows.append({"setting": name, **one(base, data, words.split(), Path(folder) / "run", args.device)})
+            rows.append({"setting": name, **one(base, data, words.split(), Path(folder) / "run", args)})
             common.show(rows[-1:])
             subprocess.run(["rm", "-rf", str(Path(folder) / "run")], check=True)
     worst = max(abs(row["planned / measured"] - 1) for row in rows)
@@ -64,11 +66,11 @@ def main() -> None:
     )
 
 
-def one(base: Path, data: Path, sets: list[str], out: Path, device: str) -> dict[str, float | str]:
+def one(base: Path, data: Path, sets: list[str], out: Path, args: Any) -> dict[str, float | str]:
     """Plan and train one setting, two steps, so that the optimizer's state is there in the second."""
     at_once = next(word.partition("=")[2] for word in sets if word.startswith("train.micro_batch="))
     sets = [*sets, f"train.packs_per_step={at_once}", "train.max_steps=2", "val.records=0", "sample.max_tokens=4"]
-    sets += [f"run.device={device}", "train.precision=bf16"]
+    sets += [f"run.device={args.device}", f"train.precision={args.precision}"]
     flags = {"model": str(base), "data": str(data), "plugin": "alpaca", "template": "chatml", "out": str(out)}
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
     command = [sys.executable, "-m", "corefit", "train", *words, "--set", *sets]
@@ -80,7 +82,8 @@ def one(base: Path, data: Path, sets: list[str], out: Path, device: str) -> dict
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     measured = max(line["memory_bytes"] for line in lines if "loss" in line)
     recipe, *_ = resolve(None, flags, sets, Registry.load())
-    shape, setting = read_shape(str(base)), setting_of(recipe, cuda=device != "cpu", width=2)
+    width = {"bf16": 2, "fp32": 4}[args.precision]
+    shape, setting = read_shape(str(base)), setting_of(recipe, cuda=args.device != "cpu", width=width)
     planned, when = needed(shape, setting), peak(shape, setting)[0]
     found: dict[str, float | str] = {"planned MiB": planned / MIB, "measured MiB": measured / MIB}
     return found | {"planned / measured": planned / measured, "the most": when}

@@ -28,10 +28,20 @@ import common
 DATA = common.SHARED / "data" / "alpaca_en_demo.json"
 LENGTH, PACKS = 1024, 4
 PEER_SETTINGS = {
-    f"trl {dtype}, {rows} a micro-batch": {"dtype": dtype, "rows": rows}
-    for dtype in ("bfloat16", "float32")
-    for rows in (1, 4)
+    f"trl {'bf16' if bf16 else 'fp32'}, {dtype} weights, {rows} a micro-batch": {
+        "bf16": bf16,
+        "dtype": dtype,
+        "rows": rows,
+    }
+    for bf16, dtype, rows in (
+        (False, "float32", 1),
+        (True, "bfloat16", 1),
+        (True, "float32", 1),
+        (True, "bfloat16", 4),
+        (True, "float32", 4),
+    )
 }
+"""Without bf16 first: on a CPU that has no instructions for it one step of TRL in bf16 takes minutes."""
 TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 PEER = """
 import json, sys, time
@@ -61,12 +71,13 @@ nf4 = {}
 if settings["quantizer"] == "nf4":
     nf4["quantization_config"] = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.bfloat16 if settings["bf16"] else torch.float32,
     )
 Trainer(
     model=model,
     args=SFTConfig(
-        output_dir=out + ".d", max_steps=steps, use_cpu=True, bf16=True, packing=True, packing_strategy="bfd",
+        output_dir=out + ".d", max_steps=steps, use_cpu=True, bf16=settings["bf16"],
+        packing=True, packing_strategy="bfd",
         max_length=settings["length"], per_device_train_batch_size=settings["rows"],
         gradient_accumulation_steps=settings["packs"] // settings["rows"], gradient_checkpointing=False,
         learning_rate=1e-4, warmup_steps=0, lr_scheduler_type="constant", report_to="none", save_strategy="no",

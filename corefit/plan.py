@@ -16,6 +16,7 @@ import torch
 
 from corefit import zoo
 from corefit.engine import memory, model
+from corefit.engine.fused import fast_dtype
 from corefit.engine.memory import Setting, Shape
 from corefit.errors import ModelError, RecipeError, UserError, unknown
 from corefit.prepare import resolve
@@ -72,8 +73,9 @@ def read_shape(base: str) -> Shape:
 
 
 def setting_of(recipe: Recipe, *, cuda: bool, width: int) -> Setting:
-    """Give what of a recipe its memory depends on; ``width``: bytes of a number in products."""
+    """Give what of a recipe its memory depends on; ``width``: bytes of a number in products, as it is asked for."""
     wanted = recipe.train.gradient_checkpointing
+    half = torch.float16 if recipe.train.precision == "fp16" else torch.bfloat16
     return Setting(
         slots=-(-recipe.pack.max_length // 8) * 8,
         micro_batch=recipe.train.micro_packs,
@@ -88,6 +90,7 @@ def setting_of(recipe: Recipe, *, cuda: bool, width: int) -> Setting:
         width=width,
         checkpointing=float(cuda if wanted == "auto" else wanted),
         cuda=cuda,
+        wide=not cuda and width == 2 and fast_dtype("cpu", half) == torch.float32,
     )
 
 
@@ -175,7 +178,7 @@ def time_line(shape: Shape, setting: Setting, *, packs: int, here: bool) -> str:
     tflop = f"{work / 1e12:,.1f} Tflop of products"
     if not here:
         return f"time: a step of {packs} packs is {tflop}; --probe times three on the machine"
-    n, dtype = 1024, {2: torch.bfloat16, 4: torch.float32}[setting.width]
+    n, dtype = 1024, fast_dtype("cpu", {2: torch.bfloat16, 4: torch.float32}[setting.width])
     a, took = torch.ones(n, n, dtype=dtype), list[float]()
     for _ in range(5):
         began = time.perf_counter()

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from corefit.engine import internlm
-from corefit.engine.fused import fuse_lora, fuse_mlp, fuse_norm, fuse_tokens
+from corefit.engine.fused import fuse_linears, fuse_lora, fuse_mlp, fuse_norm, fuse_tokens
 from corefit.engine.model import (
     first_line,
     hidden,
@@ -108,9 +108,12 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec | None, *, seed: in
             raise ModelError(
                 "adapter.kind: full fine-tuning can't train quantised weights; --quantizer none, or kind=lora"
             )
-        return model.float().requires_grad_(True).train()
-    with without_bitsandbytes(model):
-        return _attach_lora(model, spec, seed=seed)
+        trained: Any = model.float().requires_grad_(True).train()
+    else:
+        with without_bitsandbytes(model):
+            trained = _attach_lora(model, spec, seed=seed)
+    fuse_linears(trained)
+    return trained
 
 
 def _attach_lora(model: PreTrainedModel, spec: AdapterSpec, *, seed: int) -> Any:  # noqa: ANN401, a PeftModel

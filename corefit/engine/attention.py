@@ -130,16 +130,14 @@ def packed_attention(
         raise LostBounds("its attention has dropout")
     rows, heads, slots, width = query.shape
     kind, dtype = query.device.type, product_dtype(value)
-    inner = torch.float32 if kind == "cpu" and dtype == torch.float16 else dtype  # whose products are slow there
     # whole tensors: a view would keep what it is a part of, such as one projection for all three
-    q, k, v = (x.to(inner).transpose(1, 2).flatten(0, 1).contiguous() for x in (query, key, value))
+    q, k, v = (x.to(dtype).transpose(1, 2).flatten(0, 1).contiguous() for x in (query, key, value))
     window = sliding_window if sliding_window and sliding_window < max_length_q else None
     if kind == "cuda":
         out = _varlen(q, k, v, cu_seq_lens_q, max_length_q, scaling, window)
     else:
         scale = width**-0.5 if scaling is None else scaling
-        with torch.autocast(kind, enabled=False):  # it would multiply in 16 bits what is to be fp32
-            out = DocumentAttention.apply(q, k, v, cu_seq_lens_q.tolist(), scale, window)  # type: ignore[no-untyped-call]
+        out = DocumentAttention.apply(q, k, v, cu_seq_lens_q.tolist(), scale, window)  # type: ignore[no-untyped-call]
     return out.to(dtype).view(rows, slots, heads, -1), None
 
 

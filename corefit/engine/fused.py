@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+Method = TypeVar("Method", bound=Callable[..., Any])
 BLOCK = 128
 """Queries that attention works on at once."""
 SIZES = (*range(64, 1025, 64), *(2**n // 8 * eighths for n in range(11, 40) for eighths in range(5, 9)))
 """What there are padded to, a quarter apart at most: oneDNN compiles, and keeps, kernels for every size, a MiB each."""
 SCORES = 2**21
 """Scores that exist at the same time, but for those of one head."""
+MANY = 16
+"""Rows from which on a weight is worth a copy in another format."""
 FUSED = {
     ("peft.tuners.lora.layer.Linear", "torch.nn.modules.linear.Linear"),
     ("peft.tuners.lora.bnb.Linear4bit", "bitsandbytes.nn.modules.Linear4bit"),
@@ -34,6 +37,33 @@ def product_dtype(x: Tensor) -> torch.dtype:
     """Give what x is multiplied in: autocast's format; without autocast its own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def fast_dtype(kind: str, dtype: torch.dtype, rows: int = MANY) -> torch.dtype:
+    """Give what ``rows`` of ``dtype`` are multiplied in: fp32 on a CPU that has no instructions for them.
+
+    Torch's own products take 7 to 20 times as long there, but for the few rows of an answer.
+    """
+    if kind != "cpu" or dtype not in (torch.float16, torch.bfloat16) or rows < MANY:
+        return dtype
+    return dtype if dtype == torch.bfloat16 and cpu_has_bf16() else torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU has AVX512-BF16 or AMX instructions."""
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # which torch may rename
+    return any(getattr(torch.cpu, name, bool)() for name in asked)
+
+
+def without_autocast(method: Method) -> Method:
+    """Make a method of a function of autograd's run without autocast, which would multiply in 16 bits what is fp32."""
+
+    @functools.wraps(method)
+    def run(ctx: Any, x: Tensor, *more: Any) -> Any:  # noqa: ANN401
+        with torch.autocast(x.device.type, enabled=False):
+            return method(ctx, x, *more)
+
+    return cast("Method", run)
 
 
 class RMSNorm(torch.autograd.Function):
@@ -127,15 +157,16 @@ def _norm(module: Any, epsilon: float, x: Tensor) -> Tensor:  # noqa: ANN401
 
 
 class DocumentAttention(torch.autograd.Function):
-    """Causal attention inside each document, on a CPU: scores and softmax in fp32, all products with them as q is.
+    """Causal attention inside each document, on a CPU: scores and softmax in fp32, what follows in ``fast_dtype``.
 
-    To be called without autocast. Keeps its inputs alone. It works on ``BLOCK`` queries at a time, whatever documents
+    Keeps its inputs alone. It works on ``BLOCK`` queries at a time, whatever documents
     they are of, and on the slots from where the first of these begins; what a query doesn't see has a share of 0.0 in
     what it gets. Torch's own function for CPUs takes a document at a time, longer for most lengths (see
     ``benchmarks/LOG.md``), and in 16 bits its gradients are less exact.
     """
 
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any,  # noqa: ANN401
         q: Tensor,
@@ -148,20 +179,22 @@ class DocumentAttention(torch.autograd.Function):
         """Take q [S, H, D], k [S, K, D], v [S, K, E], where documents begin and end, and how many slots one sees."""
         if bounds[0] or bounds[-1] != len(q):
             raise ValueError(f"documents from {bounds[0]} to {bounds[-1]} in {len(q)} slots")
+        ctx.save_for_backward(q, k, v)
+        ctx.given = bounds, scale, window
+        dtype, (q, k, v) = q.dtype, _fast(q, k, v)
         out = q.new_empty(*q.shape[:2], v.shape[-1])
         for at, seen, mask in _blocks(bounds, window, q, k):
             shares = _shares(q[at], k[seen], mask, scale)
             out[at] = _by_slot(torch.bmm(shares.to(q.dtype), _by_head(v[seen], mask.shape[1])), out[at])
-        ctx.save_for_backward(q, k, v)
-        ctx.given = bounds, scale, window
-        return out
+        return out.to(dtype)
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Give the gradients of q, k and v."""
         bounds, scale, window = ctx.given
-        q, k, v = ctx.saved_tensors
+        dtype, (q, k, v, grad) = grad.dtype, _fast(*ctx.saved_tensors, grad)
         grad_q, wide = torch.empty_like(q), _wide(q)
         grad_k, grad_v = (torch.zeros(x.shape, dtype=wide).transpose(0, 1) for x in (k, v))
         for at, (slots, heads), mask in _blocks(bounds, window, q, k):
@@ -174,7 +207,12 @@ class DocumentAttention(torch.autograd.Function):
             scores = torch._softmax_backward_data(scores, shares, -1, wide, grad_input=scores).to(q.dtype)
             grad_q[at] = _by_slot(torch.bmm(scores, keys), grad_q[at]).mul_(scale)
             grad_k[heads, slots] += torch.bmm(scores.mT, queries)[:, :n]
-        return grad_q, *(x.transpose(0, 1).to(q.dtype) for x in (grad_k.mul_(scale), grad_v)), None, None, None
+        grads = grad_q, *(x.transpose(0, 1) for x in (grad_k.mul_(scale), grad_v))
+        return *(x.to(dtype) for x in grads), None, None, None
+
+
+def _fast(*tensors: Tensor) -> list[Tensor]:
+    return [x.to(fast_dtype(x.device.type, x.dtype, len(x))) for x in tensors]
 
 
 def _wide(q: Tensor) -> torch.dtype:
@@ -234,6 +272,7 @@ class LoraLinear(torch.autograd.Function):
     """
 
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any,  # noqa: ANN401
         x: Tensor,
@@ -250,37 +289,85 @@ class LoraLinear(torch.autograd.Function):
         ``state``: what bitsandbytes packed the weight with; None: it did not.
         """
         flat = x.reshape(-1, x.shape[-1])
+        fast = fast_dtype(x.device.type, x.dtype, len(flat))
         inner = flat if dropped is None else dropped.reshape(flat.shape)
-        a, b = a.to(x.dtype), b.to(x.dtype) * scale
-        low = inner @ a.T
-        if state is not None:
+        a, b = a.to(fast), b.to(fast) * scale
+        low = inner.to(fast) @ a.T
+        if state is not None and fast == x.dtype:
             out = import_module("bitsandbytes").matmul_4bit(flat, weight, quant_state=state, bias=bias)
         else:
-            out = flat @ weight.T if bias is None else torch.addmm(bias, flat, weight.T)
-        out.addmm_(low, b.T)
-        ctx.save_for_backward(inner, low, weight, a, b)
+            whole = _whole(weight, state, fast)
+            out = flat.to(fast) @ whole.T if bias is None else torch.addmm(bias.to(fast), flat.to(fast), whole.T)
+        out = out.addmm_(low, b.T).to(x.dtype)
+        ctx.save_for_backward(inner, low.to(x.dtype), weight, a, b)
         ctx.scale, ctx.apart, ctx.shape, ctx.state = scale, dropped is not None, x.shape, state
         return cast("Tensor", out.view(*x.shape[:-1], len(b)))
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Give the gradients of x, dropped, a and b; the weight is frozen."""
         inner, low, weight, a, b = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1])
+        given, grad = grad.dtype, grad.reshape(-1, grad.shape[-1]).to(a.dtype)
         grad_low = grad @ b
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
-            if ctx.state is not None:
-                weight = import_module("bitsandbytes.functional").dequantize_4bit(weight, ctx.state).to(grad.dtype)
-            grad_x = grad @ weight
+            grad_x = grad @ _whole(weight, ctx.state, a.dtype)
             if not ctx.apart:
                 grad_x.addmm_(grad_low, a)
-            grad_x = grad_x.view(ctx.shape)
+            grad_x = grad_x.view(ctx.shape).to(given)
         if ctx.needs_input_grad[1]:
-            grad_dropped = (grad_low @ a).view(ctx.shape)
-        grad_a, grad_b = (grad_low.T @ inner).float(), (grad.T @ low).float().mul_(ctx.scale)
+            grad_dropped = (grad_low @ a).view(ctx.shape).to(given)
+        grad_a, grad_b = (grad_low.T @ inner.to(a.dtype)).float(), (grad.T @ low.to(a.dtype)).float().mul_(ctx.scale)
         return grad_x, grad_dropped, None, None, grad_a, grad_b, None, None
+
+
+def _whole(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:  # noqa: ANN401
+    if state is not None:
+        weight = import_module("bitsandbytes.functional").dequantize_4bit(weight, state)
+    return weight.to(dtype)
+
+
+class WideLinear(torch.autograd.Function):
+    """``x @ weight.T + bias`` in fp32, with what is kept and given in the format of x."""
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ANN401
+        """Take x [..., I], weight [O, I], bias [O]."""
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        """Give the gradients of all that need one."""
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        wide = grad.float()
+        rows = wide.flatten(0, -2)
+        return (
+            (wide @ weight.float()).to(x.dtype) if for_x else None,
+            (rows.T @ x.flatten(0, -2).float()).to(weight.dtype) if for_weight else None,
+            rows.sum(0) if for_bias else None,
+        )
+
+
+def fuse_linears(model: nn.Module) -> None:
+    """Give linear layers on a CPU ``WideLinear`` for their forward, where that is the faster."""
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.device.type == "cpu":
+            module.forward = functools.partial(_linear, module)  # type: ignore[method-assign]
+
+
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
+    dtype = product_dtype(x)
+    if fast_dtype(x.device.type, dtype, x[..., 0].numel()) == dtype:
+        return nn.Linear.forward(module, x)
+    made: Tensor = WideLinear.apply(x.to(dtype), module.weight, module.bias)  # type: ignore[no-untyped-call]
+    return made
 
 
 def fuse_lora(model: nn.Module) -> None:

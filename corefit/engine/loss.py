@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from corefit.engine.attention import Layout, decoder, run_packed
-from corefit.engine.fused import product_dtype
+from corefit.engine.fused import fast_dtype, product_dtype
 from corefit.engine.model import causal_lm, evaluating
 from corefit.types import IGNORE_INDEX
 
@@ -155,7 +155,8 @@ class CausalLoss(nn.Module):
         hidden = states.flatten(0, 1).index_select(0, rows)
         head = _linear_head(self.model)
         assert head is not None
-        how = product_dtype(hidden), self.chunk, torch.is_grad_enabled()
+        dtype = fast_dtype(hidden.device.type, product_dtype(hidden), len(hidden))
+        how = dtype, self.chunk, torch.is_grad_enabled()
         loss: Tensor = LinearCrossEntropy.apply(hidden, targets, *head, *how)  # type: ignore[no-untyped-call]
         return loss
 

@@ -29,6 +29,8 @@ BITSANDBYTES = 24 * MIB
 HEAP = 0.3
 """What the C library's heap keeps free between tensors of up to 4 MiB (``model.reuse_memory``), as a share of them.
 Of a model of 135M parameters it is 0.2 after two steps and 0.4 after twenty."""
+COPIES = 0.125
+"""What copies in fp32, where a CPU has no instructions for 16 bits, leave there, as a share of everything; fitted."""
 KEPT_FREE = 0.1
 """Share of a device's memory that a plan leaves: for the CUDA context, fragments, and what it does not know."""
 MOMENTS, MOMENTS_8BIT = 8, 2 + 8 / 256
@@ -143,6 +145,8 @@ class Setting:
     checkpointing: float = 0.0
     """The share of the layers that keep their input alone."""
     cuda: bool = False
+    wide: bool = False
+    """Products of 16 bits are made in fp32 (``fused.fast_dtype``)."""
 
     @property
     def tokens(self) -> int:
@@ -187,7 +191,7 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
 
     On a CPU what the process has resident; on a GPU what torch has allocated there.
     """
-    s, c = setting, setting.width
+    s, c, product = setting, setting.width, 4 if setting.wide else setting.width
     quantised = not s.full and s.quantizer in STORED_BITS
     linear = sum(i * o for _, i, o in shape.linears)
     bits = STORED_BITS[s.quantizer] if quantised else 32 if s.full else 8 * c
@@ -198,7 +202,7 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
     if not s.full and any(name in ("lm_head", "embed_tokens", "output", "tok_embeddings") for name in s.saved):
         trained += len(s.saved) * shape.vocabulary * shape.hidden
     imported = BITSANDBYTES * (quantised or s.optimizer != "adamw")
-    casts = 0 if c == 4 else (linear if s.full else trained) * c
+    casts = 0 if c == 4 or (s.wide and s.full) else (linear if s.full else trained) * c
     residual = 4 if s.full else c
     always = {
         "process and libraries": WORKSPACES if s.cuda else PROCESS + imported,
@@ -213,11 +217,13 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
     if shape.plain_logits:
         logits = s.tokens * shape.vocabulary * (c + 12)
     else:  # a chunk's logits in the products' format, and in fp32 those that are worked on at once
-        wide = 0 if c == 4 else CHUNK if s.cuda else CACHED
-        logits = shape.vocabulary * (min(CHUNK, s.tokens) * c + min(wide, s.tokens) * 4)
+        wide = 0 if product == 4 else CHUNK if s.cuda else CACHED
+        logits = shape.vocabulary * (min(CHUNK, s.tokens) * product + min(wide, s.tokens) * 4)
+        logits += head * 4 * (s.wide and not s.full)
         logits += 4 * s.tokens * shape.hidden
         logits += head * (4 + 2 * c) if s.full else 0
-    biggest = max((i * o for _, i, o in shape.linears), default=0) * c * (2 if quantised or s.full else 0)
+    biggest = max((i * o for _, i, o in shape.linears), default=0)
+    biggest *= c * (2 if quantised or s.full else 0) + 4 * (s.wide and not s.full)
     passing = s.tokens * (c if s.cuda else 4) * max(shape.middle, shape.hidden) * 2
     begin = {**always, "weights in the products' format": casts, "activations": kept, "loss": logits}
     if s.packs > s.micro_batch:  # those of the micro-batches before
@@ -239,7 +245,7 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
         within = [s.tokens * width * c <= 2**22 for width in (shape.hidden, shape.middle)]
         for terms in (begin, end):
             small = terms["activations"] * sum(within) / 2 + terms["weights in the products' format"]
-            terms["free in the heap"] = HEAP * small
+            terms["free in the heap"] = HEAP * small + COPIES * s.wide * sum(terms.values())
     return {when: {name: round(size) for name, size in terms.items() if size} for when, terms in found.items()}
 
 

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from corefit.engine import internlm
+from corefit.engine.fused import cpu_has_bf16, fast_dtype
 from corefit.errors import ModelError, UserError, unknown
 from corefit.terminal import notice
 
@@ -225,10 +226,10 @@ def choose_precision(wanted: str = "auto", *, device: str, base_dtype: str) -> P
     """Choose for ``wanted`` in auto, fp16, bf16, fp32; ``base_dtype`` is what ``base_dtype_of`` gives.
 
     ``auto``: fp16 where the base is stored in fp16 or the GPU has no bf16; else bf16 on a GPU. On a CPU bf16 where it
-    multiplies bf16 natively, else fp32: fp16 takes 12 to 15 times as long there.
+    multiplies bf16 natively, else fp32, in which ``fast_dtype`` makes the products of 16 bits too.
     """
     cpu = torch.device(device).type == "cpu"
-    native = _cpu_has_bf16() if cpu else torch.cuda.is_bf16_supported(including_emulation=False)
+    native = cpu_has_bf16() if cpu else torch.cuda.is_bf16_supported(including_emulation=False)
     name, reason = wanted, "asked for"
     if wanted == "auto" and cpu:
         name = "bf16" if native else "fp32"
@@ -239,19 +240,13 @@ def choose_precision(wanted: str = "auto", *, device: str, base_dtype: str) -> P
         name, reason = "fp16", "the base is stored in fp16"
     elif wanted == "auto":
         name, reason = "bf16", "this GPU has bf16 and the base isn't fp16"
-    elif wanted == "fp16" and cpu:
-        reason = "asked for; real fp16 takes 12-15 times as long as fp32 on a CPU, train.precision=auto is faster"
+    elif cpu and fast_dtype("cpu", DTYPES[wanted]) != DTYPES[wanted]:
+        reason = f"asked for; this CPU has no native {wanted}: products are made in fp32"
     elif wanted == "bf16" and not native:
-        reason = f"asked for; this {'CPU' if cpu else 'GPU'} has no native bf16, so it will be slow"
+        reason = "asked for; this GPU has no native bf16, so it will be slow"
     if name == "fp16":
         reason += "; dynamic loss scaling"
     return Precision(name, DTYPES[name], use_scaler=name == "fp16", reason=reason)
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether the CPU has AVX512-BF16 or AMX instructions."""
-    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # which torch may rename
-    return any(getattr(torch.cpu, name, bool)() for name in asked)
 
 
 # --------------------------------------------------------------------------------------------------------- the base

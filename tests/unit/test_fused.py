@@ -11,16 +11,20 @@ import torch
 import torch.nn.functional as F
 from tiny import write_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from corefit.engine import fused as engine
 from corefit.engine.adapter import AdapterSpec, attach_adapter
+from corefit.engine.attention import choose_route
 from corefit.engine.fused import BLOCK, SCORES, SIZES, DocumentAttention, LoraLinear, RMSNorm, SwiGLU, fuse_lora
+from corefit.engine.loss import CausalLoss
 from corefit.engine.model import load_base
 from corefit.registry import Registry
 from corefit.types import Quantizer
 
 torch.set_num_threads(1)
 NONE = Quantizer(name="none", summary="as stored", config=lambda compute_dtype: None)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BF16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 
 
@@ -59,7 +63,8 @@ def difference(one, other):
 
 
 def fused(model):
-    return sum("forward" in module.__dict__ for module in model.modules())
+    """How many modules have another forward, plain linear layers aside."""
+    return sum("forward" in module.__dict__ and type(module) is not nn.Linear for module in model.modules())
 
 
 @pytest.mark.parametrize("quantizer", ["none", "nf4"])
@@ -94,6 +99,76 @@ def test_in_bf16_it_is_within_a_rounding(tmp_path):
     ours, theirs = (logits_and_gradients(m, BF16) for m in (model, unfused(model)))
     assert all(value.dtype == torch.float32 for value in ours.values())
     assert difference(ours, exact) < 1.2 * difference(theirs, exact) < 0.1
+
+
+class Products(TorchDispatchMode):
+    """Notes in what many rows are multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, operation, types, given=(), named=None):
+        if operation.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "linear", "matmul"):
+            self.dtypes |= {x.dtype for x in given if isinstance(x, torch.Tensor)}
+        return operation(*given, **named or {})
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "dtype, native, products",
+    [("bfloat16", True, "bfloat16"), ("bfloat16", False, "float32"), ("float16", True, "float32")],
+)
+def test_numbers_that_a_cpu_cant_multiply_are_multiplied_in_fp32(tmp_path, monkeypatch, dtype, native, products, full):
+    monkeypatch.setattr(engine, "cpu_has_bf16", lambda: native)
+    base = load_base(str(write_model(tmp_path)), quantizer=NONE, compute_dtype=dtype, device="cpu")
+    model = attach_adapter(base, None if full else AdapterSpec(r=4, alpha=12, dropout=0.3), seed=0)
+    saying = choose_route(model, vocab_size=64, device="cpu", autocast=partial(torch.autocast, "cpu", DTYPES[dtype]))
+    assert saying == "attention: document by document"
+    loss_fn, ids, kept = CausalLoss(model), torch.arange(64).view(2, 32), []
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in weights and x.numel() >= 64 * 16:
+            kept.append(x.dtype)
+        return x
+
+    with torch.autocast("cpu", DTYPES[dtype]), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss_fn.probe()
+        with Products() as forward:
+            loss = loss_fn(ids, ids % 16, ids)
+    with Products() as backward:
+        loss.backward()
+    for seen in (forward, backward):  # scores of attention are fp32 in any case
+        assert seen.dtypes | {torch.float32} == {DTYPES[products], torch.float32}
+    assert full or kept.count(torch.float32) <= 1  # what the loss keeps: the gradient of hidden states
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+def test_few_rows_are_multiplied_as_they_are():
+    """A copy of a weight costs more than the product with a token or two."""
+    assert engine.fast_dtype("cpu", torch.float16, 1) == torch.float16
+    assert engine.fast_dtype("cpu", torch.float16) == torch.float32
+    assert engine.fast_dtype("cuda", torch.float16) == torch.float16
+    assert engine.fast_dtype("cpu", torch.float64) == torch.float64
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_wide_linear_layer_gives_what_a_linear_layer_gives(monkeypatch, bias):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(24, 40, bias=bias), torch.randn(3, 8, 24, requires_grad=True)
+    half = x.detach().bfloat16().requires_grad_()
+    monkeypatch.setattr(engine, "cpu_has_bf16", lambda: False)
+    wide = nn.ModuleList([copy.deepcopy(layer)])
+    engine.fuse_linears(wide)
+    layer(x).square().sum().backward()
+    with BF16():
+        made = wide[0](half)
+    assert made.dtype == torch.bfloat16
+    made.float().square().sum().backward()
+    wanted, found = ([a.grad, *(p.grad for p in b.parameters())] for a, b in ((x, layer), (half, wide[0])))
+    for one, other in zip(wanted, found, strict=True):
+        assert float((one - other.float()).norm() / one.norm()) < 0.01
 
 
 def test_gradients_are_those_of_finite_differences():

@@ -214,7 +214,8 @@ def test_autocast_with_a_loss_scale_of_65536(tmp_path, dtype, adapter):
 
 
 @pytest.mark.parametrize("adapter", [True, False])
-def test_products_are_in_the_dtype_that_autocast_would_choose(tmp_path, adapter):
+def test_products_are_in_the_dtype_that_autocast_would_choose(tmp_path, adapter, monkeypatch):
+    monkeypatch.setattr("corefit.engine.fused.cpu_has_bf16", lambda: True)  # without it they would be fp32
     model = loaded(write_model(tmp_path), adapter=adapter)
     ids, positions, labels = pack([documents([30])], 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -18,6 +18,7 @@ from corefit.engine import adapter, attention, loop, memory, model
 from corefit.engine.loss import CausalLoss
 from corefit.engine.memory import Setting
 from corefit.plan import read_shape
+from corefit.prepare import resolve
 from corefit.registry import Registry
 
 SLOTS, R = 104, 10
@@ -88,7 +89,10 @@ def said(folder: Path, setting: Setting) -> int:
     ],
     ids=str,
 )
-def test_activations_are_what_autograd_keeps(tmp_path: Path, setting: Setting) -> None:
+@pytest.mark.parametrize("wide", [False, True], ids=["native", "wide"])
+def test_activations_are_what_autograd_keeps(monkeypatch, tmp_path: Path, setting: Setting, wide: bool) -> None:
+    monkeypatch.setattr("corefit.engine.fused.cpu_has_bf16", lambda: not wide)
+    setting = replace(setting, wide=wide and setting.width == 2)
     folder = write_family(tmp_path / "base", FAMILY["llama"])
     assert said(folder, setting) == pytest.approx(kept(folder, setting), rel=0.05)
 
@@ -141,6 +145,31 @@ def test_gradients_of_the_micro_batches_before_are_there_at_the_loss() -> None:
     shape, setting = plan.known_shape("Qwen/Qwen3-0.6B"), Setting(512, quantizer="none", full=True, packs=4)
     first, later = (memory.moments(shape, replace(setting, micro_batch=n))["at the loss"] for n in (4, 2))
     assert "gradients" not in first and later["gradients"] == 4 * shape.parameters
+
+
+def test_a_cpu_that_multiplies_in_fp32_has_a_copy_of_the_head_and_of_a_weight() -> None:
+    shape, setting = plan.known_shape("Qwen/Qwen3-0.6B"), Setting(512, quantizer="none")
+    plain, wide = (memory.moments(shape, replace(setting, wide=on)) for on in (False, True))
+    copy, chunk = 4 * shape.vocabulary * shape.hidden, shape.vocabulary * (memory.CHUNK * 2 - memory.CACHED * 4)
+    assert wide["at the loss"]["loss"] - plain["at the loss"]["loss"] == copy + chunk
+    name = "weights in the products' format"
+    biggest = max(i * o for _, i, o in shape.linears)
+    assert wide["in the backward"][name] - plain["in the backward"][name] == 4 * biggest
+    assert wide["at the loss"]["activations"] == plain["at the loss"]["activations"]
+    full = memory.moments(shape, replace(setting, full=True, wide=True))
+    assert name not in full["at the loss"]  # they are fp32 already
+
+
+@pytest.mark.parametrize(
+    "precision, cuda, wide", [("bf16", False, True), ("fp32", False, False), ("bf16", True, False)]
+)
+def test_a_plan_knows_in_what_this_cpu_multiplies(monkeypatch, precision, cuda, wide) -> None:
+    monkeypatch.setattr("corefit.engine.fused.cpu_has_bf16", lambda: False)
+    width = {"bf16": 2, "fp32": 4}[precision]
+    recipe, *_ = resolve(None, {}, [f"train.precision={precision}"], Registry.load())
+    assert plan.setting_of(recipe, cuda=cuda, width=width).wide == (precision == "bf16" and not cuda)
+    monkeypatch.setattr("corefit.engine.fused.cpu_has_bf16", lambda: True)
+    assert not plan.setting_of(recipe, cuda=cuda, width=width).wide
 
 
 def test_advice_names_what_needs_less_and_how_much() -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tiny import write_model, write_tokenizer
 from tiny_families import FAMILIES, write_family
 
+from corefit.engine import fused
 from corefit.engine import model as model_module
 from corefit.engine.adapter import (
     AdapterSpec,
@@ -621,18 +622,20 @@ def test_a_class_without_gradient_checkpointing_says_what_to_set(tiny_model, mon
         ("auto", "cpu", "float16", False, "fp32"),
         ("fp16", "cpu", "float32", True, "fp16"),
         ("bf16", "cpu", "float32", False, "bf16"),
+        ("bf16", "cuda", "float32", False, "bf16"),
         ("fp32", "cuda", "float16", True, "fp32"),
     ],
 )
 def test_precision(monkeypatch, wanted, device, base, native, name):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native)
-    monkeypatch.setattr(model_module, "_cpu_has_bf16", lambda: native)
+    for module in (model_module, fused):
+        monkeypatch.setattr(module, "cpu_has_bf16", lambda: native)
     chosen = choose_precision(wanted, device=device, base_dtype=base)
     assert chosen.name == name and chosen.use_scaler == (name == "fp16")
     assert chosen.compute_dtype == {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
     assert chosen.reason and "\n" not in chosen.reason
-    assert ("12-15 times" in chosen.reason) == ((wanted, device) == ("fp16", "cpu"))
-    assert ("slow" in chosen.reason) == ((wanted, native) == ("bf16", False))
+    assert ("products are made in fp32" in chosen.reason) == (device == "cpu" and wanted in ("fp16", "bf16"))
+    assert ("slow" in chosen.reason) == ((wanted, device) == ("bf16", "cuda"))
 
 
 def test_unknown_devices_name_the_nearest():
@@ -706,6 +709,6 @@ def test_a_gpu_is_seen_by_its_device_file_or_by_nvidia_smi_unless_hidden(monkeyp
 def test_the_cpu_is_asked_by_names_that_may_be_missing(monkeypatch):
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
-    assert model_module._cpu_has_bf16()
+    assert fused.cpu_has_bf16()
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
-    assert not model_module._cpu_has_bf16()
+    assert not fused.cpu_has_bf16()
