@@ -178,7 +178,7 @@ def time_line(shape: Shape, setting: Setting, *, packs: int, here: bool) -> str:
     tflop = f"{work / 1e12:,.1f} Tflop of products"
     if not here:
         return f"time: a step of {packs} packs is {tflop}; --probe times three on the machine"
-    n, dtype = 1024, fast_dtype("cpu", {2: torch.bfloat16, 4: torch.float32}[setting.width])
+    n, dtype = 1024, torch.float32 if setting.wide or setting.width == 4 else torch.bfloat16
     a, took = torch.ones(n, n, dtype=dtype), list[float]()
     for _ in range(5):
         began = time.perf_counter()

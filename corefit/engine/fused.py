@@ -212,7 +212,7 @@ class DocumentAttention(torch.autograd.Function):
 
 
 def _fast(*tensors: Tensor) -> list[Tensor]:
-    return [x.to(fast_dtype(x.device.type, x.dtype, len(x))) for x in tensors]
+    return [x.to(fast_dtype(x.device.type, x.dtype)) for x in tensors]
 
 
 def _wide(q: Tensor) -> torch.dtype:
@@ -364,7 +364,7 @@ def fuse_linears(model: nn.Module) -> None:
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     dtype = product_dtype(x)
-    if fast_dtype(x.device.type, dtype, x[..., 0].numel()) == dtype:
+    if fast_dtype(x.device.type, dtype, x.numel() // module.in_features) == dtype:
         return nn.Linear.forward(module, x)
     made: Tensor = WideLinear.apply(x.to(dtype), module.weight, module.bias)  # type: ignore[no-untyped-call]
     return made

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from corefit.engine.attention import Layout, decoder, run_packed
-from corefit.engine.fused import fast_dtype, product_dtype
+from corefit.engine.fused import fast_dtype, product_dtype, without_autocast
 from corefit.engine.model import causal_lm, evaluating
 from corefit.types import IGNORE_INDEX
 
@@ -57,6 +57,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any,  # noqa: ANN401
         hidden: Tensor,
@@ -75,35 +76,34 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros(hidden.shape, device=hidden.device) if for_hidden else None
         grad_weight = torch.zeros(weight.shape, device=weight.device) if for_weight else None
         grad_rows = torch.zeros(rows.shape, device=weight.device) if rows is not None and for_rows else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            head = Head(weight, rows, at).to(dtype)
-            few = CACHED if hidden.device.type == "cpu" else chunk
-            products = torch.empty(min(chunk, len(hidden)), len(weight), dtype=dtype, device=hidden.device)
-            wide = None if dtype == torch.float32 else torch.empty_like(products[:few], dtype=torch.float32)
-            numbers = torch.arange(few, device=hidden.device)
-            for i in range(0, len(hidden), chunk):
-                h = hidden[i : i + chunk].to(dtype)
-                p = head.logits(h, out=products[: len(h)])
-                for part, y in zip(torch.split(p, few), torch.split(targets[i : i + chunk], few), strict=True):
-                    z, at_target = part if wide is None else wide[: len(part)].copy_(part), (numbers[: len(part)], y)
-                    z -= z.amax(-1, keepdim=True)
-                    right = z[at_target]
-                    total = z.exp_().sum(-1)
-                    loss += (total.log() - right).sum()
-                    if for_any:
-                        part.copy_(z.div_(total[:, None]))
-                        part[at_target] = right.exp_().div_(total).sub_(1).to(dtype)  # scatter_ copies all of it twice
-                if for_any and head.rows is not None and at is not None:
-                    of_rows = p.index_select(1, at)
-                    p.index_fill_(1, at, 0)  # from here on p is of the other rows alone
-                    if grad_hidden is not None:
-                        grad_hidden[i : i + chunk] = of_rows @ head.rows
-                    if grad_rows is not None:
-                        grad_rows += of_rows.T @ h
+        head = Head(weight, rows, at).to(dtype)
+        few = CACHED if hidden.device.type == "cpu" else chunk
+        products = torch.empty(min(chunk, len(hidden)), len(weight), dtype=dtype, device=hidden.device)
+        wide = None if dtype == torch.float32 else torch.empty_like(products[:few], dtype=torch.float32)
+        numbers = torch.arange(few, device=hidden.device)
+        for i in range(0, len(hidden), chunk):
+            h = hidden[i : i + chunk].to(dtype)
+            p = head.logits(h, out=products[: len(h)])
+            for part, y in zip(torch.split(p, few), torch.split(targets[i : i + chunk], few), strict=True):
+                z, at_target = part if wide is None else wide[: len(part)].copy_(part), (numbers[: len(part)], y)
+                z -= z.amax(-1, keepdim=True)
+                right = z[at_target]
+                total = z.exp_().sum(-1)
+                loss += (total.log() - right).sum()
+                if for_any:
+                    part.copy_(z.div_(total[:, None]))
+                    part[at_target] = right.exp_().div_(total).sub_(1).to(dtype)  # scatter_ copies all of it twice
+            if for_any and head.rows is not None and at is not None:
+                of_rows = p.index_select(1, at)
+                p.index_fill_(1, at, 0)  # from here on p is of the other rows alone
                 if grad_hidden is not None:
-                    grad_hidden[i : i + chunk] += p @ head.weight
-                if grad_weight is not None:
-                    grad_weight += p.T @ h
+                    grad_hidden[i : i + chunk] = of_rows @ head.rows
+                if grad_rows is not None:
+                    grad_rows += of_rows.T @ h
+            if grad_hidden is not None:
+                grad_hidden[i : i + chunk] += p @ head.weight
+            if grad_weight is not None:
+                grad_weight += p.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight, grad_rows)
         ctx.dtypes = hidden.dtype, weight.dtype, torch.float32
         return loss
@@ -155,7 +155,7 @@ class CausalLoss(nn.Module):
         hidden = states.flatten(0, 1).index_select(0, rows)
         head = _linear_head(self.model)
         assert head is not None
-        dtype = fast_dtype(hidden.device.type, product_dtype(hidden), len(hidden))
+        dtype = fast_dtype(hidden.device.type, product_dtype(hidden))
         how = dtype, self.chunk, torch.is_grad_enabled()
         loss: Tensor = LinearCrossEntropy.apply(hidden, targets, *head, *how)  # type: ignore[no-untyped-call]
         return loss
@@ -176,7 +176,7 @@ class CausalLoss(nn.Module):
         head = _linear_head(self.model)
         if head is None:
             return "the head is not a plain linear layer (a bias, an adapter or a quantizer is on it)"
-        positions = torch.arange(8, device=head.weight.device)[None]
+        positions = torch.arange(8, device=head.weight.device)[None]  # so few that fast_dtype changes nothing
         ids = positions * 7 % len(head.weight)
         try:
             hidden = run_packed(decoder(self.model), ids, positions).last_hidden_state

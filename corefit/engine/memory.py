@@ -29,8 +29,9 @@ BITSANDBYTES = 24 * MIB
 HEAP = 0.3
 """What the C library's heap keeps free between tensors of up to 4 MiB (``model.reuse_memory``), as a share of them.
 Of a model of 135M parameters it is 0.2 after two steps and 0.4 after twenty."""
-COPIES = 0.125
-"""What copies in fp32, where a CPU has no instructions for 16 bits, leave there, as a share of everything; fitted."""
+COPIES = 110 * MIB
+"""What copies in fp32, and the products of these, add to the process where a CPU has no instructions for 16 bits;
+fitted as the others are, on a CPU with AVX2."""
 KEPT_FREE = 0.1
 """Share of a device's memory that a plan leaves: for the CUDA context, fragments, and what it does not know."""
 MOMENTS, MOMENTS_8BIT = 8, 2 + 8 / 256
@@ -202,10 +203,11 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
     if not s.full and any(name in ("lm_head", "embed_tokens", "output", "tok_embeddings") for name in s.saved):
         trained += len(s.saved) * shape.vocabulary * shape.hidden
     imported = BITSANDBYTES * (quantised or s.optimizer != "adamw")
+    copies = COPIES * s.wide
     casts = 0 if c == 4 or (s.wide and s.full) else (linear if s.full else trained) * c
     residual = 4 if s.full else c
     always = {
-        "process and libraries": WORKSPACES if s.cuda else PROCESS + imported,
+        "process and libraries": WORKSPACES if s.cuda else PROCESS + imported + copies,
         "base weights": base,
         "adapter weights": 0 if s.full else 4 * trained,
         "optimizer state": trained * (MOMENTS_8BIT if "8bit" in s.optimizer else MOMENTS),
@@ -219,9 +221,9 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
     else:  # a chunk's logits in the products' format, and in fp32 those that are worked on at once
         wide = 0 if product == 4 else CHUNK if s.cuda else CACHED
         logits = shape.vocabulary * (min(CHUNK, s.tokens) * product + min(wide, s.tokens) * 4)
-        logits += head * 4 * (s.wide and not s.full)
         logits += 4 * s.tokens * shape.hidden
         logits += head * (4 + 2 * c) if s.full else 0
+    logits += head * 4 * (s.wide and not s.full)
     biggest = max((i * o for _, i, o in shape.linears), default=0)
     biggest *= c * (2 if quantised or s.full else 0) + 4 * (s.wide and not s.full)
     passing = s.tokens * (c if s.cuda else 4) * max(shape.middle, shape.hidden) * 2
@@ -245,7 +247,7 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
         within = [s.tokens * width * c <= 2**22 for width in (shape.hidden, shape.middle)]
         for terms in (begin, end):
             small = terms["activations"] * sum(within) / 2 + terms["weights in the products' format"]
-            terms["free in the heap"] = HEAP * small + COPIES * s.wide * sum(terms.values())
+            terms["free in the heap"] = HEAP * small
     return {when: {name: round(size) for name, size in terms.items() if size} for when, terms in found.items()}
 
 

@@ -241,7 +241,7 @@ def choose_precision(wanted: str = "auto", *, device: str, base_dtype: str) -> P
     elif wanted == "auto":
         name, reason = "bf16", "this GPU has bf16 and the base isn't fp16"
     elif cpu and fast_dtype("cpu", DTYPES[wanted]) != DTYPES[wanted]:
-        reason = f"asked for; this CPU has no native {wanted}: products are made in fp32"
+        reason = f"asked for; this CPU has no native {wanted}: linear layers multiply in fp32, int8 and DoRA are slow"
     elif wanted == "bf16" and not native:
         reason = "asked for; this GPU has no native bf16, so it will be slow"
     if name == "fp16":
