@@ -597,6 +597,10 @@ def _conflicts(recipe: Recipe) -> list[str]:
     for pattern, mult in train.lr_mult.items():
         if isinstance(mult, bool) or not isinstance(mult, (int, float)) or not 0 < mult < math.inf:
             conflict("train.lr_mult", f"train.lr_mult: {pattern!r} is {mult!r}, expected a number > 0")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            conflict("train.lr_mult", f"train.lr_mult: {pattern!r} is no regular expression: {error}")
     for number, data in enumerate(recipe.data):
         if data.map and data.fields:
             conflict(f"data.{number}.fields", "data.fields says what data.map would say; set one of them")

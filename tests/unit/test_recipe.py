@@ -232,6 +232,8 @@ def test_what_is_no_recipe(text, words):
             "[train]\nmicro_batch = 3",
             "my.toml:2: train.packs_per_step=16 is no multiple of train.micro_batch=3",
         ),
+        ("[train]\nlr_mult = {'(' = 2.0}", "my.toml:2: train.lr_mult: '(' is no regular expression: missing ), "),
+        ("[train]\nlr_mult = {b = -1}", "my.toml:2: train.lr_mult: 'b' is -1, expected a number > 0"),
         ("[train]\nepochs = 0", "my.toml:2: train.epochs=0 has no end; set train.max_steps"),
         ("[adapter]\nkind = 'none'", "my.toml:2: adapter.kind='none' trains the base weights, but quantizer 'nf4'"),
         (
