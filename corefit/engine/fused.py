@@ -60,6 +60,8 @@ def without_autocast(method: Method) -> Method:
 
     @functools.wraps(method)
     def run(ctx: Any, x: Tensor, *more: Any) -> Any:  # noqa: ANN401
+        if not torch.is_autocast_enabled(x.device.type):
+            return method(ctx, x, *more)
         with torch.autocast(x.device.type, enabled=False):
             return method(ctx, x, *more)
 

@@ -29,9 +29,8 @@ BITSANDBYTES = 24 * MIB
 HEAP = 0.3
 """What the C library's heap keeps free between tensors of up to 4 MiB (``model.reuse_memory``), as a share of them.
 Of a model of 135M parameters it is 0.2 after two steps and 0.4 after twenty."""
-COPIES = 110 * MIB
-"""What copies in fp32, and the products of these, add to the process where a CPU has no instructions for 16 bits;
-fitted as the others are, on a CPU with AVX2."""
+COPIES = 0.2
+"""What fp32 copies of weights of up to 4 MiB leave there, as a share of them all; fitted as the others, on AVX2."""
 KEPT_FREE = 0.1
 """Share of a device's memory that a plan leaves: for the CUDA context, fragments, and what it does not know."""
 MOMENTS, MOMENTS_8BIT = 8, 2 + 8 / 256
@@ -203,11 +202,11 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
     if not s.full and any(name in ("lm_head", "embed_tokens", "output", "tok_embeddings") for name in s.saved):
         trained += len(s.saved) * shape.vocabulary * shape.hidden
     imported = BITSANDBYTES * (quantised or s.optimizer != "adamw")
-    copies = COPIES * s.wide
+    copied = s.wide * sum(4 * i * o for _, i, o in shape.linears if 4 * i * o <= 2**22)
     casts = 0 if c == 4 or (s.wide and s.full) else (linear if s.full else trained) * c
     residual = 4 if s.full else c
     always = {
-        "process and libraries": WORKSPACES if s.cuda else PROCESS + imported + copies,
+        "process and libraries": WORKSPACES if s.cuda else PROCESS + imported,
         "base weights": base,
         "adapter weights": 0 if s.full else 4 * trained,
         "optimizer state": trained * (MOMENTS_8BIT if "8bit" in s.optimizer else MOMENTS),
@@ -247,7 +246,7 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
         within = [s.tokens * width * c <= 2**22 for width in (shape.hidden, shape.middle)]
         for terms in (begin, end):
             small = terms["activations"] * sum(within) / 2 + terms["weights in the products' format"]
-            terms["free in the heap"] = HEAP * small
+            terms["free in the heap"] = HEAP * small + COPIES * copied
     return {when: {name: round(size) for name, size in terms.items() if size} for when, terms in found.items()}
 
 

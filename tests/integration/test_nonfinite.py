@@ -103,7 +103,7 @@ def test_gradients_that_overflow_float16_halve_the_scale_and_their_steps_are_cou
     tmp_path: Path, tiny_model: Path
 ) -> None:
     """Real fp16 on a CPU: the head is so large that gradients times 65536 are beyond 65504."""
-    base = changed(tiny_model, tmp_path / "large", "lm_head.weight", lambda weight: weight.mul_(32))
+    base = changed(tiny_model, tmp_path / "large", "lm_head.weight", lambda weight: weight.mul_(512))
     more = ["train.precision=fp16", "train.max_steps=8", "checkpoint.every_steps=1", "checkpoint.keep=9"]
     done = corefit(*rows(tmp_path), base, "--set", *SMALL, *more, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
