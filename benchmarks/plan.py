@@ -17,6 +17,7 @@ from typing import Any
 import common
 
 from corefit.engine.memory import MIB, needed, peak
+from corefit.engine.model import DTYPES
 from corefit.plan import read_shape, setting_of
 from corefit.prepare import resolve
 from corefit.registry import Registry
@@ -82,8 +83,8 @@ def one(base: Path, data: Path, sets: list[str], out: Path, args: Any) -> dict[s
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     measured = max(line["memory_bytes"] for line in lines if "loss" in line)
     recipe, *_ = resolve(None, flags, sets, Registry.load())
-    width = {"bf16": 2, "fp32": 4}[args.precision]
-    shape, setting = read_shape(str(base)), setting_of(recipe, cuda=args.device != "cpu", width=width)
+    dtype = DTYPES[args.precision]
+    shape, setting = read_shape(str(base)), setting_of(recipe, cuda=args.device != "cpu", dtype=dtype)
     planned, when = needed(shape, setting), peak(shape, setting)[0]
     found: dict[str, float | str] = {"planned MiB": planned / MIB, "measured MiB": measured / MIB}
     return found | {"planned / measured": planned / measured, "the most": when}

@@ -72,10 +72,9 @@ def read_shape(base: str) -> Shape:
         raise ModelError(f"{base}: config.json and weights don't say what kind of decoder this is ({error})") from error
 
 
-def setting_of(recipe: Recipe, *, cuda: bool, width: int) -> Setting:
-    """Give what of a recipe its memory depends on; ``width``: bytes of a number in products, as it is asked for."""
+def setting_of(recipe: Recipe, *, cuda: bool, dtype: torch.dtype) -> Setting:
+    """Give what of a recipe its memory depends on; ``dtype``: what products are asked for in."""
     wanted = recipe.train.gradient_checkpointing
-    half = torch.float16 if recipe.train.precision == "fp16" else torch.bfloat16
     return Setting(
         slots=-(-recipe.pack.max_length // 8) * 8,
         micro_batch=recipe.train.micro_packs,
@@ -87,10 +86,10 @@ def setting_of(recipe: Recipe, *, cuda: bool, width: int) -> Setting:
         targets=recipe.adapter.targets,
         saved=recipe.adapter.modules_to_save,
         optimizer=recipe.train.optimizer,
-        width=width,
+        width=dtype.itemsize,
         checkpointing=float(cuda if wanted == "auto" else wanted),
         cuda=cuda,
-        wide=not cuda and width == 2 and fast_dtype("cpu", half) == torch.float32,
+        wide=not cuda and fast_dtype("cpu", dtype) != dtype,
     )
 
 
@@ -103,7 +102,7 @@ def choose_micro_batch(recipe: Recipe, base: str, *, world: int = 1, local_world
     precision = model.choose_precision(recipe.train.precision, device=device, base_dtype=model.base_dtype_of(base))
     cuda, packs = device != "cpu", max(recipe.train.packs_per_step // world, 1)
     room = memory.room_on(device) // (1 if cuda else local_world)
-    shape, setting = read_shape(base), setting_of(recipe, cuda=cuda, width=precision.compute_dtype.itemsize)
+    shape, setting = read_shape(base), setting_of(recipe, cuda=cuda, dtype=precision.compute_dtype)
     found = memory.largest_micro_batch(shape, setting, room=room, packs=packs)
     setting = replace(setting, micro_batch=found or 1, packs=packs)
     words = f"about {gib(memory.needed(shape, setting))} of the {gib(room)} that are free"
@@ -138,12 +137,11 @@ def plan_lines(recipe: Recipe, *, room: int, device: str, where: str, here: bool
     base, train, cuda = str(recipe.model.base), recipe.train, device != "cpu"
     known = not Path(base).is_dir() and _known(base)
     shape = known_shape(known) if known else read_shape(base)
-    width = 4 if train.precision == "fp32" else 2
+    dtype = model.DTYPES.get(train.precision, torch.bfloat16)
     if here:
         stored = "float16" if known else model.base_dtype_of(base)
-        precision = model.choose_precision(train.precision, device=device, base_dtype=stored)
-        width = precision.compute_dtype.itemsize
-    packs, setting = train.packs_per_step, setting_of(recipe, cuda=cuda, width=width)
+        dtype = model.choose_precision(train.precision, device=device, base_dtype=stored).compute_dtype
+    packs, setting = train.packs_per_step, setting_of(recipe, cuda=cuda, dtype=dtype)
     found = memory.largest_micro_batch(shape, setting, room=room, packs=packs)
     if train.micro_batch == "auto":
         setting = replace(setting, micro_batch=found or 1)

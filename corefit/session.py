@@ -285,8 +285,7 @@ class Session:
             device=self.device.partition(":")[0],
         )
         self.context: dict[str, Any] = {"device": self.device, "compute_dtype": self.precision.compute_dtype}
-        width = self.precision.compute_dtype.itemsize
-        self.setting = setting_of(recipe, cuda=self.device != "cpu", width=width)
+        self.setting = setting_of(recipe, cuda=self.device != "cpu", dtype=self.precision.compute_dtype)
         how: dict[str, Any] = dict(
             vocab_size=sizes["embeddings"],
             device=self.device,

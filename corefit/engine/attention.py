@@ -138,7 +138,7 @@ def packed_attention(
     else:
         scale = width**-0.5 if scaling is None else scaling
         out = DocumentAttention.apply(q, k, v, cu_seq_lens_q.tolist(), scale, window)  # type: ignore[no-untyped-call]
-    return out.to(dtype).view(rows, slots, heads, -1), None
+    return out.view(rows, slots, heads, -1), None
 
 
 def _varlen(

@@ -161,10 +161,10 @@ def _norm(module: Any, epsilon: float, x: Tensor) -> Tensor:  # noqa: ANN401
 class DocumentAttention(torch.autograd.Function):
     """Causal attention inside each document, on a CPU: scores and softmax in fp32, what follows in ``fast_dtype``.
 
-    Keeps its inputs alone. It works on ``BLOCK`` queries at a time, whatever documents
-    they are of, and on the slots from where the first of these begins; what a query doesn't see has a share of 0.0 in
-    what it gets. Torch's own function for CPUs takes a document at a time, longer for most lengths (see
-    ``benchmarks/LOG.md``), and in 16 bits its gradients are less exact.
+    Keeps its inputs alone. It works on ``BLOCK`` queries at a time, whatever documents they are of, and on the slots
+    from where the first of these begins; what a query doesn't see has a share of 0.0 in what it gets. Torch's own
+    function for CPUs takes a document at a time, longer for most lengths (see ``benchmarks/LOG.md``), and in 16 bits
+    its gradients are less exact.
     """
 
     @staticmethod

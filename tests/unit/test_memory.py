@@ -165,11 +165,11 @@ def test_a_cpu_that_multiplies_in_fp32_has_a_copy_of_the_head_and_of_a_weight() 
 )
 def test_a_plan_knows_in_what_this_cpu_multiplies(monkeypatch, precision, cuda, wide) -> None:
     monkeypatch.setattr("corefit.engine.fused.cpu_has_bf16", lambda: False)
-    width = {"bf16": 2, "fp32": 4}[precision]
+    dtype = model.DTYPES[precision]
     recipe, *_ = resolve(None, {}, [f"train.precision={precision}"], Registry.load())
-    assert plan.setting_of(recipe, cuda=cuda, width=width).wide == (precision == "bf16" and not cuda)
+    assert plan.setting_of(recipe, cuda=cuda, dtype=dtype).wide == wide
     monkeypatch.setattr("corefit.engine.fused.cpu_has_bf16", lambda: True)
-    assert not plan.setting_of(recipe, cuda=cuda, width=width).wide
+    assert not plan.setting_of(recipe, cuda=cuda, dtype=dtype).wide
 
 
 def test_advice_names_what_needs_less_and_how_much() -> None:
