@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from corefit.data.arena import Arena
 from corefit.data.encode import Encoder, make_encoder
-from corefit.data.files import STDIN_NAME, find_files, spool
+from corefit.data.files import STDIN_NAME, find_files, is_packed, spool
 from corefit.data.source import (
     as_found,
     items_of,
@@ -377,16 +377,16 @@ def _sources(
 
 
 def _plain(path: Path, recipe: Recipe, entry: Data, spool_to: Path | None, again: bool) -> Path:
-    """Give a path that can be read twice: standard input, and .gz where it is shuffled, are unpacked first."""
+    """Give a path that can be read twice: standard input, and gzip where it is shuffled, are unpacked first."""
     stdin = path == Path("-")
-    packed = path.suffix == ".gz" and (entry.shuffle or recipe.train.epochs != 1) and not recipe.pack.arena
+    often = (entry.shuffle or recipe.train.epochs != 1) and not recipe.pack.arena
     if spool_to is None:
         if stdin:
             raise RecipeError("--data -: standard input can be read once only; give a file")
         return path
     if stdin and again and (spool_to / STDIN_NAME).is_file():
         return spool_to / STDIN_NAME
-    return spool(path, spool_to) if stdin or packed else path
+    return spool(path, spool_to) if stdin or (often and is_packed(path)) else path
 
 
 def _sniff(sources: Sources, reader: DatasetReader, registry: Registry, entry: Data) -> tuple[str, list[str]]:

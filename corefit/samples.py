@@ -16,6 +16,7 @@ from typing import Any
 from corefit import show, terminal
 from corefit.data.arena import Arena, write_arena
 from corefit.data.block import LENGTH, RECORD, Block, fit, gains
+from corefit.data.files import is_packed
 from corefit.data.ledger import Ledger
 from corefit.data.source import At, Input, encode_items, encode_records, items_of, record_row, refused
 from corefit.data.stream import Source, Stream
@@ -196,7 +197,7 @@ def look(plan: Prepared) -> Iterator[tuple[Source, list[Record | BadRecord], Blo
     """
     for number, source in enumerate(plan.sources):
         anyhow = dataclasses.replace(source, on_bad="skip")
-        if any(path.suffix == ".gz" for path in source.sources.paths):
+        if any(is_packed(path) for path in source.sources.paths):
             anyhow = dataclasses.replace(anyhow, shuffle=False)  # a run unpacks such files first
         records = (record for _, record in Input(number, anyhow, plan.recipe.train.seed, []).read(0, At()))
         while group := list(islice(records, 64)):

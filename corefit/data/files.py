@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import BufferedIOBase, BufferedReader, FileIO
+from io import BufferedIOBase, BufferedReader, BytesIO, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,15 @@ def open_file(path: Path, buffering: int = BLOCK, end: int | None = None) -> Ite
                     yield buffered, False
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: {why(error)}") from error
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file is gzip, by its first bytes and whatever its name; a pipe, or what can't be read, is not."""
+    try:
+        with path.open("rb") if path.is_file() else BytesIO() as file:
+            return file.read(2) == _GZIP
+    except OSError:
+        return False
 
 
 def why(error: Exception) -> str:
@@ -276,9 +285,9 @@ def changed(path: Path, before: int, now: int | None) -> DataError:
 
 
 def spool(spec: str | Path, folder: Path) -> Path:
-    """Copy ``-`` (standard input) or a ``.gz`` file unpacked into ``folder``; give the plain file, whole or not there.
+    """Copy ``-`` (standard input) or a gzip file unpacked into ``folder``; give the plain file, whole or not there.
 
-    The same ``.gz`` is unpacked once: its copy's name holds a hash of where it lies, its size and its time of change.
+    The same file is unpacked once: its copy's name holds a hash of where it lies, its size and its time of change.
     Standard input becomes ``STDIN_NAME``, replacing what was there.
 
     Raises:
@@ -295,7 +304,7 @@ def spool(spec: str | Path, folder: Path) -> Path:
         raise DataError(f"{path}: {why(error)}") from error
     key = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
     mark = hashlib.blake2b(os.fsencode(key), digest_size=4).hexdigest()
-    stem, dot, suffix = path.name.removesuffix(".gz").partition(".")
+    stem, dot, suffix = re.sub(r"\.gz$", "", path.name, flags=re.I).partition(".")
     target = folder / f"{stem}-{mark}{dot}{suffix}"
     return target if target.exists() else _copy(str(path), target)
 

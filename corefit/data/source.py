@@ -29,7 +29,7 @@ from corefit.data.block import (
     link,
 )
 from corefit.data.encode import parts
-from corefit.data.files import changed, file_state
+from corefit.data.files import changed, file_state, is_packed
 from corefit.data.jsonl import content_hash
 from corefit.errors import CorefitError, DataError, in_words
 from corefit.own import line_in, own_file
@@ -383,7 +383,7 @@ class Input:
         if source.first and head:
             total = min(total, source.first * sum(record.size for record in head) // len(head))
         kept: list[Record | BadRecord] | None = None
-        known = not any(path.suffix == ".gz" for path in files.paths)
+        known = not any(is_packed(path) for path in files.paths)
         if source.shuffle and reader.seekable and reader.index is not None:
             self.table = reader.index(source.sources, source.reader_options)[: source.first]
         elif source.shuffle or not weighed:

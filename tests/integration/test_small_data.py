@@ -296,12 +296,15 @@ def test_a_name_that_is_not_utf_8_is_refused(train):
         assert "train-\\udcff.jsonl: its name is not UTF-8, so that no recipe can hold it; rename it" in error
 
 
-def test_shuffled_gzip_files_may_be_named_by_a_glob_or_a_folder(train):
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.GZ", ".jsonl"])
+def test_shuffled_gzip_files_may_be_named_by_a_glob_or_a_folder(train, ending):
     os.mkdir("parts")
     for k in range(2):
-        write(gzip.compress(rows(3).encode()), f"parts/train-{k}.jsonl.gz")
-    for data in ("parts/*.jsonl.gz", "parts"):
-        assert train("train.epochs=2", data=data).ledger["records"]["used"] == 12
+        write(gzip.compress(rows(3).encode()), f"parts/train-{k}{ending}")
+    for data in (f"parts/*{ending}", "parts"):
+        done = train("train.epochs=2", data=data)
+        assert done.ledger["records"]["used"] == 12
+        assert sorted(re.sub(r"-\w+", "", path.name) for path in (done.folder / "data").iterdir()) == ["train.jsonl"] * 2
 
 
 def test_the_format_is_recognised_behind_bad_records_where_these_are_skipped(train):
