@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 from tiny import write_model, write_tokenizer
 
@@ -17,6 +18,8 @@ SHARED = ROOT.parent / "shared"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each: those of two workers would wait for one another
+    torch.set_num_threads(1)
 # on a busy machine a first example may take a second
 settings.register_profile("busy", deadline=None)
 settings.load_profile("busy")

@@ -221,7 +221,7 @@ def test_apart_is_relative_and_never_takes_nothing_for_equal():
 def test_the_command_takes_less_than_a_minute_in_a_folder_where_it_may_not_write(tmp_path):
     (tmp_path / "folder").mkdir(mode=0o555)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = run_corefit("selftest", "--device", "cpu", cwd=tmp_path / "folder")
+    done = run_corefit("selftest", "--device", "cpu", cwd=tmp_path / "folder", fresh=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "all hold, 1 skipped"
