@@ -30,7 +30,7 @@ HEAP = 0.3
 """What the C library's heap keeps free between tensors of up to 4 MiB (``model.reuse_memory``), as a share of them.
 Of a model of 135M parameters it is 0.2 after two steps and 0.4 after twenty."""
 COPIES = 0.2
-"""What fp32 copies of weights of up to 4 MiB leave there, as a share of them all; fitted as the others, on AVX2."""
+"""What fp32 copies of up to 4 MiB of weights in fewer bits leave there, as a share of all; fitted as above, on AVX2."""
 KEPT_FREE = 0.1
 """Share of a device's memory that a plan leaves: for the CUDA context, fragments, and what it does not know."""
 MOMENTS, MOMENTS_8BIT = 8, 2 + 8 / 256
@@ -202,7 +202,7 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
     if not s.full and any(name in ("lm_head", "embed_tokens", "output", "tok_embeddings") for name in s.saved):
         trained += len(s.saved) * shape.vocabulary * shape.hidden
     imported = BITSANDBYTES * (quantised or s.optimizer != "adamw")
-    copied = s.wide * sum(4 * i * o for _, i, o in shape.linears if 4 * i * o <= 2**22)
+    copied = (product == 4 and bits < 32) * sum(4 * i * o for _, i, o in shape.linears if 4 * i * o <= 2**22)
     casts = 0 if c == 4 or (s.wide and s.full) else (linear if s.full else trained) * c
     residual = 4 if s.full else c
     always = {

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -158,6 +159,19 @@ def test_a_cpu_that_multiplies_in_fp32_has_a_copy_of_the_head_and_of_a_weight() 
     assert wide["at the loss"]["activations"] == plain["at the loss"]["activations"]
     full = memory.moments(shape, replace(setting, full=True, wide=True))
     assert name not in full["at the loss"]  # they are fp32 already
+
+
+@pytest.mark.parametrize("quantizer, width, wide", [("none", 2, True), ("nf4", 2, True), ("nf4", 4, False)])
+def test_fp32_copies_of_weights_in_fewer_bits_leave_their_blocks_in_the_heap(quantizer, width, wide, tmp_path) -> None:
+    shape = read_shape(str(write_family(tmp_path / "base", FAMILY["llama"])))
+
+    def free(**setting: Any) -> int:
+        slots = 2**20  # so many that activations leave none
+        return memory.moments(shape, Setting(slots, **setting))["at the loss"].get("free in the heap", 0)
+
+    copies = sum(4 * i * o for _, i, o in shape.linears)
+    left = free(quantizer=quantizer, width=width, wide=wide) - free(quantizer="none", width=width)
+    assert left == pytest.approx(memory.COPIES * copies, rel=0.01)
 
 
 @pytest.mark.parametrize(
