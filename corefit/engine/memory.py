@@ -22,6 +22,8 @@ MIB = 2**20
 PROCESS, LOADING = 550 * MIB, 365 * MIB
 """Resident in a process on a CPU that trains, or loads its base, without tensors: Python, torch, transformers, peft,
 their workspaces, small blocks. Fitted to runs of a model of 135M parameters (benchmarks/plan.py; torch 2.13, x86)."""
+CUDA_BUILD = 318 * MIB
+"""What torch adds to that on a CPU where it is built for CUDA (2.11.0+cu130)."""
 WORKSPACES = 64 * MIB
 """What torch allocates for cuBLAS on Hopper and later: 32 MiB for each thread, one of forward and one of backward."""
 BITSANDBYTES = 24 * MIB
@@ -201,7 +203,7 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
     trained += sum(i * o for n, i, o in shape.linears if not s.full and n.endswith(s.saved))
     if not s.full and any(name in ("lm_head", "embed_tokens", "output", "tok_embeddings") for name in s.saved):
         trained += len(s.saved) * shape.vocabulary * shape.hidden
-    imported = BITSANDBYTES * (quantised or s.optimizer != "adamw")
+    imported = BITSANDBYTES * (quantised or s.optimizer != "adamw") + CUDA_BUILD * (torch.version.cuda is not None)
     copied = (product == 4 and bits < 32) * sum(4 * i * o for _, i, o in shape.linears if 4 * i * o <= 2**22)
     casts = 0 if c == 4 or (s.wide and s.full) else (linear if s.full else trained) * c
     residual = 4 if s.full else c

@@ -404,7 +404,8 @@ class TestRenderChat:
         wanted = AutoTokenizer.from_pretrained(tiny_tokenizer).apply_chat_template(
             chat, chat_template=jinja, tokenize=False
         )
-        assert tokenizer.render_chat(chat, chat_template=jinja) == wanted == "becausebecause"
+        assert wanted in ("becausebecause", "")  # 5.17 doesn't know the other names
+        assert tokenizer.render_chat(chat, chat_template=jinja) == "becausebecause"
 
     @pytest.mark.parametrize(
         "jinja", ["{{ raise_exception('no') }}", "{{ messages[9].content + 'x' }}", "{{ 1 + 'x' }}"]
