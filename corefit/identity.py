@@ -7,7 +7,8 @@ import datetime
 import hashlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,13 @@ CODE = ("types.py", "templates.py", "fields.py", "own.py", "defaults.py", "prepa
 """Files of corefit that samples depend on, beside those in ``data``."""
 HASHED_WHOLE = 2**26
 """Bytes of a data file up to which all of it is hashed."""
+LIMITS = re.compile(
+    r"(train\.(epochs|max_steps|micro_batch|gradient_checkpointing)|val\.(every_steps|patience)|"
+    r"checkpoint\..*|sample\..*|run\..*)$"
+)
+"""Recipe keys that may change where a run goes on: limits, and what changes memory but not what is computed."""
+PLACES = re.compile(r"(model\.base|data\.\d+\.path|val\.data|pack\.arena)$")
+"""Those that say where something lies; what lies there is compared by its fingerprint."""
 
 
 def identity(plan: Prepared, base_fingerprint: str) -> dict[str, str]:
@@ -41,6 +49,11 @@ def identity(plan: Prepared, base_fingerprint: str) -> dict[str, str]:
                 found[f"file {i} of {word} {number}"] = f"{path.name}, {facts['bytes']:,} bytes, {facts['sha256'][:16]}"
     kinds = ("reader", "map function", "template", "quantizer", "scheduler")
     return found | {key: str(value) for key, value in _plugins(plan, kinds).items()}
+
+
+def strange_changes(changes: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Give those of (key, before, now) with which a run goes on only where that is asked for."""
+    return [change for change in changes if not (LIMITS.match(change[0]) or PLACES.match(change[0]))]
 
 
 def arena_key(plan: Prepared) -> dict[str, Any]:

@@ -61,7 +61,8 @@ class Interrupts:
             for fd in self._terminals:  # a terminal that hung up refuses every line from now on
                 if not os.isatty(fd):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-        self._say(f"{signal.Signals(number).name}: finishing the step, then saving; ctrl-C ends at once")
+        name = signal.Signals(number).name
+        self._say(f"{name}: finishing the step that runs, if one does, then saving; ctrl-C ends at once")
 
     def _watch(self, pipe: int) -> None:
         seen = 0

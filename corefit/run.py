@@ -12,7 +12,6 @@ import gc
 import glob
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from corefit import __version__, terminal
 from corefit.durable import make_folder, read_json, write_whole
 from corefit.errors import RecipeError, RunError, system_words
-from corefit.identity import identity, without_out
+from corefit.identity import LIMITS, identity, strange_changes, without_out
 from corefit.interrupts import Interrupts
 from corefit.prepare import Prepared, prepare, resolve
 from corefit.recipe import Recipe, flat, load_recipe, parse_recipe, run_and_step, to_toml
@@ -36,13 +35,6 @@ from corefit.terminal import Say
 if TYPE_CHECKING:
     from corefit.engine.ranks import Ranks
 
-LIMITS = re.compile(
-    r"(train\.(epochs|max_steps|micro_batch|gradient_checkpointing)|val\.(every_steps|patience)|"
-    r"checkpoint\..*|sample\..*|run\..*)$"
-)
-"""Recipe keys that may change where a run goes on: limits, and what changes memory but not what is computed."""
-PLACES = re.compile(r"(model\.base|data\.\d+\.path|val\.data|pack\.arena)$")
-"""Those that say where something lies; what lies there is compared by its fingerprint."""
 ENDS = ("train.epochs", "train.max_steps", "val.patience")
 """Those with which a finished run goes on."""
 FORKING = ".tmp-fork.json"
@@ -301,7 +293,7 @@ def _train(
                 "all the same"
             )
         changes = differences(before.get("identity", facts), facts)
-        strange = [change for change in changes if not (LIMITS.match(change[0]) or PLACES.match(change[0]))]
+        strange = strange_changes(changes)
         if strange and not allow_changes:
             raise RecipeError(
                 f"--resume: {source} was made with something else: {words(strange)}; --allow-changes goes on all the "

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,7 +45,7 @@ from corefit.errors import (
     system_words,
 )
 from corefit.forecast import PROBED, forecast, limits_before, new_curve, probed
-from corefit.identity import file_facts, used_entries, without_out
+from corefit.identity import file_facts, strange_changes, used_entries, without_out
 from corefit.interrupts import Interrupts
 from corefit.own import own_file
 from corefit.plan import gib, read_shape, setting_of
@@ -381,11 +382,11 @@ class Session:
         every = self.recipe.checkpoint
         self.checkpoint = Every(self._save, steps=every.every_steps, minutes=every.every_minutes or 0.0)
         try:
-            if saved is None:
+            if saved is not None:
+                self._restore(saved)
+            elif not self.ranks.agree(self.interrupts.reason):
                 self._validate(0)
                 self._sample(0)
-            else:
-                checkpoint.restore(saved, parameters=self.parameters, optimizer=self.optimizer, scaler=self.scaler)
             reason = self._train(
                 on_step=self._report,
                 validate=Every(self._validate, steps=self.recipe.val.every_steps or 0),
@@ -394,6 +395,7 @@ class Session:
             )
             if not self.state.step:
                 if self.interrupts.reason:
+                    self.say(f"{reason}: stopped before step 1, nothing was trained")
                     self._write_run("interrupted", ended_by=reason, steps=0)
                     self._end("interrupted", reason)
                     return self.interrupts.exit_code
@@ -435,10 +437,11 @@ class Session:
                 pass
 
         if saved is None:
-            self._score(0)
-            answer(0)
+            if not self.ranks.agree(self.interrupts.reason):
+                self._score(0)
+                answer(0)
         else:
-            checkpoint.restore(saved, parameters=self.parameters, optimizer=self.optimizer, scaler=self.scaler)
+            self._restore(saved)
             torch.manual_seed(self.recipe.train.seed + self.ranks.rank + self.state.step * self.ranks.world)
         reason = self._train(
             on_step=lambda _: self.stream.notices.clear(),
@@ -522,7 +525,7 @@ class Session:
         try:
             self.stream.load_state_dict(saved.state["loop"]["stream"])
         except (CheckpointError, DataError) as error:
-            if not any(key.startswith("file ") for key, *_ in changes):
+            if not strange_changes(changes):
                 raise
             self.say(f"resume: {error}: so the records are read from the first on, and the ledger begins anew")
             self.stream = self._stream(self.stream.val_hashes)
@@ -531,6 +534,11 @@ class Session:
             for line in new_curve(self._lr_at, self.state, old, self.recipe.train):
                 self.say(line)
         return saved
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        what: dict[str, Any] = dict(parameters=self.parameters, optimizer=self.optimizer, scaler=self.scaler)
+        if said := checkpoint.restore(saved, **what):
+            self.say(said)
 
     def _same_step(self) -> None:
         """See that all ranks begin where rank 0 does.
@@ -707,7 +715,7 @@ class Session:
             self.say(line)
         for line in show.ledger_lines(facts):
             self.say(line)
-        self.say(f"run: {self.folder}   talk to it: corefit chat {self.folder}")
+        self.say(f"run: {self.folder}   talk to it: corefit chat {shlex.quote(str(self.folder))}")
         if differences:
             raise LedgerError(f"{self.folder / 'ledger.json'}: {'; '.join(differences)}; the weights are saved")
         return interrupted

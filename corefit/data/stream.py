@@ -76,7 +76,7 @@ GROUP_BYTES = 2**20
 """A group of records is encoded as soon as it has so many bytes, however few records these are."""
 GROUPS_AHEAD = 2
 """Groups that each tokenising thread may be ahead of the training step, beside those that a step takes."""
-CHANGED = "the data, the template or the tokenizer changed since the checkpoint was written"
+CHANGED = "the data, their order or what makes samples of them changed since the checkpoint was written"
 KNOWN_RECORDS = 8192
 """Records of each source that are taken at a time where they are encoded already; fewer at the start."""
 
@@ -632,7 +632,11 @@ class Stream:
 
     def _state(self, taken: _Taken, k: int, slots: Sequence[int]) -> dict[str, Any]:
         self._check_known()
-        return taken.state(k, slots, self._shuffled)
+        return {**taken.state(k, slots, self._shuffled), "orders": self._orders()}
+
+    def _orders(self) -> list[list[int] | None]:
+        """Give what the order of each source depends on: seed and number of records; None: it is that of the files."""
+        return [[one.seed, one.size.records or 0] if one.source.shuffle else None for one in self._inputs]
 
     def _check_known(self) -> None:
         """To be called before what is mapped is used."""
@@ -677,7 +681,7 @@ class Stream:
         if len(sources) != len(self._inputs):
             raise CheckpointError(f"the checkpoint has {len(sources)} data sources, the recipe {len(self._inputs)}")
         places = tuple(At(*at)._replace(position=at[4] and Position(*at[4])) for at in sources)
-        if any(
+        if state.get("orders", self._orders()) != self._orders() or any(
             one.size.records is not None and one.size.records < at.taken
             for one, at in zip(self._inputs, places, strict=True)
         ):

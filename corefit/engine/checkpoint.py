@@ -194,10 +194,11 @@ def restore(
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     scaler: GradScaler,
-) -> None:
+) -> str:
     """Put back weights, optimizer, loss scale and random states: the last thing to do before training goes on.
 
-    The stream's state and the loop's are the caller's to put back, from ``checkpoint.state["loop"]``.
+    The stream's state and the loop's are the caller's to put back, from ``checkpoint.state["loop"]``. Give a line about
+    what could not be put back; empty: all was.
 
     Raises:
         CheckpointError: the trained weights differ in name or shape: the adapter or the model is another one.
@@ -207,10 +208,11 @@ def restore(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(shared_as(parameter, checkpoint.trainable[name]))
-    load_optimizer_state(optimizer, parameters, checkpoint.optimizer, checkpoint.state["optimizer"])
+    said = load_optimizer_state(optimizer, parameters, checkpoint.optimizer, checkpoint.state["optimizer"])
     if checkpoint.state["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(checkpoint.state["scaler"])
     set_rng_state(checkpoint.rng, checkpoint.state["rng"])
+    return said
 
 
 # -------------------------------------------------------------------------------------------------------- below these

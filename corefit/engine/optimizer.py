@@ -90,7 +90,10 @@ def optimizer_notice(name: str, device: str) -> str | None:
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Give the state as tensors ``parameter/key``, not copied, and as JSON-able ``{"values": ..., "groups": ...}``."""
+    """Give the state as tensors ``parameter/key``, not copied, and as JSON-able ``{"values": ..., "kind": ...}``.
+
+    What the recipe says, rates and decay, is no state.
+    """
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
     for name, parameter in parameters.items():
@@ -99,11 +102,12 @@ def optimizer_state(
                 tensors[f"{name}/{key}"] = value.detach()
             elif key not in CONSTANT:
                 values.setdefault(name, {})[key] = value
-    plain = (bool, int, float, str, tuple, list)
-    groups = [
-        {k: v for k, v in group.items() if k != "params" and isinstance(v, plain)} for group in optimizer.param_groups
-    ]
-    return tensors, {"values": values, "groups": groups}
+    return tensors, {"values": values, "kind": _kind(optimizer)}
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    """Give the name of what state it has: paged or not, it is the same."""
+    return type(optimizer).__name__.removeprefix("Paged")
 
 
 def load_optimizer_state(
@@ -111,12 +115,17 @@ def load_optimizer_state(
     parameters: Mapping[str, nn.Parameter],
     tensors: Mapping[str, torch.Tensor],
     scalars: Mapping[str, Any],
-) -> None:
+) -> str:
     """Put back what ``optimizer_state`` gave, on each parameter's device, paged where the optimizer pages.
 
+    State of another kind of optimizer is left out: give a line that says so, else nothing.
+
     Raises:
-        CheckpointError: the state is of a parameter that is not trained now, or of other groups.
+        CheckpointError: the state is of a parameter that is not trained now.
     """
+    kind, mine = scalars.get("kind"), _kind(optimizer)
+    if kind not in (None, mine):
+        return f"optimizer: {mine} has other state than {kind} left, so its averages begin anew"
     state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in scalars["values"].items()}
     for path, tensor in tensors.items():
         name, _, key = path.rpartition("/")
@@ -142,8 +151,4 @@ def load_optimizer_state(
                 tables = optimizer.name2qmap  # type: ignore[attr-defined]
                 values[key] = tables[table] = tables[table].to(parameter.device)
         optimizer.state[parameter] = values
-    if len(scalars["groups"]) != len(optimizer.param_groups):
-        raise CheckpointError("optimizer state of other groups: train.lr_mult is not what it was")
-    for group, saved in zip(optimizer.param_groups, scalars["groups"], strict=True):
-        same = {key: value for key, value in saved.items() if key != "fused"}  # which goes by this device
-        group |= {key: tuple(value) if isinstance(value, list) else value for key, value in same.items()}
+    return ""

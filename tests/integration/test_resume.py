@@ -294,6 +294,70 @@ def test_another_base_tokenizer_template_or_plugin_is_named(here: Here, run: Pat
         here.goes_on(run)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "pack.max_length=64",
+        "pack.overlong=drop",
+        "val.share=0.5",
+        "train.seed=7",
+        "data.shuffle=false",
+        "data.first=30",
+    ],
+)
+def test_another_order_or_other_samples_begin_at_the_first_record_where_that_is_allowed(here: Here, run: Path, change):
+    cut(run, 3)
+    (here.folder / "rows.jsonl").write_text(ROWS, "utf-8")
+    here.goes_on(run, change, "train.epochs=1", allow_changes=True)
+    ledger = json.loads((run / "ledger.json").read_text("utf-8"))
+    assert ledger["balanced"] is True
+    if change != "pack.overlong=drop":  # which changes nothing of these rows
+        assert any("the records are read from the first on" in line for line in here.said), here.said
+        assert ledger["records"]["read"] == (30 if "first" in change else 40)  # each once
+
+
+def test_rows_that_were_added_are_not_mixed_into_the_old_order(here: Here, run: Path, straight: Path):
+    cut(run, 3)
+    data = next(straight.parent.glob("rows.jsonl"))
+    before = data.read_bytes()
+    try:
+        with data.open("a", encoding="utf-8") as file:
+            file.write(ROWS.replace("What", "Which"))
+        here.goes_on(run, "train.epochs=1", allow_changes=True)
+    finally:
+        data.write_bytes(before)
+    assert any("the records are read from the first on" in line for line in here.said), here.said
+    assert json.loads((run / "ledger.json").read_text("utf-8"))["records"]["read"] == 80
+
+
+@pytest.mark.parametrize("change", ["train.weight_decay=50.0", "train.betas=[0.1, 0.2]", "train.lr_mult={lora_B=4.0}"])
+def test_what_may_change_of_the_optimizer_counts_from_then_on(here: Here, run: Path, straight: Path, change: str):
+    cut(run, 3)
+    here.goes_on(run, change, allow_changes=True)
+    assert weights(run) != weights(straight)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_32bit"])
+def test_another_optimizer_begins_its_averages_anew_and_says_so(here: Here, run: Path, optimizer: str):
+    cut(run, 3)
+    here.goes_on(run, f"train.optimizer={optimizer}", allow_changes=True)
+    assert any("has other state than AdamW left, so its averages begin anew" in line for line in here.said)
+    cut(run, 6)
+    here.goes_on(run, "train.optimizer=adamw", allow_changes=True)
+    assert any(line.startswith("optimizer: AdamW has other state than ") for line in here.said)
+
+
+def test_a_signal_before_step_1_ends_the_run_without_validation(here: Here, monkeypatch: pytest.MonkeyPatch):
+    from corefit.interrupts import Interrupts
+
+    monkeypatch.setattr(Interrupts, "__init__", lambda self, say, own_process=False: setattr(self, "_received", 2))
+    monkeypatch.setattr(Interrupts, "__enter__", lambda self: self)
+    monkeypatch.setattr(Interrupts, "__exit__", lambda *_: None)
+    done = here.train(out=here.folder / "stopped")
+    assert done.exit_code == 130 and not lines(done.path) and here.said[-1].startswith("SIGINT: stopped before step 1")
+    assert json.loads((done.path / "run.json").read_text("utf-8"))["status"] == "interrupted"
+
+
 def test_another_adapter_is_refused_even_if_changes_are_allowed(here: Here, run: Path):
     cut(run, 3)
     with pytest.raises(CorefitError, match=r"holds \(4, .*made with another \[adapter\]"):

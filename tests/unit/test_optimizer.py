@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import warnings
@@ -44,9 +45,7 @@ def test_8_bit_state_really_is_8_bits_and_its_tables_are_not_saved():
     assert sorted(tensors) == [f"lora_{m}/{k}" for m in "AB" for k in ("absmax1", "absmax2", "state1", "state2")]
     assert tensors["lora_A/state1"].dtype == torch.uint8
     assert scalars["values"] == {"lora_A": {"step": 1}, "lora_B": {"step": 1}}
-    (group,) = scalars["groups"]
-    assert group["betas"] == (0.9, 0.999)
-    assert "params" not in group
+    assert scalars["kind"] == "AdamW8bit"
 
 
 def test_state_goes_to_the_parameter_of_its_name_whatever_the_order():
@@ -55,10 +54,27 @@ def test_state_goes_to_the_parameter_of_its_name_whatever_the_order():
     tensors, scalars = optimizer_state(run.optimizer, run.parameters)
     other = {name: nn.Parameter(p.detach().clone()) for name, p in reversed(run.parameters.items())}
     fresh = torch.optim.AdamW(other.values(), weight_decay=0.5)
-    load_optimizer_state(fresh, other, tensors, scalars)
+    assert load_optimizer_state(fresh, other, tensors, scalars) == ""
     for name, parameter in other.items():
         assert torch.equal(fresh.state[parameter]["exp_avg"], run.optimizer.state[run.parameters[name]]["exp_avg"])
-    assert fresh.param_groups[0]["weight_decay"] == 0.01
+    assert fresh.param_groups[0]["weight_decay"] == 0.5  # the recipe's, which may have changed
+
+
+@pytest.mark.parametrize("before, now", itertools.permutations(OPTIMIZERS, 2))
+def test_state_of_another_kind_of_optimizer_is_left_out_with_a_word(before, now):
+    parameters = {"a": nn.Parameter(torch.ones(8192))}  # so large that bitsandbytes keeps 8 bits
+    old, new = (make_optimizer(name, parameters, lr=0.1) for name in (before, now))
+
+    def step(optimizer):
+        parameters["a"].grad = torch.ones(8192)
+        optimizer.step()
+
+    step(old)
+    said = load_optimizer_state(new, parameters, *optimizer_state(old, parameters))
+    assert bool(said) == (before.removeprefix("paged_") != now.removeprefix("paged_"))
+    assert not said or ("begin anew" in said and not new.state)
+    step(new)
+    assert optimizer_state(new, parameters)[1]["kind"] == type(new).__name__.removeprefix("Paged")
 
 
 @pytest.mark.parametrize("here", ["a GPU", "a CPU"])
@@ -71,7 +87,6 @@ def test_on_a_gpu_adamw_is_one_kernel_and_a_resumed_run_goes_by_its_own_device(m
     optimizer.step()
     tensors, scalars = optimizer_state(optimizer, parameters)
     monkeypatch.setattr(nn.Parameter, "device", torch.device("meta"))  # stands for the GPU's memory
-    scalars["groups"][0]["fused"] = here == "a CPU"  # as the other one left it
     load_optimizer_state(optimizer, parameters, tensors, scalars)
     assert optimizer.param_groups[0]["fused"] == (True if here == "a GPU" else None)
     state = optimizer.state[parameters["a"]]
@@ -129,10 +144,11 @@ def test_learning_rates_are_multiplied_by_pattern_and_the_first_one_counts(name)
         "head": 1.0,
     }
     _, scalars = optimizer_state(optimizer, parameters)
-    fresh = make_optimizer(name, parameters, lr=7.0, lr_mult={r"^b\.": 0.5, "lora_B": 16.0})
+    fresh = make_optimizer(name, parameters, lr=7.0, lr_mult={"lora_B": 4.0})
     load_optimizer_state(fresh, parameters, {}, scalars)
-    assert [(g["lr"], g["lr_mult"]) for g in fresh.param_groups] == [(1.0, 0.5), (1.0, 1.0), (1.0, 16.0)]
-    with pytest.raises(CheckpointError, match="lr_mult is not what it was"):
-        load_optimizer_state(make_optimizer(name, parameters, lr=7.0), parameters, {}, scalars)
+    assert [(g["lr"], g["lr_mult"]) for g in fresh.param_groups] == [
+        (7.0, 1.0),
+        (7.0, 4.0),
+    ]  # the recipe's as it is now
     with pytest.raises(RecipeError, match="'lora_C' is in no name of a trained weight, such as a.lora_A"):
         make_optimizer(name, parameters, lr=1.0, lr_mult={"lora_C": 2.0})
