@@ -204,7 +204,8 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
     if not s.full and any(name in ("lm_head", "embed_tokens", "output", "tok_embeddings") for name in s.saved):
         trained += len(s.saved) * shape.vocabulary * shape.hidden
     imported = BITSANDBYTES * (quantised or s.optimizer != "adamw") + CUDA_BUILD * (torch.version.cuda is not None)
-    copied = (product == 4 and bits < 32) * sum(4 * i * o for _, i, o in shape.linears if 4 * i * o <= 2**22)
+    fp32 = s.wide or (quantised and c == 4)
+    copied = fp32 * sum(4 * i * o for _, i, o in shape.linears if 4 * i * o <= 2**22)
     casts = 0 if c == 4 or (s.wide and s.full) else (linear if s.full else trained) * c
     residual = 4 if s.full else c
     always = {
