@@ -80,7 +80,12 @@ def find(target: str | Path, *, model: str | None = None, trust_remote_code: boo
     at, which = run_and_step(str(target))
     path = Path(at).expanduser()
     run = next((folder for folder in (path, path.parent) if (folder / "recipe.toml").is_file()), None)
-    recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8")).get("model", {}) if run else {}
+    recipe: dict[str, Any] = {}
+    if run:
+        try:
+            recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8")).get("model", {})
+        except ValueError as error:
+            raise ModelError(f"{run / 'recipe.toml'}: broken: {error}") from error
     trust = trust_remote_code or bool(recipe.get("trust_remote_code", False))
     resolve = partial(resolve_base, trust_remote_code=trust, say=say)
 

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from functools import lru_cache
@@ -36,8 +36,9 @@ def own_code(name: str) -> tuple[str, str]:
 def own_map_function(name: str, others: Mapping[str, MapFunction]) -> MapFunction:
     """Load ``module:function`` or ``file.py:function``; it is called with a record, a dict of its own.
 
-    It gives a Conversation, a Document or a Drop, several of them, None to leave the record out, or another object in
-    a format that one of ``others`` recognises: ``{"messages": [...]}``, say, or XTuner's ``{"conversation": [...]}``.
+    Where it must have options too, as a plugin's, they are None. It gives a Conversation, a Document or a Drop, several
+    of them, None to leave the record out, or another object in a format that one of ``others`` recognises:
+    ``{"messages": [...]}``, say, or XTuner's ``{"conversation": [...]}``.
 
     Raises:
         PluginError: it can't be imported, or there is no such function.
@@ -49,10 +50,21 @@ def own_map_function(name: str, others: Mapping[str, MapFunction]) -> MapFunctio
         there = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
         raise PluginError(f"{place}: {unknown('function', word, there)}")
 
+    more = (None,) * (_arguments(function) - 1)  # options, where it is written as a plugin's
+
     def to_items(record: Record, options: object = None) -> list[Item | Drop]:
-        return list(_items(function(deepcopy(dict(record))), others)) or [Drop("nothing_given")]
+        return list(_items(function(deepcopy(dict(record)), *more), others)) or [Drop("nothing_given")]
 
     return MapFunction(name=name, summary=f"{word} in {place}", map=to_items)
+
+
+def _arguments(function: Callable[..., Any]) -> int:
+    """Give how many arguments a function must have, 1 or 2."""
+    with suppress(TypeError, ValueError):  # some that are compiled don't say
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        asked = [p for p in inspect.signature(function).parameters.values() if p.kind in kinds and p.default is p.empty]
+        return min(max(len(asked), 1), 2)
+    return 1
 
 
 def _module(name: str) -> tuple[ModuleType, str]:

@@ -97,7 +97,8 @@ def collect(folder: Path) -> dict[str, Any]:
     """Give all that a page shows of a run, of bounded size however long the run was."""
     facts = read_json(folder / "run.json")
     if not facts:
-        raise RecipeError(f"{folder}: no run there (no run.json)")
+        broken = (folder / "run.json").is_file()
+        raise RecipeError(f"{folder / 'run.json'}: broken" if broken else f"{folder}: no run there (no run.json)")
     text = (folder / "recipe.toml").read_text("utf-8", errors="replace") if (folder / "recipe.toml").exists() else ""
     try:
         keys = flat(load_recipe(folder / "recipe.toml"))

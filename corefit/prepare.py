@@ -294,6 +294,9 @@ def _with_start(recipe: Recipe) -> Recipe:
     odd += [] if plain else ["init_lora_weights"]
     added = tuple(read_json(path.with_name("corefit.json")).get("add_tokens") or ())
     odd = [key for key in odd if not (added and key == "trainable_token_indices")]
+    if new := [token for token in recipe.model.add_tokens if token not in added]:
+        where = recipe.where("model.add_tokens")
+        raise RecipeError(f"{where}: model.add_tokens: {new[0]!r} is none of those that {path.parent} has rows for")
     if config.get("peft_type") != "LORA" or not isinstance(config.get("target_modules"), list) or odd:
         what = odd[0] if odd else f"peft_type {config.get('peft_type')!r}"
         raise ModelError(f"adapter.start: {path}: {what}: not a LoRA adapter that corefit can train on")

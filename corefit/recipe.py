@@ -573,7 +573,8 @@ def _absolute(path: str, base: Path, *, hub: bool = False) -> str:
     folder = os.path.abspath(base)
     if hub and not path.startswith(("~", ".")) and not os.path.isdir(os.path.join(folder, home)):
         return path
-    return os.path.normpath(os.path.join(glob.escape(folder) if glob.has_magic(home) else folder, home))
+    pattern = glob.has_magic(home) and not os.path.exists(os.path.join(folder, home))
+    return os.path.normpath(os.path.join(glob.escape(folder) if pattern else folder, home))
 
 
 def _elsewhere(key: str, title: str) -> str:

@@ -124,6 +124,7 @@ def _attach_lora(model: PreTrainedModel, spec: AdapterSpec, *, seed: int) -> Any
             fuse_norm(module.float())
         elif hasattr(module, "act_fn"):
             fuse_mlp(module)
+    _check_dora(model, spec.dora)
     targets, saved = internlm.llama_modules(model, spec.targets), internlm.llama_modules(model, spec.modules_to_save)
     targets = targets or sorted({*(everything := decoder_targets(model))} - _taken_for_experts(model, everything))
     if experts := _taken_for_experts(model, targets):
@@ -222,6 +223,13 @@ def _load_adapter(adapted: Any, folder: Path) -> None:  # noqa: ANN401, a PeftMo
     set_peft_model_state_dict(adapted, tensors)
 
 
+def _check_dora(model: nn.Module, dora: object) -> None:
+    """See that what peft does to a layer whose weights it takes apart leaves the layer whole."""
+    kinds = {(type(m).__name__, m.weight.device.type) for m in model.modules() if hasattr(m, "weight")}
+    if dora and ("Linear8bitLt", "cpu") in kinds:
+        raise ModelError("adapter.dora: int8 layers lose their scales to it on a CPU; --quantizer nf4, or none")
+
+
 def misfit(have: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]) -> str:
     """Say which tensor, the first by name, has another shape than the model's or is on one side only; empty: none."""
     shapes, wanted = ({name: tuple(tensor.shape) for name, tensor in side.items()} for side in (have, want))
@@ -240,12 +248,19 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> Any:  # noqa: ANN401, 
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
         tokens = json.loads((adapter / "adapter_config.json").read_bytes()).get("trainable_token_indices") or ()
         ids = chain.from_iterable(tokens.values()) if isinstance(tokens, dict) else tokens
+        _check_dora(model, json.loads((adapter / "adapter_config.json").read_bytes()).get("use_dora"))
         whole = {
             name: entry["shape"][0] for name, entry in read_header(adapter / "adapter_model.safetensors")[0].items()
         }
         rows = [whole.get(f"base_model.model.{name}.weight", 0) for name in vocabulary(model)]
         add_rows(model, max([*rows, *(id + 1 for id in ids)]))
-        adapted = PeftModel.from_pretrained(model, str(adapter))
+        try:
+            adapted = PeftModel.from_pretrained(model, str(adapter))
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            line = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
+            raise ModelError(f"{folder}: made for another base than {model.name_or_path} ({line})") from error
     fuse_tokens(adapted)
     return adapted
 

@@ -566,6 +566,7 @@ def load_base(
         raise ModelError(f"{base}: broken weights file: {first_line(error)}; fetch it again") from error
     _check_loaded(base, info, say)
     _protect_4bit(model)
+    _protect_8bit(model)
     if quantizer.after_load is not None:
         quantizer.after_load(model)
     model.config.use_cache = False
@@ -681,6 +682,13 @@ def _protect_4bit(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _protect_8bit(model: nn.Module) -> None:
+    """Keep autocast out of int8 layers on a CPU: bitsandbytes' fp32 sums would overflow in the 16 bits it casts to."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt" and next(module.parameters()).device.type == "cpu":
+            module.forward = torch.autocast("cpu", enabled=False)(module.forward)
 
 
 def is_quantized(model: nn.Module) -> bool:

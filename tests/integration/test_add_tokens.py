@@ -19,7 +19,7 @@ from corefit.data.tokenizer import Tokenizer
 from corefit.engine.adapter import AdapterSpec, add_rows, attach_adapter, with_adapter
 from corefit.engine.loss import CausalLoss
 from corefit.engine.model import load_base
-from corefit.errors import ModelError
+from corefit.errors import ModelError, RecipeError
 from corefit.merge import load, logits, merge
 from corefit.registry import Registry
 from corefit.score import evaluate
@@ -116,6 +116,12 @@ def test_it_resumes_to_the_same_bits_and_another_run_goes_on_from_its_adapter(tm
     assert json.loads((more.path / "adapter" / "corefit.json").read_bytes())["add_tokens"] == TOKENS
     first, last = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (straight, more.path))
     assert first.keys() == last.keys()
+    with pytest.raises(RecipeError, match="<new>' is none of those that .* has rows"):
+        corefit.train(
+            model=str(base),
+            data=str(tmp_path / "rows.jsonl"),
+            sets=[f"adapter.start={straight / 'adapter'}", "model.add_tokens=['<new>']"],
+        )
     assert find(f"{half}@2", model=str(base)).tokenizer().token_id(TOKENS[0]) is not None
 
 

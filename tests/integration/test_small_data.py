@@ -72,7 +72,8 @@ def train(tmp_path, tiny_model, monkeypatch, capsys):
     def run(*sets: str, data: str = "rows.jsonl", flags: tuple[str, ...] = ("--plugin", "oasst1")) -> Done:
         nonlocal n
         n += 1
-        base = ["train", *flags, "--template", "chatml", "--model", str(tiny_model), "--quantizer", "none"]
+        base = ["train", *flags, "--template", "chatml", "--model", str(tiny_model)]
+        base += [] if "--quantizer" in flags else ["--quantizer", "none"]
         capsys.readouterr()
         code = main([*base, "--data", data, "--out", f"run-{n}", "--set", *SMALL, *sets])
         said = capsys.readouterr()
@@ -315,3 +316,14 @@ def test_the_format_is_recognised_behind_bad_records_where_these_are_skipped(tra
     assert done.ledger["records"]["dropped"] == {"bad_record": 1} and "format: oasst1" in done.out
     write("{broken\n" * 50)
     assert "none of the first 32 records can be read" in train(flags=("--on-bad-record", "skip")).error
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_int8_in_16_bits_on_a_cpu_is_int8_in_32(train, precision):
+    write(rows(8))
+    sets = ("train.max_steps=3", "train.lr=1e-3", "adapter.dropout=0.0", "val.records=0")
+    flags = ("--plugin", "oasst1", "--quantizer", "int8")
+    wide, done = (train(f"train.precision={p}", *sets, flags=flags) for p in ("fp32", precision))
+    for step, other in zip(wide.steps, done.steps, strict=True):
+        assert other["loss"] == pytest.approx(step["loss"], rel=2e-3) and not other["skipped"]
+    assert "adapter.dora: int8 layers lose their scales" in train("adapter.dora=true", flags=flags).error

@@ -107,6 +107,15 @@ def test_json_that_is_no_object_is_told(run, tmp_path, name, content):
         find(tmp_path / "adapter", model=str(EMBEDDED_MODEL))
 
 
+def test_an_adapter_of_another_base_and_a_broken_recipe_are_told(run, tmp_path):
+    with pytest.raises(ModelError, match=r"adapter: made for another base than .*model \(size mismatch for "):
+        Chatter(run, device="cpu", quantizer="none", model=str(EMBEDDED_MODEL), say=lambda line: None)
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "recipe.toml").write_text("[model\n")
+    with pytest.raises(ModelError, match=r"recipe.toml: broken: "):
+        find(copy)
+
+
 def test_the_embedded_base_is_found_by_name(tmp_path):
     config = {"peft_type": "LORA", "base_model_name_or_path": "corefit-embedded"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))

@@ -175,6 +175,10 @@ def weighed(record):
 
 def noted(record):
     return Conversation((Message("user", record["q"]), Message("assistant", record["a"])), notes=(None,))
+
+def with_options(record, options, more=1):  # as a plugin's
+    assert options is None
+    return to_chat(record)
 """
 
 
@@ -194,7 +198,7 @@ class TestOwn:
         (tmp_path / "my_format.py").write_text(OWN, "utf-8")
         return tmp_path / "my_format.py"
 
-    @pytest.mark.parametrize("word", ["to_chat", "openai_style", "xtuner_style"])
+    @pytest.mark.parametrize("word", ["to_chat", "with_options", "openai_style", "xtuner_style"])
     def test_it_may_give_an_item_or_what_another_format_reads(self, tmp_path, tiny_tokenizer, own, word):
         path = data(tmp_path)
         found = items(plan_of(tiny_tokenizer, path, plugin=f"{own}:{word}"))

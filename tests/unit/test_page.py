@@ -144,6 +144,9 @@ def test_what_is_no_run_and_what_is_broken(tmp_path):
     for name in ("recipe.toml", "ledger.json", "packs.json", "samples.jsonl"):
         (run / name).write_text('{"broken', "utf-8")
     (run / "metrics.jsonl").unlink()
+    (run / "run.json").write_text('{"data": 3', "utf-8")
+    with pytest.raises(RecipeError, match=r"run.json: broken"):
+        page.report(str(run))
     (run / "run.json").write_text('{"data": 3}', "utf-8")
     assert data_of(page.report(str(run)))["runs"][0]["curves"]["points"] == {}
     with pytest.raises(RunError, match="no such file or directory"):

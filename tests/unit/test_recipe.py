@@ -285,6 +285,9 @@ def test_a_base_that_is_no_folder_is_a_hub_name(tmp_path):
 def test_a_folder_with_brackets_is_not_a_pattern(tmp_path):
     recipe = parse("[[data]]\npath = ['a.jsonl', '*.jsonl']", tmp_path / "[x]")
     assert recipe.data[0].path == (str(tmp_path / "[x]/a.jsonl"), str(tmp_path / "[[]x]/*.jsonl"))
+    (tmp_path / "[x]").mkdir()
+    (tmp_path / "[x]" / "d[2].jsonl").touch()  # nor is a file
+    assert parse("[[data]]\npath = 'd[2].jsonl'", tmp_path / "[x]").data[0].path == str(tmp_path / "[x]/d[2].jsonl")
 
 
 def test_a_byte_order_mark_and_windows_lines(tmp_path):
