@@ -61,9 +61,11 @@ def own_map_function(name: str, others: Mapping[str, MapFunction]) -> MapFunctio
 def _arguments(function: Callable[..., Any]) -> int:
     """Give how many arguments a function must have, 1 or 2."""
     with suppress(TypeError, ValueError):  # some that are compiled don't say
+        asked = inspect.signature(function, follow_wrapped=False).parameters.values()
+        if any(p.kind is p.VAR_POSITIONAL for p in asked):  # a decorator's, which hands on what it is given
+            asked = inspect.signature(function).parameters.values()
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        asked = [p for p in inspect.signature(function).parameters.values() if p.kind in kinds and p.default is p.empty]
-        return min(max(len(asked), 1), 2)
+        return min(max(sum(p.kind in kinds and p.default is p.empty for p in asked), 1), 2)
     return 1
 
 

@@ -394,11 +394,11 @@ class Session:
                 checkpoint=self.checkpoint,
             )
             if not self.state.step:
-                if self.interrupts.reason:
+                if reason not in ENDS:
                     self.say(f"{reason}: stopped before step 1, nothing was trained")
                     self._write_run("interrupted", ended_by=reason, steps=0)
                     self._end("interrupted", reason)
-                    return self.interrupts.exit_code
+                    return self.interrupts.exit_code or 1
                 raise DataError(f"no step was made ({reason}): no record became a sample")
             self._export()
             if reason in ENDS:
@@ -560,10 +560,13 @@ class Session:
     ) -> None:
         """Write what the run is and open the files that grow."""
         self.facts = self._facts()
-        before = read_json(self.folder / "run.json").get("resumed", [])
+        was = read_json(self.folder / "run.json")
+        before = was.get("resumed", [])
         if saved is not None:
             self.facts["resumed"] = [*before, {"step": saved.step, "changed": [list(change) for change in changes]}]
-        self.facts["identity"] = identity
+        self.identity = identity
+        # that of the checkpoints there are: were this run killed before its first, they would seem to be of another one
+        self.facts["identity"] = was["identity"] if saved is not None and "identity" in was else identity
         try:
             write_whole(self.folder / "recipe.toml", to_toml(without_out(self.recipe)).encode())
             for source in self.plan.sources:
@@ -683,6 +686,9 @@ class Session:
                 best=step == self.best,
                 ranks=self.ranks,
             )
+            if self.facts["identity"] != self.identity:
+                self.facts["identity"] = self.identity
+                self._write_run("running")
             seconds, size = time.perf_counter() - began, checkpoint.size_of(path)
             self._write(self.metrics, {"step": step, "save_seconds": seconds, "save_bytes": size})
             self.reporters.tell(report(path=str(path), seconds=seconds, size_bytes=size))

@@ -27,6 +27,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 SHIM = Path(__file__).resolve().parent / "faults" / "shim.c"
 TIMEOUT = 300
 """Seconds after which a run counts as hung."""
@@ -173,11 +175,12 @@ def live(job: Mapping[str, object], names: int) -> None:
     os.environ.update(job["faults"])
     if job["faults"] and (error := ctypes.CDLL(None).faults_begin()):
         raise OSError(error, f"seccomp: {os.strerror(error)}")
+    np.random.seed()  # else the same in every child
     code: object = 99
     try:
         runpy.run_module("corefit", run_name="__main__")
     except SystemExit as done:
-        code = done.code
+        code = done.code or 0
         if not code:
             os.write(names, "\n".join(set(sys.modules) - before).encode()[:60_000])
     except BaseException:

@@ -635,8 +635,9 @@ class Stream:
         return {**taken.state(k, slots, self._shuffled), "orders": self._orders()}
 
     def _orders(self) -> list[list[int] | None]:
-        """Give what the order of each source depends on: seed and number of records; None: it is that of the files."""
-        return [[one.seed, one.size.records or 0] if one.source.shuffle else None for one in self._inputs]
+        """Give what the order of each source depends on: seed, passes, number of records; None: that of the files."""
+        inputs = [(one, one.source) for one in self._inputs]
+        return [[one.seed, source.repeat, one.size.records or 0] if source.shuffle else None for one, source in inputs]
 
     def _check_known(self) -> None:
         """To be called before what is mapped is used."""
@@ -682,8 +683,9 @@ class Stream:
             raise CheckpointError(f"the checkpoint has {len(sources)} data sources, the recipe {len(self._inputs)}")
         places = tuple(At(*at)._replace(position=at[4] and Position(*at[4])) for at in sources)
         if state.get("orders", self._orders()) != self._orders() or any(
-            one.size.records is not None and one.size.records < at.taken
+            most is not None and most < at.taken
             for one, at in zip(self._inputs, places, strict=True)
+            for most in (one.size.records, one.source.first)
         ):
             raise CheckpointError(CHANGED)
         self._cursor = _Cursor(epoch, epoch_weight, places)

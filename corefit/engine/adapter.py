@@ -225,8 +225,8 @@ def _load_adapter(adapted: Any, folder: Path) -> None:  # noqa: ANN401, a PeftMo
 
 def _check_dora(model: nn.Module, dora: object) -> None:
     """See that what peft does to a layer whose weights it takes apart leaves the layer whole."""
-    kinds = {(type(m).__name__, m.weight.device.type) for m in model.modules() if hasattr(m, "weight")}
-    if dora and ("Linear8bitLt", "cpu") in kinds:
+    layers = [layer for layer in model.modules() if type(layer).__name__ == "Linear8bitLt"] if dora else []
+    if any(next(layer.parameters()).device.type == "cpu" for layer in layers):
         raise ModelError("adapter.dora: int8 layers lose their scales to it on a CPU; --quantizer nf4, or none")
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from zygote import Zygote
 
-READ_EARLY = re.compile("OMP_|MKL_|HF_|LC_|LANG|LD_|CUDA|TORCH|PYTHON(?!PATH$)")
+READ_EARLY = re.compile(
+    "OMP_|MKL_|HF_|HUGGINGFACE_|TRANSFORMERS_|BNB_|XDG_|HOME|TZ|LC_|LANG|LD_|CUDA|TORCH|PYTHON(?!PATH$)"
+)
 """Variables that Python or a library reads as it starts: a process that is forked later would not heed them."""
 
 

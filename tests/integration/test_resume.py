@@ -313,7 +313,30 @@ def test_another_order_or_other_samples_begin_at_the_first_record_where_that_is_
     assert ledger["balanced"] is True
     if change != "pack.overlong=drop":  # which changes nothing of these rows
         assert any("the records are read from the first on" in line for line in here.said), here.said
-        assert ledger["records"]["read"] == (30 if "first" in change else 40)  # each once
+        times = {"data.first=30": 30, "data.repeat=2": 80}
+        assert ledger["records"]["read"] == times.get(change, 40)  # each as often as it should
+
+
+def test_killed_before_it_saved_it_goes_on_where_that_is_allowed_again(here: Here, run: Path, monkeypatch):
+    cut(run, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr("corefit.session.train", lambda **_: sys.exit("killed"))
+        with pytest.raises(SystemExit, match="killed"):
+            here.goes_on(run, "train.seed=7", "train.epochs=1", allow_changes=True)
+    with pytest.raises(RecipeError, match="made with something else: train.seed: 42 -> 7"):
+        here.goes_on(run)
+    here.goes_on(run, allow_changes=True)
+    assert any("the records are read from the first on" in line for line in here.said), here.said
+    cut(run, steps(run)[-2])
+    here.goes_on(run)
+    assert json.loads((run / "ledger.json").read_text("utf-8"))["records"]["read"] == 40
+
+
+def test_fewer_records_than_were_read_begin_at_the_first(here: Here):
+    run = here.train("data.shuffle=false", out=here.folder / "first").path
+    cut(run, 3)
+    here.goes_on(run, "data.first=3", "train.epochs=1", allow_changes=True)
+    assert any("the records are read from the first on" in line for line in here.said), here.said
 
 
 def test_rows_that_were_added_are_not_mixed_into_the_old_order(here: Here, run: Path, straight: Path):

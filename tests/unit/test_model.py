@@ -712,3 +712,11 @@ def test_the_cpu_is_asked_by_names_that_may_be_missing(monkeypatch):
     assert fused.cpu_has_bf16()
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
     assert not fused.cpu_has_bf16()
+
+
+@pytest.mark.parametrize("dora", [None, False, True])
+def test_a_norm_without_weights_is_no_layer_that_dora_takes_apart(dora):
+    from corefit.engine import adapter
+
+    layers = torch.nn.RMSNorm(4, elementwise_affine=False), torch.nn.Linear(4, 4)
+    adapter._check_dora(torch.nn.Sequential(*layers), dora)

@@ -135,7 +135,7 @@ class TestFields:
 # ---------------------------------------------------------------------------------------------- a function of one's own
 
 OWN = """
-from corefit import Conversation, Document, Drop, Message
+import functools; from corefit import Conversation, Document, Drop, Message
 
 def to_chat(record):
     return Conversation((Message("user", record["q"]), Message("assistant", record["a"])))
@@ -179,6 +179,20 @@ def noted(record):
 def with_options(record, options, more=1):  # as a plugin's
     assert options is None
     return to_chat(record)
+
+def handed_on(function):
+    @functools.wraps(function)
+    def hand(*given):
+        return function(*given)
+    return hand
+
+def added(function):
+    @functools.wraps(function)
+    def add(record):
+        return function(record, None)
+    return add
+
+decorated, decorated_by_what_adds = handed_on(with_options), added(with_options)
 """
 
 
@@ -192,13 +206,18 @@ def test_a_plugin_s_fields_may_be_a_list(tmp_path, tiny_tokenizer):
     assert [item.messages for item in items(plan)] == [(Message("user", "a"), Message("assistant", "b"))]
 
 
+WORDS = "to_chat with_options decorated decorated_by_what_adds openai_style xtuner_style".split()
+
+
 class TestOwn:
     @pytest.fixture
     def own(self, tmp_path):
         (tmp_path / "my_format.py").write_text(OWN, "utf-8")
         return tmp_path / "my_format.py"
 
-    @pytest.mark.parametrize("word", ["to_chat", "with_options", "openai_style", "xtuner_style"])
+    @pytest.mark.parametrize(
+        "word", [*"to_chat with_options decorated decorated_by_what_adds openai_style xtuner_style".split()]
+    )
     def test_it_may_give_an_item_or_what_another_format_reads(self, tmp_path, tiny_tokenizer, own, word):
         path = data(tmp_path)
         found = items(plan_of(tiny_tokenizer, path, plugin=f"{own}:{word}"))
