@@ -561,12 +561,11 @@ class Session:
         """Write what the run is and open the files that grow."""
         self.facts = self._facts()
         was = read_json(self.folder / "run.json")
-        before = was.get("resumed", [])
         if saved is not None:
-            self.facts["resumed"] = [*before, {"step": saved.step, "changed": [list(change) for change in changes]}]
+            self.facts["resumed"] = [*was.get("resumed", []), {"step": saved.step, "changed": [*map(list, changes)]}]
         self.identity = identity
         # that of the checkpoints there are: were this run killed before its first, they would seem to be of another one
-        self.facts["identity"] = was["identity"] if saved is not None and "identity" in was else identity
+        self.facts["identity"] = identity if saved is None else was.get("identity", identity)
         try:
             write_whole(self.folder / "recipe.toml", to_toml(without_out(self.recipe)).encode())
             for source in self.plan.sources:

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 SHIM = Path(__file__).resolve().parent / "faults" / "shim.c"
-TIMEOUT = 300
+TIMEOUT = 120
 """Seconds after which a run counts as hung."""
 
 

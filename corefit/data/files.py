@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import BufferedIOBase, BufferedReader, BytesIO, FileIO
+from io import BufferedIOBase, BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +104,10 @@ def open_file(path: Path, buffering: int = BLOCK, end: int | None = None) -> Ite
 
 def is_packed(path: Path) -> bool:
     """Whether a file is gzip, by its first bytes and whatever its name; a pipe, or what can't be read, is not."""
-    try:
-        with path.open("rb") if path.is_file() else BytesIO() as file:
-            return file.read(2) == _GZIP
-    except OSError:
-        return False
+    if path.is_file():
+        with suppress(DataError), open_file(path) as (_, again):
+            return not again
+    return False
 
 
 def why(error: Exception) -> str:

@@ -411,6 +411,11 @@ class Input:
             return records / (self.source.ratio or 1.0)
         return weight / max(1, self.size.total * self.source.repeat)
 
+    @property
+    def ordered_by(self) -> list[int] | None:
+        """What ``order`` depends on: seed, passes an epoch, number of records; None: it is that of the files."""
+        return [self.seed, self.source.repeat, self.size.records or 0] if self.source.shuffle else None
+
     def order(self, number: int, start: int, stop: int) -> NDArray[np.int64]:
         """Give which records, by index in file order, come at places ``start`` to ``stop`` of a pass."""
         if not self.source.shuffle or self.size.records is None:

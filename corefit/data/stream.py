@@ -632,12 +632,7 @@ class Stream:
 
     def _state(self, taken: _Taken, k: int, slots: Sequence[int]) -> dict[str, Any]:
         self._check_known()
-        return {**taken.state(k, slots, self._shuffled), "orders": self._orders()}
-
-    def _orders(self) -> list[list[int] | None]:
-        """Give what the order of each source depends on: seed, passes, number of records; None: that of the files."""
-        inputs = [(one, one.source) for one in self._inputs]
-        return [[one.seed, source.repeat, one.size.records or 0] if source.shuffle else None for one, source in inputs]
+        return {**taken.state(k, slots, self._shuffled), "orders": [one.ordered_by for one in self._inputs]}
 
     def _check_known(self) -> None:
         """To be called before what is mapped is used."""
@@ -682,7 +677,7 @@ class Stream:
         if len(sources) != len(self._inputs):
             raise CheckpointError(f"the checkpoint has {len(sources)} data sources, the recipe {len(self._inputs)}")
         places = tuple(At(*at)._replace(position=at[4] and Position(*at[4])) for at in sources)
-        if state.get("orders", self._orders()) != self._orders() or any(
+        if state.get("orders") not in (None, [one.ordered_by for one in self._inputs]) or any(
             most is not None and most < at.taken
             for one, at in zip(self._inputs, places, strict=True)
             for most in (one.size.records, one.source.first)

@@ -21,6 +21,7 @@ from corefit.engine.model import (
     first_line,
     hidden,
     import_bitsandbytes,
+    int8_on_cpu,
     is_quantized,
     linear_layers,
     read_header,
@@ -225,8 +226,7 @@ def _load_adapter(adapted: Any, folder: Path) -> None:  # noqa: ANN401, a PeftMo
 
 def _check_dora(model: nn.Module, dora: object) -> None:
     """See that what peft does to a layer whose weights it takes apart leaves the layer whole."""
-    layers = [layer for layer in model.modules() if type(layer).__name__ == "Linear8bitLt"] if dora else []
-    if any(next(layer.parameters()).device.type == "cpu" for layer in layers):
+    if dora and int8_on_cpu(model):
         raise ModelError("adapter.dora: int8 layers lose their scales to it on a CPU; --quantizer nf4, or none")
 
 
@@ -246,9 +246,10 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> Any:  # noqa: ANN401, 
         from peft import PeftModel
 
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-        tokens = json.loads((adapter / "adapter_config.json").read_bytes()).get("trainable_token_indices") or ()
+        config = json.loads((adapter / "adapter_config.json").read_bytes())
+        tokens = config.get("trainable_token_indices") or ()
         ids = chain.from_iterable(tokens.values()) if isinstance(tokens, dict) else tokens
-        _check_dora(model, json.loads((adapter / "adapter_config.json").read_bytes()).get("use_dora"))
+        _check_dora(model, config.get("use_dora"))
         whole = {
             name: entry["shape"][0] for name, entry in read_header(adapter / "adapter_model.safetensors")[0].items()
         }

@@ -686,9 +686,13 @@ def _protect_4bit(model: nn.Module) -> None:
 
 def _protect_8bit(model: nn.Module) -> None:
     """Keep autocast out of int8 layers on a CPU: bitsandbytes' fp32 sums would overflow in the 16 bits it casts to."""
-    for module in model.modules():
-        if type(module).__name__ == "Linear8bitLt" and next(module.parameters()).device.type == "cpu":
-            module.forward = torch.autocast("cpu", enabled=False)(module.forward)
+    for layer in int8_on_cpu(model):
+        layer.forward = torch.autocast("cpu", enabled=False)(layer.forward)
+
+
+def int8_on_cpu(model: nn.Module) -> list[nn.Module]:
+    """Give bitsandbytes' layers of 8 bits that are on a CPU."""
+    return [m for m in model.modules() if type(m).__name__ == "Linear8bitLt" and next(m.parameters()).is_cpu]
 
 
 def is_quantized(model: nn.Module) -> bool:

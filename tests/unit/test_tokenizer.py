@@ -397,6 +397,7 @@ class TestRenderChat:
         assert tokenizer.render_chat(CONVERSATION, chat_template=jinja, **more) == wanted
 
     def test_reasoning_under_its_other_names(self, tokenizer, tiny_tokenizer):
+        import transformers
         from transformers import AutoTokenizer
 
         chat = [{"role": "assistant", "content": "a", "reasoning": "because"}]
@@ -404,7 +405,7 @@ class TestRenderChat:
         wanted = AutoTokenizer.from_pretrained(tiny_tokenizer).apply_chat_template(
             chat, chat_template=jinja, tokenize=False
         )
-        assert wanted in ("becausebecause", "")  # 5.17 doesn't know the other names
+        assert wanted == ("" if transformers.__version__.startswith("5.17.") else "becausebecause")
         assert tokenizer.render_chat(chat, chat_template=jinja) == "becausebecause"
 
     @pytest.mark.parametrize(
