@@ -83,14 +83,16 @@ def report(run: str, other: str | None = None, out: str | None = None) -> Path:
     """Do what ``corefit report`` does; see ``write``.
 
     Raises:
-        RecipeError: there is no run, or ``out`` is a folder. RunError: the page can't be written.
+        RecipeError: there is no run, or ``out`` can't be written. RunError: the run's folder can't be.
     """
     if out is not None and Path(out).is_dir():
         raise RecipeError(f"--out {out}: a folder; expected the name of a file")
     try:
         return write(Path(run), None if other is None else Path(other), None if out is None else Path(out))
     except OSError as error:
-        raise RunError(f"{out or error.filename or run}: {system_words(error)}") from error
+        if out is not None:
+            raise RecipeError(f"--out {out}: can't be written: {system_words(error)}") from error
+        raise RunError(f"{error.filename or run}: {system_words(error)}") from error
 
 
 def collect(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from corefit import terminal
 from corefit.chat import Chatter
@@ -28,6 +28,16 @@ if TYPE_CHECKING:
     from corefit.engine.loss import CausalLoss
 
 LETTERS = "ABCDEFGHIJ"
+
+
+class Choice(NamedTuple):
+    """A row of multiple choice."""
+
+    question: str
+    options: Sequence[str]
+    answer: int
+    """The number of the right one."""
+    subject: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +86,17 @@ def evaluate(
     Raises:
         UserError: nothing to score on, a row that is not what it should be.
     """
+    rows = [] if choices is None else _rows(Path(choices), records)
+    if out is not None:
+        new = not Path(out).exists()
+        _write(out, "", "a")  # what the disk refuses it refuses before a model is loaded
+        if new:
+            Path(out).unlink()
     chatter = Chatter(target, model=model, quantizer=flags.get("quantizer"), max_tokens=max_tokens, say=say)
     written: list[Mapping[str, Any]] = []
     scores: list[Score] = []
-    if choices is not None:
-        scores += _multiple_choice(chatter, Path(choices), records)
+    if rows:
+        scores += _multiple_choice(chatter, rows)
         say(_table("subject", "right", scores, "{:.1%}".format))
     if choices is None or "data" in flags or generate:
         with tempfile.TemporaryDirectory(prefix="corefit-") as aside:
@@ -95,11 +111,16 @@ def evaluate(
             say(f"answers: {right:,} of {len(answers):,} are the record's own, word for word")
             written += answers
     if out is not None:
-        try:
-            Path(out).write_text("".join(f"{to_json(line)}\n" for line in (*scores, *written)), "utf-8")
-        except OSError as error:
-            raise UserError(f"--out {out}: can't be written: {system_words(error)}") from error
+        _write(out, "".join(f"{to_json(line)}\n" for line in (*scores, *written)))
     return scores
+
+
+def _write(out: str, text: str, mode: str = "w") -> None:
+    try:
+        with open(out, mode, encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(f"--out {out}: can't be written: {system_words(error)}") from error
 
 
 def _plan(chatter: Chatter, target: str, flags: Mapping[str, str], sets: Sequence[str], aside: Path) -> Prepared:
@@ -166,36 +187,42 @@ def _loss(chatter: Chatter, plan: Prepared, source: Source, rows: list[tuple[Sou
     return Score(what, len(rows), tokens, tuned, base)
 
 
-def _multiple_choice(chatter: Chatter, path: Path, most: int) -> list[Score]:
+def _multiple_choice(chatter: Chatter, rows: Sequence[Choice]) -> list[Score]:
     """Choose, for every row, the letter that the model thinks likeliest; count by subject."""
     from corefit.engine.loss import CausalLoss
 
     loss, base_loss = CausalLoss(chatter.model), CausalLoss(chatter.model)  # a head may have an adapter
     right: dict[str, list[tuple[bool, bool]]] = {}
     adapter = chatter.found.adapter is not None
-    for record in islice(read_jsonl(Sources((path,), 2**26)), most):
-        if isinstance(record, BadRecord):
-            raise DataError(str(record))
-        question, options, answer = _row(record)
-        lines = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
-        asked = Message("user", f"{question}\n{lines}\nAnswer with the letter of the right choice.")
-        tuned = _likeliest(chatter, loss, asked, len(options)) == answer
+    for row in rows:
+        lines = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, row.options, strict=False))
+        asked = Message("user", f"{row.question}\n{lines}\nAnswer with the letter of the right choice.")
+        tuned = _likeliest(chatter, loss, asked, len(row.options)) == row.answer
         base = tuned
         if adapter:
             with chatter.model.disable_adapter():
-                base = _likeliest(chatter, base_loss, asked, len(options)) == answer
-        right.setdefault(str(record.get("subject", path.name)), []).append((tuned, base))
-    if not right:
-        raise DataError(f"{path}: no rows")
+                base = _likeliest(chatter, base_loss, asked, len(row.options)) == row.answer
+        right.setdefault(row.subject, []).append((tuned, base))
     scores = []
-    for what, rows in sorted(right.items()):
-        shares = [sum(side) / len(rows) for side in zip(*rows, strict=True)]
-        scores.append(Score(what, len(rows), tokens=0, tuned=shares[0], base=shares[1] if adapter else None))
+    for what, pairs in sorted(right.items()):
+        shares = [sum(side) / len(pairs) for side in zip(*pairs, strict=True)]
+        scores.append(Score(what, len(pairs), tokens=0, tuned=shares[0], base=shares[1] if adapter else None))
     return scores
 
 
-def _row(record: Record) -> tuple[str, Sequence[str], int]:
-    """Give question, choices and the number of the right one."""
+def _rows(path: Path, most: int) -> list[Choice]:
+    """Read the first multiple-choice rows of a file."""
+    rows = []
+    for record in islice(read_jsonl(Sources((path,), 2**26)), most):
+        if isinstance(record, BadRecord):
+            raise DataError(str(record))
+        rows.append(_row(record, path.name))
+    if not rows:
+        raise DataError(f"{path}: no rows")
+    return rows
+
+
+def _row(record: Record, name: str) -> Choice:
     options = record.get("choices") or [record[letter] for letter in LETTERS if letter in record]
     answer = record.get("answer")
     if isinstance(answer, str) and len(answer.strip()) == 1:
@@ -210,7 +237,7 @@ def _row(record: Record) -> tuple[str, Sequence[str], int]:
         raise DataError(
             f"{record.origin}: answer is {record.get('answer')!r}, expected a letter or a number below {len(options)}"
         )
-    return str(record["question"]), options, answer
+    return Choice(str(record["question"]), options, answer, str(record.get("subject", name)))
 
 
 def _likeliest(chatter: Chatter, loss_fn: CausalLoss, asked: Message, n: int) -> int:

@@ -123,6 +123,7 @@ class Session:
         self.ranks = ranks or ALONE
         self.recipe, self.scheduler = plan.recipe, plan.registry.scheduler(plan.recipe.train.scheduler)
         self.proofs: list[Proof] = []
+        self.device = model.choose_device(self.ranks.device(self.recipe.run.device))  # before the data, which take time
         self.stream, self.val_batches, self.prompts = self._data()
         self.patience = Patience(self.recipe.val.patience)
         self.state, self.lengths = LoopState(), {"metrics.jsonl": 0, "samples.jsonl": 0}
@@ -206,7 +207,6 @@ class Session:
         recipe, settings = self.recipe, self.recipe.train
         quantizer = self.plan.registry.quantizer(recipe.model.quantizer)
         model.prepare_process(recipe.run.threads)
-        self.device = model.choose_device(self.ranks.device(recipe.run.device))
         full = recipe.adapter.kind == "none"
         if self.ranks.world > 1:
             self.say(f"ranks: {self.ranks.world}, each with its share of the packs of every step")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each: those of two workers
 # on a busy machine a first example may take a second
 settings.register_profile("busy", deadline=None)
 settings.load_profile("busy")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep folders that are made outside a fixture (a cached tokenizer's) among pytest's own, which go one day."""
+    tempfile.tempdir = str(tmp_path_factory.mktemp("temporary"))
 
 
 @pytest.fixture(scope="session")

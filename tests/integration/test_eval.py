@@ -36,6 +36,16 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return train_from(None, {**flags, "out": str(folder / "run")}, SETS, say=lambda line: None).path
 
 
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model would take its time: it is an error to load one."""
+
+    def load(*_: object, **more: object) -> None:
+        raise LookupError("loaded")
+
+    monkeypatch.setattr("corefit.score.Chatter", load)
+
+
 def said(*arguments, **more):
     lines: list[str] = []
     return evaluate(*arguments, say=lines.append, **more), "\n".join(lines)
@@ -132,11 +142,11 @@ def test_multiple_choice_takes_the_letter_that_the_model_thinks_likeliest(run: P
         ({"question": "q", "choices": ["a", "b"], "answer": 2}, "answer is 2, expected a letter or a number below 2"),
     ],
 )
-def test_a_row_that_is_no_question_is_named_by_its_line(row: dict, words: str, tmp_path: Path, tiny_model: Path):
+def test_a_row_that_is_no_question_is_named_by_its_line(row: dict, words: str, tmp_path: Path, unloaded: None):
     path = tmp_path / "mc.jsonl"
     path.write_text(json.dumps(row) + "\n", "utf-8")
     with pytest.raises(DataError, match=f"mc.jsonl:1: .*{words}"):
-        evaluate(str(tiny_model), {}, choices=str(path), say=lambda line: None)
+        evaluate("model", {}, choices=str(path), say=lambda line: None)
 
 
 def test_new_data_is_unpacked_aside_and_piped_in_is_never_what_the_run_read(run: Path, tmp_path: Path, monkeypatch):
@@ -163,6 +173,13 @@ def test_new_data_is_unpacked_aside_and_piped_in_is_never_what_the_run_read(run:
     assert not (run / "adapter" / "data").exists(), "a folder that is only read"
 
 
-def test_scores_that_cant_be_written_are_one_line(run: Path, tmp_path: Path):
+def test_choices_and_out_are_opened_before_the_model_is_loaded(tmp_path: Path, unloaded: None):
     with pytest.raises(UserError, match="--out .*: can't be written: no such file or directory"):
-        said(str(run), {}, out=str(tmp_path / "none" / "scores.jsonl"))
+        evaluate("model", {}, out=str(tmp_path / "none" / "scores.jsonl"))
+    with pytest.raises(UserError, match="none.jsonl"):
+        evaluate("model", {}, choices=str(tmp_path / "none.jsonl"))
+    (tmp_path / "old.jsonl").write_text("old", "utf-8")
+    for name in ("old", "new"):
+        with pytest.raises(LookupError, match="loaded"):
+            evaluate("model", {}, out=str(tmp_path / f"{name}.jsonl"))
+    assert [path.read_text("utf-8") for path in tmp_path.iterdir()] == ["old"], "nothing was scored yet"

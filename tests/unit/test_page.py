@@ -125,7 +125,7 @@ def test_a_page_that_can_t_be_written_is_named_as_it_was_typed(tmp_path, monkeyp
     for folder in (".", "run", ""):
         with pytest.raises(RecipeError, match=f"^--out {re.escape(folder)}: a folder; expected the name of a file$"):
             page.report(str(run), out=folder)
-    with pytest.raises(RunError, match="^no/page.html: no such file or directory$"):
+    with pytest.raises(RecipeError, match="^--out no/page.html: can't be written: no such file or directory$"):
         page.report(str(run), out="no/page.html")
 
 
@@ -149,8 +149,10 @@ def test_what_is_no_run_and_what_is_broken(tmp_path):
         page.report(str(run))
     (run / "run.json").write_text('{"data": 3}', "utf-8")
     assert data_of(page.report(str(run)))["runs"][0]["curves"]["points"] == {}
-    with pytest.raises(RunError, match="no such file or directory"):
-        page.report(str(run), None, str(tmp_path / "no" / "x.html"))
+    (run / "report.html").unlink()
+    (run / "report.html").mkdir()
+    with pytest.raises(RunError, match="report.html: is a directory"):
+        page.report(str(run))
 
 
 def test_written_at_the_start_now_and_then_and_at_the_end(tmp_path, monkeypatch, capsys):
