@@ -106,8 +106,12 @@ LEFT: Sequence[tuple[str, tuple[Any, ...], str]] = (
     ("optim_wrapper.clip_grad.error_if_nonfinite", (ALL,), ""),  # such a step is skipped, counted and named
     ("optim_wrapper.clip_grad.norm_type", (2, 2.0), "the 2-norm is clipped"),
     ("optim_wrapper.paramwise_cfg**", (), "train.lr_mult multiplies the rate of weights by name"),
-    ("param_scheduler*.eta_min", (0, 0.0), "the rate goes down to 0"),
-    ("param_scheduler*", (ALL,), ""),  # a warm-up begins at the middle of its first step
+    ("param_scheduler*.eta_min*", (0, 0.0, None), "the rate goes down to 0"),
+    ("param_scheduler*.factor", (1, 1.0), "train.lr is the whole rate"),
+    ("param_scheduler*.end_factor", (1, 1.0), "a warm-up ends at the rate"),
+    *((f"param_scheduler*.{key}", (ALL,), "") for key in ("begin", "end", "T_max", "by_epoch", "verbose")),
+    *((f"param_scheduler*.{key}", (ALL,), "") for key in ("start_factor", "convert_to_iter_based")),
+    ("param_scheduler", (None,), ""),
     ("train_cfg.by_epoch", (ALL,), ""),
     ("train_cfg.val_interval", (ALL,), ""),
     ("*EvaluateChatHook.tokenizer**", (ALL,), ""),
@@ -153,6 +157,12 @@ def convert(path: Path, overrides: Sequence[str]) -> ImportedRecipe:
     config = Config(path, top)
     try:
         _apply(config, given)
+        if base := config.names.get("_base_"):
+            words = "_base_: files that a configuration builds on are read as `with read_base(): from .NAME import *`"
+            raise RecipeError(f"{base.where}: {words}, where its values are changed by name")
+        if "model" not in config.names and config.stars:
+            words = "is never imported; `corefit copy NAME` has XTuner's own as recipes, a file beside this one is read"
+            raise RecipeError(f"{path}: no `model` in it, and {', '.join(config.stars)} {words}")
         if "model" not in config.names:
             raise RecipeError(f"{path}: no `model` in it: a name that ends in .py, but no XTuner configuration")
         return _Reading(config).recipe()
@@ -480,31 +490,77 @@ class _Reading:
         self.lack("train.optimizer", kind.where, f"optimizer {what}: --set train.optimizer={choices}")
 
     def schedule(self, value: Value | None, where: str) -> None:
-        """Read the schedule: one curve, and a straight warm-up before it."""
+        """Read the schedule: one curve over the run, and a straight warm-up before it."""
         items = (
             [] if value is None or value.data is None else value.inside() if isinstance(value.data, list) else [value]
         )
-        curves, warmup = [], 0.0
-        for number, item in enumerate(items):
-            if _name(item.get("type")) == "LinearLR" and number + 1 < len(items):
-                end, whole = item.get("end"), items[-1].get("end") or items[-1].get("T_max")
-                where = (end or item).where
-                steps, total = self.number(end, 0), self.number(whole, 0)
-                if steps is None or total is None:
-                    self.lack("train.warmup", where, "the end of the warm-up can't be known; --set train.warmup=SHARE")
-                warmup = steps / total if steps and total else 0.0
-            else:
-                curves.append(item)
-        if not items:
+        warm = [item for item in items if self.rises(item)]
+        curves = [item for item in items if item not in warm]
+        kinds = [_name(item.get("type")) for item in curves]
+        if not curves:
             self.set("train.scheduler", "constant", (value or Value(0, where)).where)
-        elif len(curves) != 1 or (kind := _name(curves[0].get("type"))) not in SCHEDULERS:
-            what = ", ".join(_name(item.get("type")) or in_words(item.unknown() or item) for item in curves or items)
+        elif len(curves) > 1 or kinds[0] not in SCHEDULERS:
+            what = ", ".join(kind or in_words(item.unknown() or item) for kind, item in zip(kinds, curves, strict=True))
             words = f"param_scheduler {what}: --scheduler cosine, linear, constant or wsd, each after a warm-up"
-            self.lack("train.scheduler", (curves or items)[0].where, words)
+            self.lack("train.scheduler", curves[0].where, words)
         else:
-            self.set("train.scheduler", SCHEDULERS[kind], curves[0].where)
-        if "train.warmup" not in self.missing:
-            self.set("train.warmup", round(min(warmup, 1.0), 6), where)
+            self.set("train.scheduler", SCHEDULERS[kinds[0]], curves[0].where)
+            self.ends(curves[0], kinds[0])
+        if len(warm) > 1:
+            self.note(warm[1].where, "param_scheduler: a second warm-up: left out")
+        self.warmup(warm[0] if warm else None, curves, where)
+
+    def rises(self, item: Value) -> bool:
+        """Whether a schedule is a warm-up: it rises to the rate, and leaves it there."""
+        start, end = item.get("start_factor"), item.get("end_factor")
+        if _name(item.get("type")) != "LinearLR" or self.number(end, 1.0) != 1.0:
+            return False
+        if (first := self.number(start, 1 / 3)) is not None and first > 0.05:
+            self.note((start or item).where, f"start_factor: {first:.3g}: corefit's warm-up begins at 0")
+        return first is None or first < 1
+
+    def total(self, item: Value) -> tuple[float | None, str]:
+        """Give the length of the run in the unit of a schedule, where it is known, and the unit."""
+        by_epoch = item.get("by_epoch")
+        epochs = by_epoch is None or by_epoch.data is True
+        cfg = self.names.get("train_cfg")
+        length = cfg.get("max_epochs" if epochs else "max_iters") if cfg else None
+        return self.number(length, 0) or None, "epochs" if epochs else "iterations"
+
+    def ends(self, curve: Value, kind: str) -> None:
+        """Say where a curve ends elsewhere than the run, or somewhere else than at 0."""
+        last = self.use(curve.get("end_factor"))
+        if kind == "LinearLR" and (last is None or last.data != 0):
+            words = "1" if last is None else in_words(last) if last.unknown() else f"{last.data:.3g}"
+            self.note((last or curve).where, f"end_factor: {words}: corefit's linear schedule goes from the rate to 0")
+            self.use(curve.get("start_factor"))
+        end, (whole, unit) = curve.get("T_max") or curve.get("end"), self.total(curve)
+        found, began = self.number(end, 0), self.number(curve.get("begin"), 0) or 0
+        # a cosine that begins after the warm-up and takes as long as the run is what XTuner once meant by its end
+        near = found and whole and min(abs(found - whole), abs(began + found - whole)) <= 1e-3 * whole
+        if end and found and whole and not near and kind != "ConstantLR":
+            words = f"{kind} ends at {found:g} of {whole:g} {unit}: corefit's schedules end with the run"
+            self.note(end.where, words)
+
+    def warmup(self, item: Value | None, curves: Sequence[Value], where: str) -> None:
+        """Read the warm-up as a share of the run."""
+        end = item and item.get("end")
+        if item is None or end is None:
+            self.set("train.warmup", 0.0, item.where if item else where)
+            return
+        steps, (whole, unit) = self.number(end, 0), self.total(item)
+        alike = [curve for curve in curves if self.total(curve)[1] == unit]
+        for curve in [] if whole else alike:
+            whole = self.number(curve.get("end") or curve.get("T_max"), 0)
+        if steps is None or (whole is None and alike):
+            self.lack("train.warmup", end.where, "the end of the warm-up can't be known; --set train.warmup=SHARE")
+        elif steps and not whole:
+            words = (
+                f"a warm-up of {steps:g} {unit}: corefit's is a share of the run; 0.03 unless --set train.warmup=..."
+            )
+            self.note(end.where, words)
+        else:
+            self.set("train.warmup", round(min(steps / (whole or 1), 1.0), 6), end.where)
 
     def arguments(self, args: Value) -> None:
         """Read what a configuration with ``framework = 'huggingface'`` gives transformers' Trainer."""

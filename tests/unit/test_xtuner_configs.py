@@ -226,6 +226,9 @@ def test_cfg_options_need_a_configuration(registry):
         ("dtype='float16'", "dtype='bfloat16'", {"train.precision": ('"fp16"', '"bf16"')}),
         ("batch_size = 1", "batch_size = 2", {"train.micro_batch": ("1", "2"), "train.packs_per_step": ("16", "32")}),
         ("warmup_ratio = 0.03", "warmup_ratio = 0.1", {"train.warmup": ("0.03", "0.1")}),
+        ("        end=max_epochs", "        end=max_epochs / 2", {}),  # the share is one of the run
+        ("type=CosineAnnealingLR,\n        eta_min=0.0", "type=LinearLR,\n        start_factor=1.0,\n        end_factor=0.0",
+         {"train.scheduler": ('"cosine"', '"linear"')}),
         ("save_steps = 500", "save_steps = -1", {"checkpoint.every_steps": ("31", "0")}),
         ("save_steps = 500", "save_steps = 3", {"checkpoint.every_steps": ("31", "1")}),
         ("seed=None", "seed=7", {"train.seed": ("42", "7")}),
@@ -561,6 +564,26 @@ def test_tokens_that_the_tokenizer_is_given_are_added(read):
     assert "left out: tokens that the vocabulary lacks are named in model.add_tokens" in read.said
 
 
+def test_a_warm_up_in_iterations_is_a_share_where_the_run_is_told_in_them(read):
+    warm = ("by_epoch=True,\n        begin=0,\n        end=warmup_ratio * max_epochs,\n        convert_to_iter_based=True",
+            "by_epoch=False,\n        begin=0,\n        end=100")  # fmt: skip
+    assert read(edited(V0_1_23, warm)).train.warmup == 0.03  # the default, with a word
+    assert "a warm-up of 100 iterations: corefit's is a share of the run; 0.03 unless --set train.warmup" in read.said
+    iters = ("dict(type=TrainLoop, max_epochs=max_epochs)", "dict(type=TrainLoop, max_iters=1600)")
+    assert read(edited(V0_1_23, warm, iters)).train.warmup == 0.0625
+    assert "warm-up" not in read.said
+
+
+def test_a_linear_schedule_that_rises_is_a_warm_up_and_one_that_does_not_go_to_zero_is_said(read):
+    cosine = "type=CosineAnnealingLR,\n        eta_min=0.0"
+    falls = read(edited(V0_1_23, (cosine, "type=LinearLR,\n        start_factor=1.0,\n        end_factor=0.3")))
+    assert (falls.train.scheduler, falls.train.warmup) == ("linear", 0.03)
+    assert "end_factor: 0.3: corefit's linear schedule goes from the rate to 0" in read.said
+    rises = read(edited(V0_1_23, (cosine, "type=LinearLR")))
+    assert (rises.train.scheduler, rises.train.warmup) == ("constant", 0.03)
+    assert "a second warm-up: left out" in read.said
+
+
 # ------------------------------------------------------------------------------------------------------------- notes
 
 
@@ -582,6 +605,13 @@ def test_tokens_that_the_tokenizer_is_given_are_added(read):
         ("pack_to_max_length = True", "pack_to_max_length = False", "pack_to_max_length: corefit always packs"),
         ("save_total_limit = 2", "save_total_limit = -1", "max_keep_ckpts: -1 keeps all"),
         ("eta_min=0.0", "eta_min=lr * 0.1", "param_scheduler.CosineAnnealingLR.eta_min = 2e-05: left out: the rate goes down to 0"),  # noqa: E501
+        ("eta_min=0.0", "eta_min_ratio=0.1", "param_scheduler.CosineAnnealingLR.eta_min_ratio = 0.1: left out: the rate goes"),  # noqa: E501
+        ("        end=max_epochs", "        end=max_epochs / 2", "CosineAnnealingLR ends at 1.5 of 3 epochs"),
+        ("        end=max_epochs", "        T_max=0.4", "CosineAnnealingLR ends at 0.4 of 3 epochs"),
+        ("        end=max_epochs", "        T_max=max_epochs", None),
+        ("        end=max_epochs", "        T_max=(1 - warmup_ratio) * max_epochs", None),
+        ("start_factor=1e-5", "start_factor=0.5", "start_factor: 0.5: corefit's warm-up begins at 0"),
+        ("end=max_epochs,", "end=max_epochs, strange=1,", "param_scheduler.CosineAnnealingLR.strange = 1: left out: no"),
         ("remove_unused_columns=True", "max_dataset_length=100", "max_dataset_length: the first so many records"),
         ("optim_wrapper = dict(", "print('hi')\noptim_wrapper = dict(", "`print('hi')`: not run"),
         ("optim_wrapper = dict(", "for i in (1,):\n    z = i\noptim_wrapper = dict(", "`for i in (1,):`: not run"),
@@ -619,6 +649,8 @@ def test_an_unedited_configuration_says_only_what_differs(read):
         ("=oasst1_map_fn", "='xtuner.dataset.map_fns.llava_map_fn'", "llava reads images"),
         ("type=process_hf_dataset", "type='build_packed_dataset'", "reads InternLM's tokenised files"),
         ("model = dict(", "modell = dict(", "no `model` in it"),
+        ("model = dict(", "from xtuner.configs.a import *\nmodell = dict(", "and `from xtuner.configs.a import *` (line "),
+        ("model = dict(", "_base_ = './base.py'\nmodel = dict(", "_base_: files that a configuration builds on are read"),
         ("max_length = 2048", "max_length = = 2048", "not Python"),
         ("max_length = 2048", "max_length = '\x00'", "not Python"),
     ],
