@@ -13,6 +13,7 @@ from torch import nn
 from corefit.engine.loop import autocast, nats
 from corefit.engine.model import causal_lm, evaluating
 from corefit.engine.ranks import ALONE, Ranks
+from corefit.engine.rope import trained_length
 from corefit.errors import RunError, UserError
 from corefit.types import Batch
 
@@ -142,9 +143,14 @@ def stream(
     base = causal_lm(model)
     # The logits of a whole prompt would take prompt x vocabulary x 4 bytes, for one row that is used.
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
-    ids = list(prompt_ids)
+    ids, read = list(prompt_ids), len(memory.ids)
+    turns, grows = trained_length(base, "longrope"), trained_length(base, "dynamic")
     memory.forget(ids)
+    if read > grows or (read > turns) != (len(ids) > turns):
+        memory.forget(())  # keys that were turned as in a longer text
     for _ in range(max_tokens):
+        if len(memory.ids) <= turns < len(ids):
+            memory.forget(())
         new, cache = torch.tensor([ids[len(memory.ids) :]], dtype=torch.int64, device=device), memory.cache
         memory.ids, memory.cache = [], None  # should this be interrupted, some layers have read more than others
         with autocast(device, compute_dtype):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from corefit.errors import ModelError
 
@@ -72,16 +72,13 @@ def load(config: Mapping[str, Any], files: Iterable[Path], base: str, **argument
     """
     from transformers import LlamaForCausalLM
 
-    llama, (theta, scaling) = llama_config(config, base), _rope(config, base)
-    layout = layout_of(config)
+    llama, layout = llama_config(config, base), layout_of(config)
     state: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         state |= tensors if layout is None else layout.to_llama(tensors, base)
     model, info = LlamaForCausalLM.from_pretrained(None, config=llama, state_dict=state, **arguments)
-    if _is_dynamic(scaling):
-        model.model.rotary_emb = DynamicNTK(llama.head_dim, theta, scaling["factor"], llama.max_position_embeddings)
     model.config.wqkv = layout and [layout.queries, layout.groups, layout.head_dim]
     return model, info
 
@@ -101,51 +98,18 @@ def _rope(config: Mapping[str, Any], base: str) -> tuple[float, dict[str, Any]]:
     return theta, scaling
 
 
-def _is_dynamic(scaling: Mapping[str, Any]) -> bool:
-    return "dynamic" in (scaling.get("rope_type"), scaling.get("type"))
-
-
 def llama_config(config: Mapping[str, Any], base: str) -> Any:  # noqa: ANN401, a LlamaConfig
-    """Give LLaMA's config for a published one; of a dynamic RoPE it knows nothing."""
+    """Give LLaMA's config for a published one."""
     from transformers import LlamaConfig
 
     theta, scaling = _rope(config, base)
-    rope = {"rope_theta": theta, "rope_scaling": None if _is_dynamic(scaling) else scaling or None}
+    rope = {"rope_theta": theta, "rope_scaling": scaling or None}
     third = config["model_type"] == "internlm3"
     bias = bool(config.get("bias", config.get("mlp_bias", not third)))
     if third and bool(config.get("qkv_bias", config.get("attention_bias", False))) != bias:
         raise ModelError(f"{base}: config.json: bias and qkv_bias differ, which LLaMA's architecture doesn't have")
     kept = {key: config[key] for key in _KEPT if config.get(key) is not None}
     return LlamaConfig(**kept, attention_bias=bias, mlp_bias=third and bias, **rope)
-
-
-class DynamicNTK(nn.Module):
-    """RoPE whose base grows with a document's length, where that is more than the model was trained on.
-
-    Each document of a pack has its own base, so that packed equals unpacked; and there is no state: the published code
-    and transformers keep the longest length seen, which a resumed run wouldn't know.
-
-    Source: InternLMDynamicNTKScalingRotaryEmbedding and InternLM2DynamicNTKScalingRotaryEmbedding.
-    """
-
-    def __init__(self, head_dim: int, theta: float, factor: float, trained: int) -> None:
-        """``trained``: the length in tokens up to which the base is ``theta``."""
-        super().__init__()
-        self.head_dim, self.theta, self.factor, self.trained = head_dim, theta, factor, trained
-
-    @torch.no_grad()
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Give cosines and sines [B, T, head_dim] in the dtype of ``x``; a document begins at each position 0."""
-        document = (position_ids == 0).cumsum(-1)
-        longest = position_ids.new_zeros(len(position_ids), position_ids.shape[-1] + 1)
-        lengths = longest.scatter_reduce(1, document, position_ids + 1, "amax").gather(1, document)[..., None]
-        exponents = torch.arange(0, self.head_dim, 2, device=x.device).float() / self.head_dim
-        growth = self.factor * lengths.double() / self.trained - (self.factor - 1)
-        base = self.theta * growth.clamp(min=1) ** (self.head_dim / (self.head_dim - 2))
-        frequencies = torch.where(lengths > self.trained, base.float() ** -exponents, self.theta**-exponents)
-        angles = position_ids[..., None].float() * frequencies
-        angles = torch.cat((angles, angles), -1)
-        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------- InternLM 2's layout

@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from corefit.engine import internlm
+from corefit.engine import internlm, rope
 from corefit.engine.fused import cpu_has_bf16, fast_dtype
 from corefit.errors import ModelError, UserError, unknown
 from corefit.terminal import notice
@@ -567,6 +567,7 @@ def load_base(
     _check_loaded(base, info, say)
     _protect_4bit(model)
     _protect_8bit(model)
+    rope.follow_documents(model)
     if quantizer.after_load is not None:
         quantizer.after_load(model)
     model.config.use_cache = False

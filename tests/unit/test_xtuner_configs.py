@@ -227,7 +227,7 @@ def test_cfg_options_need_a_configuration(registry):
         ("batch_size = 1", "batch_size = 2", {"train.micro_batch": ("1", "2"), "train.packs_per_step": ("16", "32")}),
         ("warmup_ratio = 0.03", "warmup_ratio = 0.1", {"train.warmup": ("0.03", "0.1")}),
         ("        end=max_epochs", "        end=max_epochs / 2", {}),  # the share is one of the run
-        ("type=CosineAnnealingLR,\n        eta_min=0.0", "type=LinearLR,\n        start_factor=1.0,\n        end_factor=0.0",
+        ("type=CosineAnnealingLR,\n        eta_min=0.0", "type=LinearLR,\n        start_factor=1.,\n        end_factor=0.",  # noqa: E501
          {"train.scheduler": ('"cosine"', '"linear"')}),
         ("save_steps = 500", "save_steps = -1", {"checkpoint.every_steps": ("31", "0")}),
         ("save_steps = 500", "save_steps = 3", {"checkpoint.every_steps": ("31", "1")}),
@@ -565,7 +565,7 @@ def test_tokens_that_the_tokenizer_is_given_are_added(read):
 
 
 def test_a_warm_up_in_iterations_is_a_share_where_the_run_is_told_in_them(read):
-    warm = ("by_epoch=True,\n        begin=0,\n        end=warmup_ratio * max_epochs,\n        convert_to_iter_based=True",
+    warm = ("by_epoch=True,\n        begin=0,\n        end=warmup_ratio * max_epochs,\n        convert_to_iter_based=True",  # noqa: E501
             "by_epoch=False,\n        begin=0,\n        end=100")  # fmt: skip
     assert read(edited(V0_1_23, warm)).train.warmup == 0.03  # the default, with a word
     assert "a warm-up of 100 iterations: corefit's is a share of the run; 0.03 unless --set train.warmup" in read.said
@@ -611,7 +611,7 @@ def test_a_linear_schedule_that_rises_is_a_warm_up_and_one_that_does_not_go_to_z
         ("        end=max_epochs", "        T_max=max_epochs", None),
         ("        end=max_epochs", "        T_max=(1 - warmup_ratio) * max_epochs", None),
         ("start_factor=1e-5", "start_factor=0.5", "start_factor: 0.5: corefit's warm-up begins at 0"),
-        ("end=max_epochs,", "end=max_epochs, strange=1,", "param_scheduler.CosineAnnealingLR.strange = 1: left out: no"),
+        ("end=max_epochs,", "end=max_epochs, strange=1,", "param_scheduler.CosineAnnealingLR.strange = 1: left out: no"),  # noqa: E501
         ("remove_unused_columns=True", "max_dataset_length=100", "max_dataset_length: the first so many records"),
         ("optim_wrapper = dict(", "print('hi')\noptim_wrapper = dict(", "`print('hi')`: not run"),
         ("optim_wrapper = dict(", "for i in (1,):\n    z = i\noptim_wrapper = dict(", "`for i in (1,):`: not run"),
@@ -649,8 +649,8 @@ def test_an_unedited_configuration_says_only_what_differs(read):
         ("=oasst1_map_fn", "='xtuner.dataset.map_fns.llava_map_fn'", "llava reads images"),
         ("type=process_hf_dataset", "type='build_packed_dataset'", "reads InternLM's tokenised files"),
         ("model = dict(", "modell = dict(", "no `model` in it"),
-        ("model = dict(", "from xtuner.configs.a import *\nmodell = dict(", "and `from xtuner.configs.a import *` (line "),
-        ("model = dict(", "_base_ = './base.py'\nmodel = dict(", "_base_: files that a configuration builds on are read"),
+        ("model = dict(", "from xtuner.configs.a import *\nmodell = dict(", "and `from xtuner.configs.a import *` (line "),  # noqa: E501
+        ("model = dict(", "_base_ = './base.py'\nmodel = dict(", "_base_: files that a configuration builds on are read"),  # noqa: E501
         ("max_length = 2048", "max_length = = 2048", "not Python"),
         ("max_length = 2048", "max_length = '\x00'", "not Python"),
     ],
