@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +16,7 @@ from corefit.chat import Chatter
 from corefit.data.jsonl import read_jsonl
 from corefit.data.source import map_record
 from corefit.data.stream import Source, encode_validation, split_validation
-from corefit.errors import DataError, UserError, system_words
+from corefit.errors import DataError, IsolationError, UserError, system_words
 from corefit.prepare import Prepared, prepare, resolve
 from corefit.recipe import run_and_step
 from corefit.registry import Registry
@@ -102,7 +103,8 @@ def evaluate(
         with tempfile.TemporaryDirectory(prefix="corefit-") as aside:
             plan = _plan(chatter, target, flags, sets, Path(aside))
             held_out = _held_out(plan, use_all="data" in flags, records=records, say=say)
-        losses = [_loss(chatter, plan, source, rows) for source, rows in held_out]
+        packed = _isolated(chatter, say)
+        losses = [_loss(chatter, plan, source, rows, packed=packed) for source, rows in held_out]
         say(_table("source", "loss", losses, lambda nats: f"{nats:.4f} ({perplexity(nats):,.2f})"))
         scores += losses
         if generate:
@@ -161,7 +163,24 @@ def _name(source: Source) -> str:
     return ", ".join(path.name for path in source.sources.paths) or source.reader.name
 
 
-def _loss(chatter: Chatter, plan: Prepared, source: Source, rows: list[tuple[Source, Record | BadRecord]]) -> Score:
+def _isolated(chatter: Chatter, say: Say) -> bool:
+    """Whether documents of one pack don't see each other, as training demands; a line where they do."""
+    from corefit.engine.attention import isolation_canary
+    from corefit.engine.loop import autocast
+
+    how = partial(autocast, chatter.device, chatter.precision.compute_dtype)
+    size = chatter.model.get_input_embeddings().weight.shape[0]
+    try:
+        isolation_canary(chatter.model, vocab_size=size, device=chatter.device, autocast=how)
+    except IsolationError:
+        say("loss: sample by sample, since this model mixes documents of one pack; it can't be trained on packs")
+        return False
+    return True
+
+
+def _loss(
+    chatter: Chatter, plan: Prepared, source: Source, rows: list[tuple[Source, Record | BadRecord]], *, packed: bool
+) -> Score:
     from corefit.engine.evaluate import validation_loss
     from corefit.engine.loss import CausalLoss
 
@@ -173,6 +192,7 @@ def _loss(chatter: Chatter, plan: Prepared, source: Source, rows: list[tuple[Sou
         micro_batch=1,
         overlong=pack.overlong,
         pad_id=plan.tokenizer.pad_id,
+        packed=packed,
     )
     what = _name(source)
     if not any(batch.n_supervised for batch in batches):

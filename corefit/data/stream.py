@@ -46,7 +46,7 @@ from corefit.data.block import (
     select,
 )
 from corefit.data.ledger import Ledger
-from corefit.data.pack import Streamed, best_fit_decreasing, stream
+from corefit.data.pack import Plan, Streamed, best_fit_decreasing, stream
 from corefit.data.rows import Rows, Window, gather, padded, stack
 from corefit.data.source import (
     ESTIMATE_RECORDS,
@@ -773,8 +773,11 @@ def encode_validation(
     micro_batch: int,
     overlong: str = "truncate",
     pad_id: int = 0,
+    packed: bool = True,
 ) -> tuple[list[Batch], Ledger]:
     """Encode all records and pack them with as little padding as possible; give the micro-batches and the tokens.
+
+    ``packed`` False: each sample is a pack of its own.
 
     Raises:
         DataError: as ``Stream.steps``.
@@ -788,6 +791,8 @@ def encode_validation(
         raise block.error
     ledger.tokens.encoded = ledger.tokens.validation = int(block.records[:, ENCODED].sum())
     plan = best_fit_decreasing(block.samples[:, LENGTH], max_length)
+    if not packed:
+        plan = Plan(plan.order, np.arange(len(plan.order) + 1))
     for k in range(0, len(plan), micro_batch):
         bounds = plan.offsets[k : k + micro_batch + 1]
         samples = block.samples[plan.order[bounds[0] : bounds[-1]]]

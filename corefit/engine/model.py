@@ -570,6 +570,9 @@ def load_base(
     rope.follow_documents(model)
     if quantizer.after_load is not None:
         quantizer.after_load(model)
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False  # what they are for is made by code that knows no packs
+        say(f"{base}: the loss that balances experts (output_router_logits) is left out")
     model.config.use_cache = False
     model.name_or_path = model.config._name_or_path = base  # what peft writes down; not where the hub's copy lies
     model.requires_grad_(False)

@@ -5,18 +5,24 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from tiny_families import REFUSED, write_family
 from transformers import AutoModelForCausalLM
 
 from corefit.chat import Chatter
+from corefit.data.encode import make_encoder
+from corefit.data.tokenizer import Tokenizer
 from corefit.errors import DataError, UserError
+from corefit.registry import Registry
 from corefit.run import train_from
 from corefit.score import evaluate
-from corefit.types import Message
+from corefit.types import Conversation, Message
 
 ROWS = "".join(
     json.dumps({"text": f"### Human: What is {i}?### Assistant: It is number {i}, {'really ' * (i % 7)}so."}) + "\n"
@@ -183,3 +189,39 @@ def test_choices_and_out_are_opened_before_the_model_is_loaded(tmp_path: Path, u
         with pytest.raises(LookupError, match="loaded"):
             evaluate("model", {}, out=str(tmp_path / f"{name}.jsonl"))
     assert [path.read_text("utf-8") for path in tmp_path.iterdir()] == ["old"], "nothing was scored yet"
+
+
+def test_full_fine_tuning_of_a_base_in_16_bits_says_what_its_model_is_as_written(tmp_path: Path, tiny_model: Path):
+    base, lines = tmp_path / "base", list[str]()
+    shutil.copytree(tiny_model, base)
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(base)
+    (tmp_path / "rows.jsonl").write_text(ROWS, "utf-8")
+    flags = {"plugin": "oasst1", "template": "chatml", "model": str(base), "data": str(tmp_path / "rows.jsonl")}
+    sets = [*SETS, "adapter.kind=none", "train.lr=1e-5", "train.precision=fp32", "val.share=0.5"]
+    run = train_from(None, {**flags, "quantizer": "none", "out": str(tmp_path / "run")}, sets, say=lines.append)
+    (line,) = [line for line in lines if line.startswith("model/: written in bfloat16")]
+    written, trained = map(float, re.findall(r"[\d.]+(?= as written| in training)", line))
+    before, *_, after = [row["val_loss"] for row in run.metrics if "val_loss" in row]
+    (score,), _ = said(str(run.path), {})
+    facts = json.loads((run.path / "run.json").read_text("utf-8"))["model"]
+    assert facts["stored"] == "bfloat16" and facts["val_loss"] == pytest.approx(score.tuned, rel=1e-4)
+    assert (written, trained) == (pytest.approx(facts["val_loss"], abs=1e-4), pytest.approx(after, abs=1e-4))
+    assert abs(before - written) < 0.7 * abs(before - trained), "so small a rate is mostly rounded away"
+
+
+def test_a_model_that_mixes_documents_is_scored_sample_by_sample(tmp_path: Path):
+    folder = write_family(tmp_path / "m", next(family for family in REFUSED if family.kind == "falcon"))
+    (tmp_path / "rows.jsonl").write_text(ROWS, "utf-8")
+    data = {"data": str(tmp_path / "rows.jsonl"), "plugin": "oasst1", "template": "chatml"}
+    (score,), text = said(str(folder), data, ["pack.max_length=128"])
+    assert "loss: sample by sample" in text
+    encoder = make_encoder(Registry.load().template("chatml"), Tokenizer.load(folder))
+    model, nats = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), []
+    for line in ROWS.splitlines():
+        question, answer = re.findall(r": (.*?)(?:###|$)", json.loads(line)["text"])
+        made = encoder.encode([(Conversation((Message("user", question), Message("assistant", answer))), "")])
+        ids = torch.from_numpy(made.tokens).long()
+        with torch.no_grad():
+            each = F.cross_entropy(model(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="none")
+        nats += [float(each[i - 1]) for begin, end in made.spans for i in range(begin, end)]
+    assert score.tuned == pytest.approx(sum(nats) / len(nats), rel=1e-4)

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import EXPERTS, FAMILIES, REFUSED, SIZE, table, write_family
+from tiny_families import EXPERTS, FAMILIES, REFUSED, SIZE, Family, table, write_family
 from transformers import CONFIG_MAPPING
 
 from corefit.engine.adapter import AdapterSpec, adapted_layers, attach_adapter, trainable_parameters
-from corefit.engine.attention import isolation_canary
+from corefit.engine.attention import choose_route, isolation_canary
 from corefit.engine.internlm import KINDS
 from corefit.engine.loss import CausalLoss
-from corefit.engine.model import linear_layers
+from corefit.engine.model import linear_layers, load_base
 from corefit.engine.optimizer import make_optimizer
 from corefit.errors import IsolationError, ModelError
 from corefit.registry import Registry
@@ -84,6 +84,15 @@ def test_what_would_train_wrongly_is_refused_by_name(lab):
 def test_a_target_that_peft_takes_for_experts_is_refused(lab):
     with pytest.raises(ModelError, match=r"peft takes 'down_proj' for its experts; leave it out"):
         attach_adapter(lab.base(), AdapterSpec(r=4, alpha=4, dropout=0.0, targets=("q_proj", "down_proj")), seed=0)
+
+
+def test_the_loss_that_balances_experts_is_left_out_with_a_word(tmp_path):
+    routed = Family("Mixtral", "mixtral", {**EXPERTS, "output_router_logits": True})
+    said: list[str] = []
+    how = dict(quantizer=Registry.load().quantizer("none"), compute_dtype="float32", device="cpu", say=said.append)
+    model = load_base(str(write_family(tmp_path / "m", routed)), **how)
+    assert not model.config.output_router_logits and "output_router_logits" in said[-1]
+    assert "document by document" in choose_route(model, vocab_size=300, device="cpu")
 
 
 def test_the_table_in_the_readme_is_this_list():
