@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corefit.own import own_code, own_file
+from corefit.own import imported_by, own_code, own_file
 from corefit.recipe import Recipe, flat
 
 if TYPE_CHECKING:
@@ -107,8 +107,20 @@ def _plugins(plan: Prepared, kinds: Sequence[str]) -> dict[str, Any]:
         folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
         codes = [_code(folder, ("**/*",)) for folder in folders]
         file = Path(spec.origin or "")
-        found[f"code of {kind} {name}"] = codes or [_code(file.parent, (file.name,))]
+        files = [path for folder in folders for path in folder.rglob("*.py")] or [file]
+        more = imported_by(files, also=_names_of(plugin.distribution) - {"corefit"})
+        codes = codes or [_code(file.parent, (file.name,))]
+        found[f"code of {kind} {name}"] = codes + [_code(path.parent, (path.name,)) for path in more]
     return found
+
+
+def _names_of(distribution: str) -> set[str]:
+    """Give the top-level names of what a distribution installed; those of an editable one are seen elsewhere."""
+    try:
+        files = importlib.metadata.files(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        return set()
+    return {file.parts[0].removesuffix(".py") for file in files if file.suffix == ".py"}
 
 
 def file_facts(path: Path) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import sys
+import sysconfig
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from functools import lru_cache
@@ -30,7 +32,46 @@ def own_code(name: str) -> tuple[str, str]:
     file = own_file(name)
     short = name if file is None else f"{file.name}:{name.rpartition(':')[2]}"
     origin = file or Path(getattr(_module(name)[0], "__file__", None) or "")
-    return short, hashlib.sha256(origin.read_bytes()).hexdigest()[:16] if origin.is_file() else "no file"
+    if not origin.is_file():
+        return short, "no file"
+    files = [origin, *imported_by([origin])]
+    return short, hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def imported_by(files: Iterable[Path], also: Container[str] = ()) -> list[Path]:
+    """Give the Python files that these import, one by way of another, and that nobody installed.
+
+    ``also``: top-level names that count although they are installed.
+    """
+    installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
+    found, left, seen = dict[Path, None](), list(files), {"corefit", *sys.stdlib_module_names}
+    while left:
+        with suppress(OSError, SyntaxError, ValueError):  # what can't be parsed can't be imported
+            for top in sorted(_imports(left.pop()) - seen):
+                seen.add(top)
+                spec = importlib.util.find_spec(top)
+                if spec is None or not (spec.origin or "").endswith(".py"):  # compiled, or any folder of that name
+                    continue
+                folders = spec.submodule_search_locations
+                files = [path for folder in folders or () for path in sorted(Path(folder).rglob("*.py"))]
+                files = files or [Path(str(spec.origin))]
+                if top in also or not any(
+                    path.resolve().is_relative_to(place) for path in files for place in installed
+                ):
+                    found |= dict.fromkeys(files)
+                    left += files
+    return list(found)
+
+
+def _imports(file: Path) -> set[str]:
+    """Give the top-level names of what a file imports absolutely, wherever in it."""
+    names = set[str]()
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names}
 
 
 def own_map_function(name: str, others: Mapping[str, MapFunction]) -> MapFunction:

@@ -21,6 +21,7 @@ from corefit.data.source import (
     as_found,
     items_of,
     map_record,
+    read_by,
     refused,
 )
 from corefit.data.stream import Source, Stream
@@ -400,7 +401,7 @@ def _sniff(sources: Sources, reader: DatasetReader, registry: Registry, entry: D
     """
     own = {key: value for key, value in entry.options.items() if key in option_keys(reader.options)}
     options = options_from(reader.options, own, where="data.options")
-    first = list(islice(reader.read(sources, options), SNIFFED))
+    first = list(islice(read_by(reader, sources, options), SNIFFED))
     for record in first:
         if isinstance(record, BadRecord) and entry.on_bad == "error":
             raise refused(record)
@@ -443,7 +444,7 @@ def _fitting(records: Sequence[Record], registry: Registry) -> str:
 
 
 def _keys(records: Sequence[Record]) -> str:
-    return ", ".join(sorted(records[0])) or "none"
+    return ", ".join(sorted(map(str, records[0]))) or "none"
 
 
 def _check_format(source: Source, first: Sequence[Record | BadRecord], registry: Registry) -> list[str]:

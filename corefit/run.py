@@ -312,17 +312,16 @@ def _train(
         say(f"resume: changed since: {words(changes)}")
     from corefit.session import Session
 
+    how: dict[str, Any] = dict(try_micro_batch=tries, allow_changes=allow_changes)
     if aside:
-        dry = Session(plan, folder, base, reporters, Interrupts(say), say, try_micro_batch=tries)
+        dry = Session(plan, folder, base, reporters, Interrupts(say), say, **how)
         dry.check(None if source is None or fork else changes, probe=probe)
         return Run(folder)
     if ranks:
-        told = dict(
-            recipe=to_toml(plan.recipe), folder=str(folder.absolute()), resuming=source is not None, tries=tries
-        )
+        told = dict(recipe=to_toml(plan.recipe), folder=str(folder.absolute()), resuming=source is not None, how=how)
         ranks.tell(json.dumps({**told, "facts": facts, "changes": changes}))
     with Interrupts(say, own_process=own_process) as interrupts:
-        session = Session(plan, folder, base, reporters, interrupts, say, ranks, try_micro_batch=tries)
+        session = Session(plan, folder, base, reporters, interrupts, say, ranks, **how)
         facts["train.micro_batch"] = str(session.recipe.train.micro_batch)
         return Run(folder, session.play(identity=facts, resuming=source is not None, changes=changes))
 
@@ -369,7 +368,7 @@ def _follow(ranks: Ranks, own_process: bool) -> Run:
 
     with Interrupts(say, own_process=own_process) as interrupts:
         nobody = Reporters((), {}, registry)
-        session = Session(plan, folder, base, nobody, interrupts, say, ranks, try_micro_batch=told["tries"])
+        session = Session(plan, folder, base, nobody, interrupts, say, ranks, **told["how"])
         session.follow(resuming=told["resuming"], changes=told["changes"])
     return Run(folder)
 

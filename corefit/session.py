@@ -112,16 +112,20 @@ class Session:
         ranks: Ranks | None = None,
         *,
         try_micro_batch: bool = False,
+        allow_changes: bool = False,
     ) -> None:
         """Load data and model; nothing is written yet, so that a refusal leaves no folder behind.
 
+        ``allow_changes``: go on from a checkpoint although what samples are made of is not what it was.
         ``try_micro_batch``: the recipe's was planned; find out whether there is memory for it, else take the next
         smaller divisor.
         """
-        self.reporters = reporters
+        self.reporters, self.allow_changes = reporters, allow_changes
         self.plan, self.folder, self.base, self.say, self.interrupts = plan, folder, base, say, interrupts
         self.ranks = ranks or ALONE
         self.recipe, self.scheduler = plan.recipe, plan.registry.scheduler(plan.recipe.train.scheduler)
+        for percent in range(1, 100):  # a curve that isn't one is refused before anything is trained
+            self._lr_at(percent / 100)
         self.proofs: list[Proof] = []
         self.device = model.choose_device(self.ranks.device(self.recipe.run.device))  # before the data, which take time
         self.stream, self.val_batches, self.prompts = self._data()
@@ -484,7 +488,9 @@ class Session:
             factor = float(self.scheduler.factor(progress, warmup))
             if not -1e-9 <= factor <= 1 + 1e-9:  # but for rounding; NaN too
                 raise ValueError(f"{factor!r}, expected a share of the peak rate, in [0, 1]")
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever it does, a plugin doesn't end the process
             source = self.plan.registry.provider("scheduler", self.scheduler.name).source
             asked = f"scheduler {self.scheduler.name!r} ({source}): factor({progress:g}, {warmup:g})"
             raise PluginError(f"{asked}: {in_words(error)}") from error
@@ -527,8 +533,9 @@ class Session:
         try:
             self.stream.load_state_dict(saved.state["loop"]["stream"])
         except (CheckpointError, DataError) as error:
-            if not strange_changes(changes):
-                raise
+            if not (strange_changes(changes) or self.allow_changes):
+                ways = "--allow-changes goes on, with the records from the first on"
+                raise type(error)(f"{error}; {ways}") from error
             self.say(f"resume: {error}: so the records are read from the first on, and the ledger begins anew")
             self.stream = self._stream(self.stream.val_hashes)
             self.state.epoch = 0.0

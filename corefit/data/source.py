@@ -31,7 +31,7 @@ from corefit.data.block import (
 from corefit.data.encode import parts
 from corefit.data.files import changed, file_state, is_packed
 from corefit.data.jsonl import content_hash
-from corefit.errors import CorefitError, DataError, in_words
+from corefit.errors import CorefitError, DataError, PluginError, in_words, system_words
 from corefit.own import line_in, own_file
 from corefit.types import (
     BadRecord,
@@ -80,9 +80,35 @@ class Source:
 
     def read(self, start: Position | None = None) -> Iterator[Record | BadRecord]:
         """Give all records in file order; from ``start`` on where the reader can seek."""
-        if start is not None:
-            return self.reader.read(self.sources, self.reader_options, start=start)
-        return islice(self.reader.read(self.sources, self.reader_options), self.first)
+        found = read_by(self.reader, self.sources, self.reader_options, start)
+        return found if start is not None else islice(found, self.first)
+
+
+def read_by(
+    reader: DatasetReader, sources: Sources, options: object, start: Position | None = None
+) -> Iterator[Record | BadRecord]:
+    """Give the records of a reader; whatever it does wrong is its mistake, by name.
+
+    Raises:
+        DataError: a file can't be read. PluginError: the reader failed, or gave what is no record.
+    """
+    with _at_work(reader, sources):
+        for record in reader.read(sources, options) if start is None else reader.read(sources, options, start=start):
+            if not isinstance(record, Record | BadRecord):
+                raise TypeError(f"gave a {type(record).__name__}, expected Record or BadRecord")
+            yield record
+
+
+@contextmanager
+def _at_work(reader: DatasetReader, sources: Sources) -> Iterator[None]:
+    try:
+        yield
+    except (CorefitError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # a plugin doesn't end the process
+        if isinstance(error, OSError) and error.filename in map(str, sources.paths):
+            raise DataError(f"{error.filename}: can't be read: {system_words(error)}") from error
+        raise PluginError(f"reader {reader.name!r} failed: {in_words(error)}") from error
 
 
 def as_found(files: Sources) -> Sources:
@@ -385,7 +411,8 @@ class Input:
         kept: list[Record | BadRecord] | None = None
         known = not any(is_packed(path) for path in files.paths)
         if source.shuffle and reader.seekable and reader.index is not None:
-            self.table = reader.index(source.sources, source.reader_options)[: source.first]
+            with _at_work(reader, source.sources):
+                self.table = reader.index(source.sources, source.reader_options)[: source.first]
         elif source.shuffle or not weighed:
             if source.shuffle and not reader.seekable:
                 kept = list(source.read())
@@ -448,7 +475,8 @@ class Input:
         if self.kept is not None:
             return [self.kept[index] for index in indices]
         if reader.fetch is not None:
-            return reader.fetch(source.sources, source.reader_options, positions)
+            with _at_work(reader, source.sources):
+                return reader.fetch(source.sources, source.reader_options, positions)
         if reader.seekable:
             return [self._one(position) for position in positions]
         wanted = set(indices)

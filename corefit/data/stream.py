@@ -76,7 +76,10 @@ GROUP_BYTES = 2**20
 """A group of records is encoded as soon as it has so many bytes, however few records these are."""
 GROUPS_AHEAD = 2
 """Groups that each tokenising thread may be ahead of the training step, beside those that a step takes."""
-CHANGED = "the data, their order or what makes samples of them changed since the checkpoint was written"
+CHANGED = (
+    "the data, their order or what makes samples of them changed since the checkpoint was written, or a map function "
+    "doesn't give the same twice"
+)
 KNOWN_RECORDS = 8192
 """Records of each source that are taken at a time where they are encoded already; fewer at the start."""
 

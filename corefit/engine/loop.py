@@ -115,7 +115,7 @@ def train(
         NonFiniteError: the loss of a step was not finite, and what is saved is as if that step had not begun; or the
             gradients of 20 steps in a row were not. The weights are those before these steps.
         RunError: memory ran out, or another rank is gone; what is saved is as if that step had not begun.
-        CorefitError: what ``steps`` raised; the steps before it are saved.
+        CorefitError: what ``steps`` or ``lr_at`` raised; the steps before it are saved.
     """
     loss_fn.train()
     supply = iter(steps)
@@ -138,7 +138,11 @@ def train(
             break
         totals = Totals(*ranks.sum(*Totals.of(batches, ranks.rank)))
         progress = progress_at(state.step + 0.5, (state.epoch + totals.epoch) / 2, max_steps=max_steps, epochs=epochs)
-        lr, random = lr_at(progress), random_state(device)
+        try:
+            lr, random = lr_at(progress), random_state(device)
+        except CorefitError as error:  # a scheduler's
+            broken = error
+            break
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
         try:

@@ -339,6 +339,26 @@ def test_fewer_records_than_were_read_begin_at_the_first(here: Here):
     assert any("the records are read from the first on" in line for line in here.said), here.said
 
 
+def test_what_no_hash_sees_is_said_and_allowed_begins_at_the_first_record(here: Here):
+    (here.folder / "word.txt").write_text("one", "utf-8")
+    code = """
+import pathlib
+
+def f(row):
+    question, answer = row["text"].split("### Assistant: ")
+    answer += pathlib.Path("word.txt").read_text()
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+"""
+    (here.folder / "own.py").write_text(code, "utf-8")
+    run = here.train("train.max_steps=4", plugin="own.py:f", out=here.folder / "run").path
+    (here.folder / "word.txt").write_text("two and more", "utf-8")
+    words = "a map function doesn't give the same twice; --allow-changes goes on, with the records from the first on"
+    with pytest.raises(CorefitError, match=words):
+        here.goes_on(run, "train.max_steps=6")
+    here.goes_on(run, "train.max_steps=6", allow_changes=True)
+    assert [line for line in here.said if "so the records are read from the first on" in line]
+
+
 def test_rows_that_were_added_are_not_mixed_into_the_old_order(here: Here, run: Path, straight: Path):
     cut(run, 3)
     data = next(straight.parent.glob("rows.jsonl"))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_training import POISON_GRADIENT, POISON_LOSS, make_batch, make_run, make_steps
 
 from corefit.engine.loop import Every, LoopState, out_of_memory, progress_at, ran_out, take_step
-from corefit.errors import DataError, NonFiniteError, RunError
+from corefit.errors import DataError, NonFiniteError, PluginError, RunError
 
 
 def split(batch, sizes):
@@ -331,6 +331,18 @@ def test_a_signal_finishes_the_step_saves_and_says_why():
         checkpoint=Every(saved.append, 3),
     )
     assert (why, saved, len(run.reports)) == ("SIGINT", [3, 4], 4)
+
+
+def test_a_schedule_that_fails_midway_saves_what_was_trained_so_far():
+    def rate(progress):
+        if progress > 0.5:
+            raise PluginError("scheduler 'sad': no")
+        return 1e-2
+
+    run, saved = make_run(), list[int]()
+    with pytest.raises(PluginError, match="sad"):
+        run.train(make_steps(8), max_steps=8, lr_at=rate, checkpoint=Every(saved.append))
+    assert saved == [run.state.step] == [4]
 
 
 def test_data_that_can_not_be_read_on_saves_what_was_trained_so_far():

@@ -12,7 +12,7 @@ from corefit.data.source import items_of
 from corefit.errors import DataError, PluginError, RecipeError, UserError
 from corefit.fields import Fields
 from corefit.identity import identity
-from corefit.own import own_code, own_map_function
+from corefit.own import imported_by, own_code, own_map_function
 from corefit.prepare import Prepared, prepare, resolve
 from corefit.recipe import load_recipe, parse_recipe, to_toml
 from corefit.registry import Registry
@@ -64,6 +64,32 @@ join = " | "
 def test_a_function_of_a_module_without_a_file_is_one_too():
     assert own_code("builtins:dict") == ("builtins:dict", "no file")
     assert REGISTRY.provider("map function", "builtins:dict").version == "no file"
+
+
+@pytest.mark.parametrize("changed", ["helper_a.py", "helper_b.py", "helper_c/deep.py"])
+def test_what_the_code_of_a_map_function_imports_is_part_of_it(changed, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "helped.py").write_text(
+        "from helper_a import words\n\ndef f(row):\n    import helper_c.deep\n", "utf-8"
+    )
+    (tmp_path / "helper_a.py").write_text("import helper_b, json, numpy, nowhere_at_all\nwords = 1\n", "utf-8")
+    (tmp_path / "helper_b.py").write_text("import helper_a\n", "utf-8")
+    (tmp_path / "helper_c").mkdir()
+    (tmp_path / "helper_c" / "__init__.py").write_text("", "utf-8")
+    (tmp_path / "helper_c" / "deep.py").write_text("", "utf-8")
+    names = {path.name for path in imported_by([tmp_path / "helped.py"])}
+    assert names == {"helper_a.py", "helper_b.py", "__init__.py", "deep.py"}
+    file = tmp_path / "helped.py"
+    before = own_code(f"{file}:f")
+    assert own_code(f"{file}:f") == before
+    (tmp_path / changed).write_text((tmp_path / changed).read_text("utf-8") + "# more\n", "utf-8")
+    assert own_code(f"{file}:f")[1] != before[1]
+
+
+def test_what_another_distribution_installed_is_its_own_version_s_business(tmp_path):
+    (tmp_path / "m.py").write_text("import numpy, pytest, corefit\n", "utf-8")
+    assert imported_by([tmp_path / "m.py"]) == []
+    assert any(path.name == "__init__.py" for path in imported_by([tmp_path / "m.py"], also={"pluggy", "pytest"}))
 
 
 class TestFields:

@@ -17,7 +17,7 @@ from corefit.data.jsonl import content_hash, read_jsonl
 from corefit.data.ledger import Ledger
 from corefit.data.source import GROUP_RECORDS, Input, permutation
 from corefit.data.stream import GROUPS_AHEAD, Stream, encode_validation, split_validation
-from corefit.errors import CheckpointError, DataError, RecipeError
+from corefit.errors import CheckpointError, DataError, PluginError, RecipeError
 from corefit.types import Conversation, DatasetReader, Document, Drop, MapFunction, Message, Record
 
 
@@ -708,3 +708,39 @@ def test_an_interrupt_leaves_no_thread(tmp_path, threads):
                 raise KeyboardInterrupt
     gc.collect()
     assert not tokenising()
+
+
+def failing(what):
+    """Two records, then something that no reader should do."""
+
+    def read(sources, options, *, start=None):
+        yield from JSONL.read(sources, options)
+        if isinstance(what, BaseException):
+            raise what
+        yield what
+
+    return replace(JSONL, name="mine", read=read, index=None, fetch=None, seekable=False)
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        (OSError("net gone"), "reader 'mine' failed: OSError: net gone"),
+        (ValueError("bad page"), "reader 'mine' failed: ValueError: bad page"),
+        (SystemExit(3), "reader 'mine' failed: SystemExit: 3"),
+        ({"id": 1}, "reader 'mine' failed: TypeError: gave a dict, expected Record or BadRecord"),
+        (None, "reader 'mine' failed: TypeError: gave a NoneType, expected Record or BadRecord"),
+    ],
+)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_reader_that_fails_is_named(what, words, shuffle, tmp_path):
+    one = source(write_records(tmp_path / "f", [(1,), (2,)]), reader=failing(what), shuffle=shuffle)
+    with pytest.raises(PluginError, match=f"^{re.escape(words)}$"):
+        list(Stream([one], FakeEncoder(), max_length=32, held=1, algorithm="first_fit", epochs=1).steps(1, 1))
+
+
+def test_a_file_that_a_disk_refuses_is_named_and_the_steps_before_can_be_saved(tmp_path):
+    path = write_records(tmp_path / "f", [(1,), (2,)])
+    one = source(path, reader=failing(OSError(5, "Input/output error", str(path))))
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}: can't be read: input/output error$"):
+        list(Stream([one], FakeEncoder(), max_length=32, held=1, algorithm="first_fit", epochs=1).steps(1, 1))
