@@ -348,10 +348,10 @@ def _sources(
         mapper = registry.map_function(name)
     if reader.needs_path and not train:
         raise RecipeError(f"reader {reader.name!r} needs data.path; --data names it")
-    classes, where = (reader.options, mapper.options), "data.options"
+    classes, named = (reader.options, mapper.options), "data.options"
     reader_options, map_options = (
-        options_from(cls, share, where=where)
-        for cls, share in zip(classes, shares(entry.options, classes, where=where), strict=True)
+        options_from(cls, share, where=named)
+        for cls, share in zip(classes, shares(entry.options, classes, where=named), strict=True)
     )
     declared = None if mapper.fields is None else tuple(mapper.fields)
     ordered = Source(
@@ -377,6 +377,8 @@ def _sources(
         if Path("-") in val:
             raise RecipeError("val.data: standard input is no file, and can be read once only; give a file")
     held_out = dataclasses.replace(ordered, first=None, sources=as_found(Sources(val, limit, declared)))
+    if val and (other := _reader(entry.reader, mapper.name, registry, val)) is not reader:
+        held_out = dataclasses.replace(held_out, reader=other, reader_options=options_from(other.options, {}, where=named))
     return dataclasses.replace(ordered, shuffle=entry.shuffle), (held_out,) if val else (), lines, first
 
 

@@ -174,6 +174,17 @@ class Session:
             overlong=recipe.pack.overlong,
             pad_id=plan.tokenizer.pad_id,
         )
+        asked = {"checkpoint.keep_best": recipe.checkpoint.keep_best, "val.patience": recipe.val.patience}
+        unused = [key for key, on in asked.items() if on]
+        if plan.val_sources and recipe.val.records and not any(batch.n_supervised for batch in batches):
+            raise DataError(
+                f"val.data: no sample with a supervised token in {len(held_out):,} records; corefit inspect --data FILE "
+                "says why, --set val.records=0 trains without"
+            )
+        if (off or not batches) and unused:
+            self.say(f"{' and '.join(unused)}: nothing to go by, since there is no validation")
+        elif recipe.val.patience and not recipe.val.every_steps:
+            self.say("val.patience: nothing to go by but the end: val.every_steps says how often to validate")
         if off:
             self.say(f"validation: off ({off})")
         else:

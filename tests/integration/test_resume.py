@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from corefit import durable
 from corefit.cli import main
 from corefit.engine import checkpoint, evaluate
-from corefit.errors import CheckpointError, CorefitError, RecipeError, RunError
+from corefit.errors import CheckpointError, CorefitError, DataError, RecipeError, RunError
 from corefit.run import Run, train, train_from
 
 ROWS = "".join(
@@ -555,10 +555,28 @@ def test_a_recipe_with_brackets_in_its_name_finds_its_run(here: Here):
     assert any("is complete: nothing to do" in line for line in here.said)
 
 
-def test_validation_records_without_a_sample_are_said(here: Here):
+def test_validation_records_without_a_sample_are_refused(here: Here):
     Path("val.jsonl").write_text('{"text": "### Human: only a question"}\n', "utf-8")
-    here.train("val.data=val.jsonl", "train.max_steps=1", out="run")
-    assert "validation: 1 records, 0 samples" in here.said
+    with pytest.raises(DataError, match="val.data: no sample with a supervised token in 1 records"):
+        here.train("val.data=val.jsonl", "train.max_steps=1", out="run")
+    here.train("val.data=val.jsonl", "val.records=0", "train.max_steps=1", out="run")
+
+
+def test_what_goes_by_the_validation_says_where_there_is_none(here: Here):
+    here.train("val.records=0", "val.patience=2", "checkpoint.keep_best=true", "train.max_steps=1", out="a")
+    line = "checkpoint.keep_best and val.patience: nothing to go by, since there is no validation"
+    assert line in here.said
+    sets = [*(key for key in SETS if "val." not in key), "val.patience=2", "train.max_steps=1"]
+    train_from(None, {**here.flags, "out": "b"}, sets, say=here.said.append)
+    assert [said for said in here.said if said.startswith("val.patience: nothing to go by but the end")]
+    here.train("val.patience=2", "train.max_steps=1", out="c")
+    assert not [said for said in here.said if "nothing to go by" in said]
+
+
+def test_validation_files_of_another_kind_are_read_by_their_suffix(here: Here):
+    Path("val.csv").write_text("text\n### Human: hi### Assistant: yo\n", "utf-8")
+    run = here.train("val.data=val.csv", "train.max_steps=1", out="run")
+    assert any("val_loss" in row for row in run.metrics) and "validation: 1 records, 1 samples" in here.said
 
 
 def test_two_processes_never_train_in_one_folder(here: Here, run: Path):
