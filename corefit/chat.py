@@ -21,9 +21,11 @@ from corefit.terminal import Say, answer, notice, say
 from corefit.types import Message, Unrenderable
 
 if TYPE_CHECKING:
+    from corefit.data.encode import Encoder
     from corefit.data.tokenizer import Tokenizer
     from corefit.engine.checkpoint import Checkpoint
     from corefit.engine.evaluate import Decoding
+    from corefit.templates import PromptTemplate
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,12 @@ class Found:
     @property
     def tokenizer_folder(self) -> Path:
         """Where the tokenizer lies that training used: the base's where an adapter comes without one."""
-        own = any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-        return self.folder if own else self.base
+        return self.folder if self.carries_tokenizer else self.base
+
+    @property
+    def carries_tokenizer(self) -> bool:
+        """Whether a tokenizer lies beside the weights, with the Jinja of training's template."""
+        return any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
     def tokenizer(self) -> Tokenizer:
         """Load the tokenizer that training used."""
@@ -52,14 +58,37 @@ class Found:
 
         return Tokenizer.load(self.tokenizer_folder)
 
-    def stop_ids(self, tokenizer: Tokenizer) -> list[int]:
-        """Give the ids that end an answer: training's, else those of generation config and tokenizer."""
-        if self.facts.get("stop_ids"):
+    def template(self, tokenizer: Tokenizer, name: str | None = None) -> PromptTemplate:
+        """Give the template that is named, else that of training: by its name, or the Jinja beside the tokenizer.
+
+        Raises:
+            ModelError: nothing says how to write a conversation. PluginError: no such template.
+        """
+        from corefit.registry import Registry
+
+        registry = Registry.load()
+        if name:
+            return registry.template(name)
+        known, jinja = registry.templates.get(str(self.facts.get("template"))), tokenizer.chat_template
+        if known and (not self.carries_tokenizer or known.chat_template in (None, jinja)):
+            return known
+        if not tokenizer.chat_template:
+            raise ModelError(
+                f"{self.folder}: no chat template: nothing says how to write a conversation; --template NAME does"
+            )
+        return registry.template("tokenizer")
+
+    def stop_ids(self, tokenizer: Tokenizer, encoder: Encoder | None = None) -> list[int]:
+        """Give the ids that end an answer: training's, else those of generation config and tokenizer.
+
+        ``encoder``: of a template that they don't know.
+        """
+        if self.facts.get("stop_ids") and encoder is None:
             return list(self.facts["stop_ids"])
         path = self.base / "generation_config.json"
         stops = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
         ids = stops if isinstance(stops, list) else [stops, tokenizer.eos_id]
-        return sorted({id for id in ids if id is not None})
+        return sorted({id for id in (*ids, *(encoder.stop_ids if encoder else ())) if id is not None})
 
 
 def find(target: str | Path, *, model: str | None = None, trust_remote_code: bool = False, say: Say = notice) -> Found:
@@ -137,7 +166,8 @@ def find(target: str | Path, *, model: str | None = None, trust_remote_code: boo
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{target}: adapter_model.safetensors isn't whole ({error}); fetch it again") from error
     name = facts.get("base") or config.get("base_model_name_or_path") or ""
-    base = base_named(name)
+    here = model is None and not facts.get("base") and bool(name) and Path(name).expanduser().is_dir()
+    base = resolve(name) if here else base_named(name)  # another program's adapter may name a folder
     known = facts.get("base_fingerprint")
     if known and known != model_fingerprint(str(base)):
         say(f"{base}: not the files that this adapter was trained on (another fingerprint): answers may differ")
@@ -181,6 +211,7 @@ class Chatter:
         max_tokens: int = 512,
         decoding: Decoding | None = None,
         trust_remote_code: bool = False,
+        template: str | None = None,
         say: Say = notice,
     ) -> None:
         """Load ``target``: a run, adapter or model folder, or a hub name.
@@ -194,6 +225,7 @@ class Chatter:
             decoding: how tokens are chosen; None: greedily.
             trust_remote_code: run the Python files of the base. The recipe of a run folder, which may be anybody's,
                 doesn't decide it.
+            template: name of the prompt template; None: training's.
             say: takes notices, one line each.
 
         Raises:
@@ -207,16 +239,9 @@ class Chatter:
 
         self.found = find(target, model=model, trust_remote_code=trust_remote_code, say=say)
         self.tokenizer = self.found.tokenizer()
-        registry = Registry.load()
-        template = registry.templates.get(str(self.found.facts.get("template")))
-        if template is None or (template.chat_template or self.tokenizer.chat_template) != self.tokenizer.chat_template:
-            template = registry.template("tokenizer")  # the Jinja that the folder carries
-            if not self.tokenizer.chat_template:
-                raise ModelError(
-                    f"{target}: no chat template: nothing says how to write a conversation; train it first"
-                )
-        self.encoder = make_encoder(template, self.tokenizer)
-        self.stop_ids = frozenset(self.found.stop_ids(self.tokenizer))
+        self.encoder = make_encoder(self.found.template(self.tokenizer, template), self.tokenizer)
+        unknown = template or not self.found.carries_tokenizer
+        self.stop_ids = frozenset(self.found.stop_ids(self.tokenizer, self.encoder if unknown else None))
         self.max_tokens, self.decoding = max_tokens, decoding or GREEDY
         self._read = {True: Memory(), False: Memory()}  # with the adapter on, and off
         self._said: dict[str, tuple[int, ...]] = {}  # the ids of answers: their text may be encoded otherwise
@@ -226,7 +251,7 @@ class Chatter:
         self.quantizer = quantizer or (self.found.facts.get("quantizer", "none") if self.found.adapter else "none")
         self.model: Any = load_base(
             base,
-            quantizer=registry.quantizer(self.quantizer),
+            quantizer=Registry.load().quantizer(self.quantizer),
             compute_dtype=str(self.precision.compute_dtype).removeprefix("torch."),
             device=self.device,
             trust_remote_code=trust_remote_code,

@@ -212,6 +212,7 @@ def _parser() -> _Parser:
     chat.add_argument("--system", metavar="TEXT|NAME", help="a system message, or the map function whose own it is")
     chat.add_argument("--compare", action="store_true", help="answers with the adapter off and on")
     chat.add_argument("--model", metavar="PATH", help="the base model, where it moved")
+    chat.add_argument("--template", metavar="NAME", help="the prompt template, where an adapter doesn't say (XTuner's)")
     chat.add_argument("--quantizer", metavar="NAME", help="how to store the base weights (default: as in training)")
     chat.add_argument("--max-tokens", type=_whole(1), default=512, metavar="N", help="the longest answer (default 512)")
     chat.add_argument("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda, cuda:1")
@@ -253,6 +254,9 @@ def _parser() -> _Parser:
     merge.add_argument("target", metavar="RUN[@STEP]|ADAPTER")
     merge.add_argument("--out", required=True, metavar="DIR", help="the folder to write; must be new or empty")
     merge.add_argument("--model", metavar="PATH", help="the base model, where it moved")
+    merge.add_argument(
+        "--template", metavar="NAME", help="the prompt template, where an adapter doesn't say (XTuner's)"
+    )
     merge.add_argument(
         "--base",
         choices=["stored", "dequantised"],
@@ -426,7 +430,17 @@ def _chat(args: argparse.Namespace) -> int:
     decoding = {name: value for name in names if (value := getattr(args, name)) is not None}
     if {"top_k", "top_p", "seed"} & set(decoding):
         decoding.setdefault("temperature", 1.0)  # who sets these wants to sample
-    more = ("prompt", "system", "compare", "model", "quantizer", "max_tokens", "device", "trust_remote_code")
+    more = (
+        "prompt",
+        "system",
+        "compare",
+        "model",
+        "template",
+        "quantizer",
+        "max_tokens",
+        "device",
+        "trust_remote_code",
+    )
     chat_with(args.target, decoding=decoding, **{name: getattr(args, name) for name in more})
     return 0
 
@@ -443,7 +457,8 @@ def _eval(args: argparse.Namespace) -> int:
 def _merge(args: argparse.Namespace) -> int:
     from corefit.merge import merge
 
-    say(f"merged model: {merge(args.target, args.out, model=args.model, into=args.base)}")
+    merged = merge(args.target, args.out, model=args.model, into=args.base, template=args.template)
+    say(f"merged model: {merged}")
     return 0
 
 
@@ -464,7 +479,10 @@ def _safetensors(args: argparse.Namespace) -> int:
             raise UserError("--config makes an adapter folder: --out DIR names it")
         _, recipe = read_config(Path(args.config), [], Registry.load())
         lora, base = recipe.adapter, recipe.model.base
-        folder = to_adapter(args.target, args.out, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, base=base)
+        how: dict[str, Any] = dict(
+            r=lora.r, alpha=lora.alpha, dropout=lora.dropout, base=base, template=recipe.template.name
+        )
+        folder = to_adapter(args.target, args.out, **how)
         say(f"adapter: {folder}   train on: --set adapter.start={folder}   talk to it: corefit chat {folder}")
         return 0
     say(f"safetensors: {convert(args.target, args.out)}")

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from corefit import terminal
 from corefit.chat import Found, find
+from corefit.data.encode import make_encoder
 from corefit.data.tokenizer import Tokenizer
 from corefit.engine import export
 from corefit.engine.adapter import with_adapter
@@ -41,6 +42,7 @@ def merge(
     *,
     model: str | None = None,
     into: str = "stored",
+    template: str | None = None,
     measured: int = 2**29,
     say: Callable[[str], None] = terminal.say,
 ) -> Path:
@@ -52,6 +54,7 @@ def merge(
         model: the base model, where it isn't where training found it.
         into: what W is: ``"stored"``, the base's weights; ``"dequantised"``, these weights as training's quantizer
             rounded them, which is what the adapter was trained on.
+        template: name of the prompt template that training used, where the adapter doesn't say.
         measured: bytes of base weights up to which it is measured and said how far the answers are from those of the
             model that was trained, where its base was quantised: that loads the model twice.
         say: takes notices, one line each.
@@ -154,9 +157,15 @@ def merge(
         return weight
 
     tokenizer = found.tokenizer()
-    here = {"base": found.name, "fingerprint": model_fingerprint(str(base)), "chat_template": tokenizer.chat_template}
+    here: dict[str, Any] = {"base": found.name, "fingerprint": model_fingerprint(str(base))}
+    here |= {"chat_template": tokenizer.chat_template, "stop_ids": found.stop_ids(tokenizer)}
+    if template or (found.facts.get("template") and not found.carries_tokenizer):
+        encoder = make_encoder(found.template(tokenizer, template), tokenizer)
+        here |= {"chat_template": encoder.template.chat_template or tokenizer.chat_template}
+        here |= {"template": encoder.template.name, "stop": encoder.stop}
+        here |= {"stop_ids": found.stop_ids(tokenizer, encoder)}
     facts = export.Provenance.from_dict(
-        {"template": "tokenizer", "stop": (), **found.facts, **here, "stop_ids": found.stop_ids(tokenizer)},
+        {"template": "tokenizer", "stop": (), **found.facts, **here},
         base_folder=base,
         tokenizer_files=tokenizer.files(),
     )

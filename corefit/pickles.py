@@ -407,6 +407,7 @@ def to_adapter(
     alpha: int,
     dropout: float,
     base: str | None,
+    template: str | None = None,
     say: Callable[[str], None] = terminal.say,
 ) -> Path:
     """Write an adapter folder from a checkpoint of a training that saved LoRA weights under names of its own.
@@ -418,6 +419,7 @@ def to_adapter(
         alpha: the update is scaled by alpha / r.
         dropout: share of the inputs that was zeroed in training.
         base: name or folder of the base.
+        template: name of the prompt template of the training; ``chat`` and ``merge`` take it from there.
         say: takes notices, one line each.
 
     Raises:
@@ -450,7 +452,8 @@ def to_adapter(
         header = {name: {"dtype": t.dtype, "shape": list(t.size)} for name, t in sorted(entries.items())}
         read = lambda name: checkpoint.read(names[name])  # noqa: E731
         write_tensors(aside / "adapter_model.safetensors", header, read, {"format": "pt"})
-        write_files(aside, {"adapter_config.json": json_bytes(config)})
+        known = {"corefit.json": json_bytes({"kind": "adapter", "template": template})} if template else {}
+        write_files(aside, {"adapter_config.json": json_bytes(config), **known})
     say(f"{checkpoint.path.name} -> adapter_model.safetensors: LoRA r {r} on {len(lora):,} layers")
     return Path(out)
 

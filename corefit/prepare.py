@@ -378,7 +378,9 @@ def _sources(
             raise RecipeError("val.data: standard input is no file, and can be read once only; give a file")
     held_out = dataclasses.replace(ordered, first=None, sources=as_found(Sources(val, limit, declared)))
     if val and (other := _reader(entry.reader, mapper.name, registry, val)) is not reader:
-        held_out = dataclasses.replace(held_out, reader=other, reader_options=options_from(other.options, {}, where=named))
+        held_out = dataclasses.replace(
+            held_out, reader=other, reader_options=options_from(other.options, {}, where=named)
+        )
     return dataclasses.replace(ordered, shuffle=entry.shuffle), (held_out,) if val else (), lines, first
 
 

@@ -93,7 +93,8 @@ def evaluate(
         _write(out, "", "a")  # what the disk refuses it refuses before a model is loaded
         if new:
             Path(out).unlink()
-    chatter = Chatter(target, model=model, quantizer=flags.get("quantizer"), max_tokens=max_tokens, say=say)
+    named: dict[str, Any] = {name: flags.get(name) for name in ("quantizer", "template")}
+    chatter = Chatter(target, model=model, **named, max_tokens=max_tokens, say=say)
     written: list[Mapping[str, Any]] = []
     scores: list[Score] = []
     if rows:

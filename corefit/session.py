@@ -178,8 +178,8 @@ class Session:
         unused = [key for key, on in asked.items() if on]
         if plan.val_sources and recipe.val.records and not any(batch.n_supervised for batch in batches):
             raise DataError(
-                f"val.data: no sample with a supervised token in {len(held_out):,} records; corefit inspect --data FILE "
-                "says why, --set val.records=0 trains without"
+                f"val.data: no sample with a supervised token in {len(held_out):,} records; "
+                "corefit inspect --data FILE says why, --set val.records=0 trains without"
             )
         if (off or not batches) and unused:
             self.say(f"{' and '.join(unused)}: nothing to go by, since there is no validation")

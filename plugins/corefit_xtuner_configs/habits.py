@@ -32,7 +32,7 @@ HABITS = {
     "chat --visual-encoder": _IMAGES,
     "chat --image": _IMAGES,
     "chat --torch-dtype": "leave it out: fp16 or bf16 follows from the base and the device",
-    "chat --prompt-template": _CHAT,
+    "chat --prompt-template": "--template NAME; a run, and what `corefit safetensors --config` made, know their own",
     "chat --stop-words": _CHAT,
     "chat --system-template": "--system TEXT",
     "chat --bits": "--quantizer nf4 (4 bit) or --quantizer int8 (8 bit)",

@@ -150,7 +150,7 @@ def test_planted_code_is_not_run_by_any_command(tmp_path: Path) -> None:
         ),
         ("train c.py --launcher pytorch", "corefit train --launcher: `corefit launch -n GPUS ...`"),
         ("log-dataset c.py --show masked_text", "corefit log-dataset --show: leave it out"),
-        ("chat model --prompt-template internlm_chat", "corefit chat --prompt-template: `corefit chat RUN` takes"),
+        ("chat model --prompt-template internlm_chat", "corefit chat --prompt-template: --template NAME; a run, and"),
         ("chat model --bits 4", "corefit chat --bits: --quantizer nf4 (4 bit)"),
     ],
 )
@@ -233,6 +233,14 @@ def test_a_checkpoint_of_theirs_becomes_an_adapter_to_train_on(tmp_path: Path) -
     facts = json.loads((tmp_path / "old" / "adapter_config.json").read_text("utf-8"))
     assert (facts["r"], facts["lora_alpha"], facts["lora_dropout"]) == (RANK, 16, 0.1)
     assert facts["target_modules"] == ["down_proj", "gate_proj", "q_proj"] and facts["modules_to_save"] is None
+    said = corefit("chat", "old", "--prompt", "hi", "--max-tokens", "2", cwd=tmp_path)  # its base is where it was
+    assert said.returncode == 0, said.stderr
+    merged = corefit("merge", "old", "--out", "merged", cwd=tmp_path)
+    assert merged.returncode == 0, merged.stderr
+    assert json.loads((tmp_path / "merged" / "corefit.json").read_text("utf-8"))["template"] == "internlm_chat"
+    assert "<|User|>:" in (tmp_path / "merged" / "chat_template.jinja").read_text("utf-8")
+    other = corefit("merge", "old", "--template", "vicuna", "--out", "other", cwd=tmp_path)
+    assert other.returncode == 0 and "USER: " in (tmp_path / "other" / "chat_template.jinja").read_text("utf-8")
     sets = ("train.max_steps=1", "train.lr=1e-9", "sample.max_tokens=2", "run.threads=1", "val.share=0")
     text = config.read_text("utf-8").replace("load_from = None", "load_from = 'epoch_3.pth'")
     config.write_text(text, "utf-8")
