@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from corefit.errors import RecipeError, system_words
 
 
 def sync(path: Path) -> None:
@@ -117,6 +120,45 @@ def claim(folder: Path) -> int | None:
         os.close(handle)
         return None
     return handle
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make a run folder, and hold its lock.
+
+    Raises:
+        RecipeError: another process trains in it, or it can't be written.
+    """
+    try:
+        make_folder(folder)
+        lock = claim(folder)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except BlockingIOError:
+        raise RecipeError(f"run.out: {folder}: another process is training in it") from None
+    except OSError as error:
+        raise RecipeError(f"run.out: {folder}: can't be written: {system_words(error)}") from error
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def check_place(folder: Path) -> None:
+    """Find out, before what takes time, whether a run can be written there; leave everything as it was.
+
+    Raises:
+        RecipeError: as ``claimed``.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with claimed(folder):
+            pass
+    finally:
+        for path in new:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def held(folder: Path) -> bool | None:

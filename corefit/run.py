@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corefit import __version__, terminal
-from corefit.durable import make_folder, read_json, write_whole
+from corefit.durable import check_place, make_folder, read_json, write_whole
 from corefit.errors import RecipeError, RunError, system_words
 from corefit.identity import LIMITS, identity, strange_changes, without_out
 from corefit.interrupts import Interrupts
@@ -84,7 +84,11 @@ def _new_folder(recipe: Recipe, name: str, *, fork: bool) -> Path:
     """Give the folder of a new run, which does not exist or is empty yet; ``fork``: or a fork was killed in it."""
     if recipe.run.out:
         out = Path(recipe.run.out)
-        if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (fork and (out / FORKING).is_file())):
+        try:
+            full = out.is_file() or (out.is_dir() and any(out.iterdir()))
+        except OSError as error:  # a name that is too long, a folder that is shut
+            raise RecipeError(f"run.out: {out}: can't be written: {system_words(error)}") from error
+        if full and not (fork and (out / FORKING).is_file()):
             raise RecipeError(
                 f"--out {str(out)!r} is there and not empty; --resume continues it, another name starts anew"
             )
@@ -310,6 +314,8 @@ def _train(
         say(line)
     if changes:
         say(f"resume: changed since: {words(changes)}")
+    if not aside:
+        check_place(folder)
     from corefit.session import Session
 
     how: dict[str, Any] = dict(try_micro_batch=tries, allow_changes=allow_changes)

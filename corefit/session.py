@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import os
 import platform
 import random
 import shlex
@@ -26,7 +25,7 @@ from corefit.data.block import LENGTH, fit
 from corefit.data.ledger import Ledger
 from corefit.data.source import encode_items, items_of, map_record
 from corefit.data.stream import Source, Stream, encode_validation, packs_at_once, split_validation
-from corefit.durable import claim, make_folder, read_json, sync, write_whole
+from corefit.durable import claimed, make_folder, read_json, sync, write_whole
 from corefit.engine import adapter, attention, checkpoint, evaluate, export, memory, model
 from corefit.engine.loop import Every, LoopState, autocast, train, try_out
 from corefit.engine.loss import CausalLoss, offloaded
@@ -385,7 +384,7 @@ class Session:
 
         ``identity``: what must not change unnoticed until the run ends; ``changes``: (key, before, now) of it, allowed.
         """
-        with self._claimed():
+        with claimed(self.folder):
             if not resuming and (self.folder / "run.json").exists():
                 raise RecipeError(f"run.out: {self.folder}: another process began a run in it meanwhile")
             saved = self._saved(changes) if resuming else None
@@ -507,22 +506,6 @@ class Session:
             raise PluginError(f"{asked}: {in_words(error)}") from error
         return self.recipe.train.lr * factor
 
-    @contextlib.contextmanager
-    def _claimed(self) -> Iterator[None]:
-        """Make the run folder, and hold its lock."""
-        try:
-            make_folder(self.folder)
-            lock = claim(self.folder)
-        except BlockingIOError:
-            raise RecipeError(f"run.out: {self.folder}: another process is training in it") from None
-        except OSError as error:
-            raise RecipeError(f"run.out: {self.folder}: can't be written: {system_words(error)}") from error
-        try:
-            yield
-        finally:
-            if lock is not None:
-                os.close(lock)
-
     def _saved(self, changes: Sequence[tuple[str, str, str]]) -> checkpoint.Checkpoint | None:
         """Give the newest whole checkpoint and put stream and loop where it left them; None: there is none."""
         newest, torn = checkpoint.newest_whole(self.folder / "checkpoints")
@@ -587,14 +570,7 @@ class Session:
         # that of the checkpoints there are: were this run killed before its first, they would seem to be of another one
         self.facts["identity"] = identity if saved is None else was.get("identity", identity)
         try:
-            write_whole(self.folder / "recipe.toml", to_toml(without_out(self.recipe)).encode())
-            for source in self.plan.sources:
-                if (code := own_file(source.map_function.name)) and code.is_file():
-                    write_whole(self.folder / code.name, code.read_bytes())
-            self._write_run("running")
-            self.metrics = JsonLines(self.folder / "metrics.jsonl", keep=self.lengths["metrics.jsonl"])
-            self.samples = JsonLines(self.folder / "samples.jsonl", keep=self.lengths["samples.jsonl"])
-            sync(self.folder)
+            self._write_files()
         except OSError as error:
             raise RecipeError(f"run.out: {self.folder}: can't be written: {system_words(error)}") from error
         for file in (self.metrics, self.samples):
@@ -616,6 +592,28 @@ class Session:
                 lengths=self.sample_lengths,
             )
         )
+
+    def _write_files(self) -> None:
+        """Write what says what the run is, and open the files that grow."""
+        write_whole(self.folder / "recipe.toml", to_toml(without_out(self.recipe)).encode())
+        for source in self.plan.sources:
+            if (code := own_file(source.map_function.name)) and code.is_file():
+                write_whole(self.folder / code.name, code.read_bytes())
+        self._write_run("running")
+        self.metrics = JsonLines(self.folder / "metrics.jsonl", keep=self.lengths["metrics.jsonl"])
+        self.samples = JsonLines(self.folder / "samples.jsonl", keep=self.lengths["samples.jsonl"])
+        sync(self.folder)
+
+    def _keep_folder(self) -> None:
+        """Where somebody removed or renamed the run folder meanwhile, begin its files anew, with a word."""
+        if not (self.folder / "recipe.toml").is_file():
+            notice(f"{self.folder}: removed while the run wrote to it; what was in it is gone, the run goes on")
+            self.metrics.close()
+            self.samples.close()
+            self.lengths = dict.fromkeys(self.lengths, 0)
+            with contextlib.suppress(OSError, RunError):  # whoever writes next says it
+                make_folder(self.folder)
+                self._write_files()
 
     def _write(self, file: JsonLines, value: object) -> None:
         """Append a line; what the disk refuses is said once and written later."""
@@ -707,6 +705,7 @@ class Session:
     def _save(self, step: int) -> None:
         """Write a checkpoint; where the disk refuses, say so and go on."""
         began, report = time.perf_counter(), partial(CheckpointReport, step=step)
+        self._keep_folder()
         try:
             path = checkpoint.save(
                 self.folder / "checkpoints",
@@ -774,6 +773,7 @@ class Session:
 
     def _export(self) -> None:
         """Write ``adapter/``, or ``model/`` after full fine-tuning."""
+        self._keep_folder()
         name = "model" if self.recipe.adapter.kind == "none" else "adapter"
         try:
             with self.ranks.gathering(self.parameters) as trained:

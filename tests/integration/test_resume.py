@@ -25,6 +25,7 @@ from corefit.cli import main
 from corefit.engine import checkpoint, evaluate
 from corefit.errors import CheckpointError, CorefitError, DataError, RecipeError, RunError
 from corefit.run import Run, train, train_from
+from corefit.session import Session
 
 ROWS = "".join(
     json.dumps({"text": f"### Human: What is {i}?### Assistant: It is number {i}, {'really ' * (i % 7)}so."}) + "\n"
@@ -577,6 +578,45 @@ def test_validation_files_of_another_kind_are_read_by_their_suffix(here: Here):
     Path("val.csv").write_text("text\n### Human: hi### Assistant: yo\n", "utf-8")
     run = here.train("val.data=val.csv", "train.max_steps=1", out="run")
     assert any("val_loss" in row for row in run.metrics) and "validation: 1 records, 1 samples" in here.said
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed"])
+def test_a_run_folder_that_goes_meanwhile_is_begun_anew_with_a_word(here: Here, monkeypatch, capsys, how: str):
+    validate = Session._validate
+
+    def vanishing(self: Session, step: int) -> None:
+        validate(self, step)
+        if step == 4:
+            shutil.rmtree(self.folder) if how == "removed" else self.folder.rename("elsewhere")
+
+    monkeypatch.setattr(Session, "_validate", vanishing)
+    run = here.train(out="run").path
+    assert "run: removed while the run wrote to it; what was in it is gone, the run goes on" in capsys.readouterr().err
+    assert [row["step"] for row in Run(run).metrics if "loss" in row][0] > 4 and Run(run).ledger["balanced"]
+    assert (run / "recipe.toml").is_file() and Run(run).chat("hi", max_tokens=2) is not None
+    assert json.loads((run / "run.json").read_text("utf-8"))["status"] == "complete"
+    monkeypatch.undo()
+    monkeypatch.chdir(here.folder)
+    here.goes_on(run, "train.epochs=3")
+
+
+def test_a_place_that_cant_be_written_or_is_in_use_is_known_before_a_model_is_loaded(
+    here: Here, run: Path, monkeypatch
+):
+    monkeypatch.setattr("corefit.session.Session.__init__", lambda *_, **more: pytest.fail("began to load"))
+    handle = durable.claim(run)
+    try:
+        with pytest.raises(RecipeError, match="another process is training in it"):
+            here.goes_on(run, "train.epochs=3")
+    finally:
+        os.close(handle)
+    Path("file").write_text("", "utf-8")
+    for place in ("file/run", "/proc/run", "a" * 300):
+        with pytest.raises(RecipeError, match="run.out: .*: can't be written: "):
+            here.train(out=place)
+    with pytest.raises(BaseException, match="began to load"):
+        here.train(out="new/run")
+    assert not Path("new").exists()
 
 
 def test_two_processes_never_train_in_one_folder(here: Here, run: Path):
