@@ -138,12 +138,25 @@ class _Parser(argparse.ArgumentParser):
         elif rest:
             flag = rest[0].split("=")[0]
             known = [s for s in getattr(parsed, "flags", ()) if s.startswith("--")]
+            if key := _recipe_key(flag) if "--set" in known else "":
+                raise UserError(
+                    f"corefit {parsed.verb}: no flag {flag!r}; it is a key of the recipe: --set {key}=VALUE"
+                )
             if flag.startswith("-"):
                 raise UserError(f"corefit {parsed.verb}: {unknown('flag', flag, known)}")
             raise UserError(
                 f"corefit {parsed.verb}: nothing expects {flag!r}; corefit {parsed.verb} --help lists what there is"
             )
         return parsed
+
+
+def _recipe_key(flag: str) -> str:
+    """Give the recipe's key for a flag of its name, or of another program's; empty: there is none."""
+    from corefit.recipe import Recipe, flat
+
+    word = flag.lstrip("-").replace("-", "_") if flag.startswith("--") else ""
+    word = {"learning_rate": "lr", "num_train_epochs": "epochs", "max_seq_length": "max_length"}.get(word, word)
+    return next((key for key in flat(Recipe()) if key.count(".") == 1 and key.rpartition(".")[2] == word), "")
 
 
 _ALIASES = ("list-cfg", "copy-cfg", "log-dataset", "check-custom-dataset", "list-dataset-format")
@@ -493,9 +506,12 @@ def _recipes(args: argparse.Namespace) -> int:
     from corefit import zoo
 
     pattern = args.pattern or args.p or ""
-    for name in zoo.matching(pattern, zoo.names()):
+    found = zoo.matching(pattern, zoo.names())
+    for name in found:
         say(f"{name}  {zoo.summary(name)}")
     rest = zoo.matching(pattern, zoo.excluded())
+    if not found and not rest:
+        notice(f"no recipe matches {pattern!r}")
     for name in rest if args.all else ():
         say(f"{name}  can't run: {zoo.excluded()[name]}")
     if rest and not args.all:

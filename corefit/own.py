@@ -121,6 +121,8 @@ def _module(name: str) -> tuple[ModuleType, str]:
         words = " ".join(f"{type(error).__name__}: {error}".split())
         line = error.lineno if isinstance(error, SyntaxError) else line_in(place, error)
         hint = "" if file else f"; a file of your own is {place}.py:{name.rpartition(':')[2]}"
+        if file and isinstance(error, ModuleNotFoundError) and (file.parent / f"{error.name}.py").is_file():
+            hint = f"; the file is run by itself, without its folder: PYTHONPATH={file.parent} finds what it imports"
         raise PluginError(f"{place}{f':{line}' if line else ''}: importing it raised {words}{hint}") from error
 
 

@@ -59,6 +59,8 @@ from corefit.zoo import named_recipe
 EMBEDDED = Path(__file__).parent / "embedded"
 SNIFFED = 32
 """Records looked at when no map function is named."""
+ASKED, ANSWERED = ("prompt", "question", "instruction", "query"), ("completion", "answer", "output", "response")
+"""Names of fields that most likely hold a question, and an answer."""
 FIELDS = "fields"
 """Name of the map function that ``[data.fields]`` describes."""
 OTHER_LORA = (
@@ -441,10 +443,13 @@ def _fitting(records: Sequence[Record], registry: Registry) -> str:
     """Give words about what could read the first record: what recognises it, else what makes something of it."""
     fits = _recognised(records[:1], registry)[0]
     for name, function in () if fits else registry.map_functions.items():
-        with contextlib.suppress(Exception):
-            fits += [name] if any(not isinstance(item, Drop) for item in function.map(records[0], None)) else []
+        with contextlib.suppress(Exception):  # one that says what somebody's assistant is fits nobody else
+            items = [] if function.system else list(function.map(records[0], None))
+            fits += [name] if any(not isinstance(item, Drop) for item in items) else []
     words = f"--plugin {' or '.join(fits)} fits; " if fits else ""
-    return f"{words}[data.fields] says which field is what (--set data.fields.user=KEY data.fields.assistant=KEY); "
+    user, assistant = (next((key for key in keys if key in records[0]), "KEY") for keys in (ASKED, ANSWERED))
+    how = f"--set data.fields.user={user} data.fields.assistant={assistant}"
+    return f"{words}[data.fields] says which field is what ({how}); "
 
 
 def _keys(records: Sequence[Record]) -> str:

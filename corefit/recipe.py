@@ -42,7 +42,7 @@ class Unit(NamedTuple):
 
 
 Text = Annotated[str, Is("that is not empty", bool)]
-Count = Annotated[int, Is(">= 1", lambda n: n >= 1)]
+Count = Annotated[int, Is(">= 1", lambda n: 1 <= n < 2**63)]
 CountOrOff = Annotated[int, Is(">= 0", lambda n: n >= 0)]
 Positive = Annotated[float, Is("> 0", lambda x: x > 0)]
 PositiveOrOff = Annotated[float, Is(">= 0", lambda x: x >= 0)]
@@ -112,7 +112,7 @@ class Data:
     """Records to use, from the start; None: all."""
     on_bad: Literal["error", "skip"] = "error"
     """A record that can't be read ends the run, or is counted and skipped."""
-    max_record_mb: Annotated[Count, Unit("MiB")] = 64
+    max_record_mb: Annotated[int, Is(">= 1 and <= 2**20", lambda n: 1 <= n <= 2**20), Unit("MiB")] = 64
     """MiB a record may have."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the reader and of the map function."""
@@ -136,7 +136,7 @@ class Template:
 class Pack:
     """How samples fill packs."""
 
-    max_length: Annotated[int, Is(">= 8", lambda n: n >= 8), Unit("tokens")] = 2048
+    max_length: Annotated[int, Is(">= 8 and <= 2**24", lambda n: 8 <= n <= 2**24), Unit("tokens")] = 2048
     """Tokens (slots) in a pack."""
     algorithm: Literal["first_fit", "first_fit_decreasing", "best_fit_decreasing"] = "first_fit_decreasing"
     """How samples are placed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -77,9 +78,9 @@ def runs(folder: str = "runs", *, sort: str = "started", as_json: bool = False) 
         loss = "" if line.best_loss is None else f"{line.best_loss:.4f}{'' if line.best_of == 'validation' else ' *'}"
         model = shortened(visible(Path(line.model or "").name), WIDEST)
         data = shortened(visible(", ".join(Path(name).name for name in line.data)), WIDEST)
-        started = (line.started or "")[:16].replace("T", " ")
+        started = visible(line.started or "")[:16].replace("T", " ")
         steps = "" if line.steps is None else f"{line.steps:,}"
-        rows.append((visible(line.run), line.state, started, model, data, steps, loss))
+        rows.append((visible(line.run).replace("\n", "\\n"), line.state, started, model, data, steps, loss))
     for text in columns(rows, right=(5, 6)):
         write(text)
     for line in found:
@@ -139,9 +140,9 @@ def _metrics(path: Path) -> tuple[int | None, list[float], list[float]]:
     losses, validation = list[float](), list[float]()
     with contextlib.suppress(OSError):  # a folder that is shut
         for line in objects(path):
-            if isinstance(loss := line.get("loss"), float):
+            if isinstance(loss := line.get("loss"), float) and math.isfinite(loss):
                 losses.append(loss)
-            if isinstance(loss := line.get("val_loss"), float):
+            if isinstance(loss := line.get("val_loss"), float) and math.isfinite(loss):
                 validation.append(loss)
             if "loss" in line and isinstance(step := line.get("step"), int):
                 steps = step

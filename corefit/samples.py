@@ -201,8 +201,8 @@ def look(plan: Prepared) -> Iterator[tuple[Source, list[Record | BadRecord], Blo
             anyhow = dataclasses.replace(anyhow, shuffle=False)  # a run unpacks such files first
         records = (record for _, record in Input(number, anyhow, plan.recipe.train.seed, []).read(0, At()))
         while group := list(islice(records, 64)):
-            rows = [record_row(0, i, record, 0, 0) for i, record in enumerate(group)]
-            block = encode_records([anyhow], group, rows, plan.encoder, names=("",))
+            rows = [record_row(0, i, record, 0, i) for i, record in enumerate(group)]
+            block = encode_records([anyhow], group, rows, plan.encoder, names=[record.path for record in group])
             yield source, group, fit(block, plan.recipe.pack.max_length, plan.recipe.pack.overlong)
 
 

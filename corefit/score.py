@@ -298,7 +298,8 @@ def _answers(chatter: Chatter, rows: Iterator[tuple[Source, Record | BadRecord]]
 
 def _table(first: str, what: str, scores: Sequence[Score], words: Callable[[float], str]) -> str:
     """Give a table: a line a score, base and tuned beside each other where there is a base."""
-    rows = [(first, "records", f"base {what}", f"tuned {what}", "difference")]
+    tuned = f"tuned {what}" if any(score.base is not None for score in scores) else what
+    rows = [(first, "records", f"base {what}", tuned, "difference")]
     for score in scores:
         pair = ("", "") if score.base is None else (words(score.base), f"{score.tuned - score.base:+.4f}")
         rows.append((score.what, f"{score.records:,}", pair[0], words(score.tuned), pair[1]))

@@ -720,12 +720,13 @@ class _Reading:
             raise RecipeError(f"{function.where}: {name} {_IMAGES}")
         else:
             what, how = in_words(function), "--plugin names the format"
-            form = "as a function of (record, options) that yields conversations"
             if isinstance(function.data, Own):
-                how = f"copy it into my_format.py, {form}, and add --plugin my_format.py:{function.data.name}"
+                how = f"copy it, as it is, into my_format.py, and add --plugin my_format.py:{function.data.name}"
             elif isinstance(function.data, Symbol):
                 module, _, called = function.data.path.rpartition(".")
-                what, how = f"{path}, which is never imported", f"write it {form}, --plugin {module}:{called}"
+                file = self.config.path.parent.joinpath(*module.split(".")).with_suffix(".py")
+                place = str(file) if file.is_file() else module
+                what, how = f"{path}, which is never imported", f"--plugin {place}:{called} takes it as it is"
             self.lack(key, function.where, f"dataset_map_fn is {what}; {how}")
 
     def template(self, function: Value | None) -> None:

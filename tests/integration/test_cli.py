@@ -67,6 +67,9 @@ def test_help_shows_the_verbs_in_the_order_of_their_use(tmp_path: Path) -> None:
         (["trian"], ["'trian'", "did you mean 'train'?"]),
         (["train", "--modle", "x"], ["'--modle'", "did you mean '--model'?"]),
         (["train", "--set", "train.epoch=1"], ["train.epoch=1", "did you mean 'epochs'?"]),
+        (["train", "--learning-rate", "1e-4"], ["'--learning-rate'", "a key of the recipe: --set train.lr=VALUE"]),
+        (["inspect", "--max-length=9"], ["no flag '--max-length'", "--set pack.max_length=VALUE"]),
+        (["train", "--set", "pack.max_length=20000000"], ["pack.max_length: found 20000000; expected"]),
         (["train", "--set", "train.epochs=many"], ["train.epochs=many"]),
         (["train", "--set", "train.lr=-1"], ["train.lr=-1"]),
         (["train", "--template", "internlm_chta", "--plugin", "oasst1"], ["'internlm_chta'", "'internlm_chat'"]),
@@ -252,10 +255,11 @@ def test_inspect_names_a_record_that_is_too_long_where_that_is_an_error(
     tmp_path: Path, data: Path, tiny_tokenizer: Path
 ) -> None:
     more = ["--template", "internlm_chat", "--set", "pack.overlong=error", "pack.max_length=30"]
-    done = corefit("inspect", "--json", "--data", data, "--tokenizer", tiny_tokenizer, *more, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"corefit: error: {data}:1: ")
-    assert "pack.max_length is 30" in done.stderr
+    for how in (["--json"], []):
+        done = corefit("inspect", *how, "--data", data, "--tokenizer", tiny_tokenizer, *more, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"corefit: error: {data}:1: ")
+        assert "pack.max_length is 30" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -316,6 +317,7 @@ class TestOwn:
             ("x = 1\ny = = 2\n", "my_format.py:f", "my_format.py:2: importing it raised SyntaxError: invalid syntax"),
             ("\nimport nowhere_to_be\n", "my_format.py:f", "my_format.py:2: importing it raised ModuleNotFoundError"),
             ("raise SystemExit(3)\n", "my_format.py:f", "my_format.py:1: importing it raised SystemExit: 3"),
+            ("import beside\n", "my_format.py:f", "the file is run by itself, without its folder: PYTHONPATH=/"),
             (OWN, "other.py:f", "other.py: no such file or directory; --plugin FILE.py:FUNCTION names a file"),
             (OWN, "nowhere_to_be:f", "nowhere_to_be: importing it raised ModuleNotFoundError"),
             (OWN, "nowhere_to_be:f", "; a file of your own is nowhere_to_be.py:f"),
@@ -326,6 +328,8 @@ class TestOwn:
     ):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "my_format.py").write_text(code, "utf-8")
+        (tmp_path / "beside.py").write_text("", "utf-8")
+        monkeypatch.setattr("sys.path", [path for path in sys.path if path])  # as that of the installed command is
         assert words in refused(PluginError, tiny_tokenizer, data(tmp_path), plugin=name)
 
     def test_its_code_is_part_of_what_a_run_is_and_its_folder_is_not(self, tmp_path, tiny_tokenizer, own):
@@ -356,7 +360,13 @@ class TestWrongFormat:
             ("openai", ALPACA, "not_a_list", "input, instruction, output", "alpaca fits"),
             ("oasst1", ALPACA, "not_oasst1", "input, instruction, output", "alpaca fits"),
             ("conversation", SHAREGPT, "not_a_list", "conversations", "sharegpt fits"),
-            ("alpaca", LAWYER, "missing_field", "answer, question", "law_reference fits"),
+            (
+                "alpaca",
+                LAWYER,
+                "missing_field",
+                "answer, question",
+                "data.fields.user=question data.fields.assistant=answer",
+            ),
             (
                 "alpaca",
                 [{"x": 1}],
@@ -377,7 +387,11 @@ class TestWrongFormat:
     def test_an_unnamed_format_that_nobody_recognises_says_what_could_read_it(self, tmp_path, tiny_tokenizer):
         said = refused(DataError, tiny_tokenizer, data(tmp_path, LAWYER))
         assert "no installed plugin knows this format (keys: answer, question)" in said
-        assert "--plugin law_reference fits; [data.fields] says which field is what" in said
+        # not law_reference, which would put its lawyer's system message before every question
+        assert "known" not in said.partition("recognise: ")[2] and "law_reference" not in said
+        assert (
+            "[data.fields] says which field is what (--set data.fields.user=question data.fields.assistant=ans" in said
+        )
 
     def test_a_format_that_fits_with_rows_that_are_no_use_is_not_the_wrong_one(self, tmp_path, tiny_tokenizer):
         path = data(tmp_path, [{**ALPACA[0], "output": ""}] * 3 + ALPACA)

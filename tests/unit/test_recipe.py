@@ -163,7 +163,7 @@ max_length = 4
     assert lines[6].endswith('data.shuffle: found "yes"; expected true or false')
     assert "no section 'modle'; did you mean 'model'?" in lines[7]
     assert "pack.overlong: no choice 'trunkate'; did you mean 'truncate'?" in lines[8]
-    assert lines[9].endswith("pack.max_length: found 4; expected a whole number >= 8")
+    assert lines[9].endswith("pack.max_length: found 4; expected a whole number >= 8 and <= 2**24")
 
 
 def test_a_key_of_another_section_is_pointed_out():

@@ -47,6 +47,8 @@ def test_the_best_loss_is_the_validations_where_there_is_one(tmp_path: Path) -> 
     line = look(write_run(tmp_path / "a"))
     assert (line.steps, line.best_loss, line.best_of) == (2, 2.0, "training")
     more = '{"step": 1, "loss": 0.5}\n{"step": 1, "val_loss": 1.5}\n{"step": 2, "loss": null}\n{"step": 2, "val_loss"'
+    nan = look(write_run(tmp_path / "c", metrics='{"step": 1, "loss": NaN}\n{"step": 1, "loss": 2.5}\n'))
+    assert nan.best_loss == 2.5
     line = look(write_run(tmp_path / "b", metrics=more))
     assert (line.steps, line.best_loss, line.best_of) == (2, 1.5, "validation")
 
@@ -74,7 +76,7 @@ def test_damaged_and_half_written_folders_are_lines(
 
 def test_wide_characters_align_and_a_terminal_obeys_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "运行一", model={"base": "上海/书生浦语"})
-    write_run(tmp_path / "b\x1b[2J", data=[{"path": "数据" * 40 + ".jsonl"}])
+    write_run(tmp_path / "b\x1b[2J", data=[{"path": "数据" * 40 + ".jsonl"}], started="\x1b[31m2026-01-02T03:04")
     runs(str(tmp_path))
     out = capsys.readouterr().out
     lines = out.splitlines()[:3]
