@@ -91,6 +91,8 @@ def own_map_function(name: str, others: Mapping[str, MapFunction]) -> MapFunctio
         there = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
         raise PluginError(f"{place}: {unknown('function', word, there)}")
 
+    if inspect.iscoroutinefunction(function):
+        raise PluginError(f"{place}: {word} is async; expected a plain function that gives what it makes")
     more = (None,) * (_arguments(function) - 1)  # options, where it is written as a plugin's
 
     def to_items(record: Record, options: object = None) -> list[Item | Drop]:

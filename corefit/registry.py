@@ -238,6 +238,8 @@ class Registry:
         if name in entries:
             return entries[name]
         message = unknown(kind, name, entries)
+        if name.endswith(".py"):
+            message = f"{name}: a file of your own is named with its function, {name}:FUNCTION"
         if broken:
             reasons = "; ".join(f"{info}: {info.error}" for info in broken)
             raise PluginError(f"{message}; a broken plugin may have had it: {reasons}") from broken[0].cause

@@ -258,7 +258,7 @@ def test_inspect_names_a_record_that_is_too_long_where_that_is_an_error(
     for how in (["--json"], []):
         done = corefit("inspect", *how, "--data", data, "--tokenizer", tiny_tokenizer, *more, cwd=tmp_path)
         assert done.returncode == 2
-        assert done.stderr.startswith(f"corefit: error: {data}:1: ")
+        assert re.match(f"corefit: error: {data}:[12]: ", done.stderr)  # without --json in any order
         assert "pack.max_length is 30" in done.stderr
 
 

@@ -318,6 +318,8 @@ class TestOwn:
             ("\nimport nowhere_to_be\n", "my_format.py:f", "my_format.py:2: importing it raised ModuleNotFoundError"),
             ("raise SystemExit(3)\n", "my_format.py:f", "my_format.py:1: importing it raised SystemExit: 3"),
             ("import beside\n", "my_format.py:f", "the file is run by itself, without its folder: PYTHONPATH=/"),
+            ("async def f(row): ...\n", "my_format.py:f", "my_format.py: f is async; expected a plain function"),
+            (OWN, "my_format.py", "my_format.py: a file of your own is named with its function, my_format.py:FUNCTION"),
             (OWN, "other.py:f", "other.py: no such file or directory; --plugin FILE.py:FUNCTION names a file"),
             (OWN, "nowhere_to_be:f", "nowhere_to_be: importing it raised ModuleNotFoundError"),
             (OWN, "nowhere_to_be:f", "; a file of your own is nowhere_to_be.py:f"),
