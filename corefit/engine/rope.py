@@ -60,7 +60,7 @@ def _by_document(
     def turned(positions: Tensor) -> Any:  # noqa: ANN401
         if kind == "dynamic":  # as if nothing had been read before
             setattr(rotary, f"{prefix}max_seq_len_cached", trained)
-            setattr(rotary, f"{prefix}inv_freq", getattr(rotary, f"{prefix}original_inv_freq").to(x.device))
+            setattr(rotary, f"{prefix}inv_freq", getattr(rotary, f"{prefix}original_inv_freq").to(x.device, copy=True))
         return plain(x, positions, **more)
 
     if position_ids.shape[-1] <= trained:  # a single document, or none that is longer

@@ -28,13 +28,14 @@ def called(function: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch)
 def test_chat_passes_on_what_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     decoding = ["--temperature", "0.5", "--top-k", "9", "--top-p", "0.25", "--repetition-penalty", "1.5", "--seed", "3"]
     where = ["--model", "base", "--quantizer", "int8", "--device", "cpu", "--trust-remote-code", "--max-tokens", "7"]
-    asked = ["--prompt", "hi", "--system", "Be brief.", "--compare"]
+    asked = ["--prompt", "hi", "--system", "Be brief.", "--compare", "--template", "vicuna"]
     args, more = called("corefit.chat.chat_with", ["chat", "run@5", *decoding, *where, *asked], monkeypatch)
     assert args == ("run@5",)
     assert more == dict(
         prompt="hi",
         system="Be brief.",
         compare=True,
+        template="vicuna",
         model="base",
         quantizer="int8",
         max_tokens=7,

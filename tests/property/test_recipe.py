@@ -88,7 +88,7 @@ recipes = st.builds(
             repeat=counts,
             first=maybe(counts),
             on_bad=st.sampled_from(["error", "skip"]),
-            max_record_mb=counts,
+            max_record_mb=st.integers(1, 2**20),
             options=tables,
         ),
         min_size=1,
