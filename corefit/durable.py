@@ -131,9 +131,9 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     try:
         make_folder(folder)
-        lock = claim(folder)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        lock = claim(folder)
     except BlockingIOError:
         raise RecipeError(f"run.out: {folder}: another process is training in it") from None
     except OSError as error:
@@ -151,7 +151,7 @@ def check_place(folder: Path) -> None:
     Raises:
         RecipeError: as ``claimed``.
     """
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    new = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
         with claimed(folder):
             pass

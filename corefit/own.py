@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import inspect
 import sys
-import sysconfig
 import traceback
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -19,6 +18,9 @@ from typing import Any
 
 from corefit.errors import PluginError, system_words, unknown
 from corefit.types import Conversation, Document, Drop, Item, MapFunction, Record
+
+INSTALLED = {"site-packages", "dist-packages"}
+"""Folders whose contents have a version, by which they are known."""
 
 
 def own_file(name: str) -> Path | None:
@@ -43,30 +45,30 @@ def imported_by(files: Iterable[Path], also: Container[str] = ()) -> list[Path]:
 
     ``also``: top-level names that count although they are installed.
     """
-    installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
     found, left, seen = dict[Path, None](), list(files), {"corefit", *sys.stdlib_module_names}
     while left:
-        with suppress(OSError, SyntaxError, ValueError):  # what can't be parsed can't be imported
-            for top in sorted(_imports(left.pop()) - seen):
-                seen.add(top)
+        for top in sorted(_imports(left.pop()) - seen):
+            seen.add(top)
+            spec = None
+            with suppress(ImportError, ValueError):
                 spec = importlib.util.find_spec(top)
-                if spec is None or not (spec.origin or "").endswith(".py"):  # compiled, or any folder of that name
-                    continue
-                folders = spec.submodule_search_locations
-                files = [path for folder in folders or () for path in sorted(Path(folder).rglob("*.py"))]
-                files = files or [Path(str(spec.origin))]
-                if top in also or not any(
-                    path.resolve().is_relative_to(place) for path in files for place in installed
-                ):
-                    found |= dict.fromkeys(files)
-                    left += files
+            if spec is None or not (spec.origin or "").endswith(".py"):  # compiled, or any folder of that name
+                continue
+            folders = spec.submodule_search_locations
+            files = [path for folder in folders or () for path in sorted(Path(folder).rglob("*.py"))]
+            files = [path for path in files if path.is_file() and path.name[0] != "."] or [Path(str(spec.origin))]
+            if top in also or not INSTALLED & {part for path in files for part in path.resolve().parts}:
+                found |= dict.fromkeys(files)
+                left += files
     return list(found)
 
 
 def _imports(file: Path) -> set[str]:
     """Give the top-level names of what a file imports absolutely, wherever in it."""
-    names = set[str]()
-    for node in ast.walk(ast.parse(file.read_bytes())):
+    names, tree = set[str](), ast.Module([], [])
+    with suppress(OSError, SyntaxError, ValueError, RecursionError):  # what can't be parsed can't be imported
+        tree = ast.parse(file.read_bytes())
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level and node.module:

@@ -83,6 +83,16 @@ class JsonLines:
         os.fsync(self._file.fileno())
         return self._length
 
+    @property
+    def there(self) -> bool:
+        """Whether what is written goes to the file at its path; False: that was removed, renamed or replaced."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # a disk that doesn't answer now
+            return True
+
     def close(self) -> None:
         """Close the file; lines that could not be written are lost."""
         with contextlib.suppress(OSError):

@@ -25,7 +25,7 @@ from corefit.data.block import LENGTH, fit
 from corefit.data.ledger import Ledger
 from corefit.data.source import encode_items, items_of, map_record
 from corefit.data.stream import Source, Stream, encode_validation, packs_at_once, split_validation
-from corefit.durable import claimed, make_folder, read_json, sync, write_whole
+from corefit.durable import claimed, read_json, sync, write_whole
 from corefit.engine import adapter, attention, checkpoint, evaluate, export, memory, model
 from corefit.engine.loop import Every, LoopState, autocast, train, try_out
 from corefit.engine.loss import CausalLoss, offloaded
@@ -33,6 +33,7 @@ from corefit.engine.optimizer import make_optimizer, make_scaler, optimizer_noti
 from corefit.engine.ranks import ALONE, Ranks, is_sharded, own, shard, together
 from corefit.errors import (
     CheckpointError,
+    CorefitError,
     DataError,
     LedgerError,
     ModelError,
@@ -130,6 +131,7 @@ class Session:
         self.stream, self.val_batches, self.prompts = self._data()
         self.patience = Patience(self.recipe.val.patience)
         self.state, self.lengths = LoopState(), {"metrics.jsonl": 0, "samples.jsonl": 0}
+        self.scored: float | None = None  # the newest validation loss, in nats
         self.best = 0  # the step after which the validation loss was lowest
         self.validated: set[int] = set()
         self.sampled: set[int] = set()
@@ -384,7 +386,8 @@ class Session:
 
         ``identity``: what must not change unnoticed until the run ends; ``changes``: (key, before, now) of it, allowed.
         """
-        with claimed(self.folder):
+        with contextlib.ExitStack() as self.claims:
+            self.claims.enter_context(claimed(self.folder))
             if not resuming and (self.folder / "run.json").exists():
                 raise RecipeError(f"run.out: {self.folder}: another process began a run in it meanwhile")
             saved = self._saved(changes) if resuming else None
@@ -606,14 +609,20 @@ class Session:
 
     def _keep_folder(self) -> None:
         """Where somebody removed or renamed the run folder meanwhile, begin its files anew, with a word."""
-        if not (self.folder / "recipe.toml").is_file():
-            notice(f"{self.folder}: removed while the run wrote to it; what was in it is gone, the run goes on")
-            self.metrics.close()
-            self.samples.close()
-            self.lengths = dict.fromkeys(self.lengths, 0)
-            with contextlib.suppress(OSError, RunError):  # whoever writes next says it
-                make_folder(self.folder)
-                self._write_files()
+        if self.metrics.there:
+            return
+        notice(f"{self.folder}: removed while the run wrote to it; what was in it is gone, the run goes on")
+        before, lengths = (self.metrics, self.samples), self.lengths
+        self.lengths = dict.fromkeys(lengths, 0)
+        try:
+            self.claims.enter_context(claimed(self.folder))
+            self._write_files()
+        except (OSError, CorefitError) as error:
+            self.lengths = lengths
+            notice(f"{self.folder}: can't be begun anew: {error}")
+            return
+        for file in before:
+            file.close()
 
     def _write(self, file: JsonLines, value: object) -> None:
         """Append a line; what the disk refuses is said once and written later."""
@@ -647,8 +656,9 @@ class Session:
         if not self.val_batches or step in self.validated:
             return None
         self.validated.add(step)
-        self.scored, tokens = self._validation_loss()
-        return self.scored, tokens, self.patience.see(self.scored)
+        nats, tokens = self._validation_loss()
+        self.scored = nats
+        return nats, tokens, self.patience.see(nats)
 
     def _validation_loss(self) -> tuple[float, int]:
         mine = self.val_batches[self.ranks.rank :: self.ranks.world]
@@ -664,12 +674,14 @@ class Session:
             return
         line = f"model/: written in {stored}, as the base is stored; checkpoints have what training has, in fp32"
         if self.val_batches:
+            trained = self._validation_loss()[0] if self.scored is None else self.scored
             with torch.no_grad():
                 for tensor in map(own, self.parameters.values()):
                     tensor.copy_(tensor.to(dtype))
             nats, _ = self._validation_loss()
-            self.facts["model"] |= {"stored": stored, "val_loss": nats}
-            line = f"{line}: validation loss {nats:.4f} as written, {self.scored:.4f} in training"
+            if not self.ranks.rank:
+                self.facts["model"] |= {"stored": stored, "val_loss": nats}
+            line = f"{line}: validation loss {nats:.4f} as written, {trained:.4f} in training"
         self.say(line)
 
     def _sample(self, step: int) -> None:

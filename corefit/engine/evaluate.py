@@ -146,8 +146,8 @@ def stream(
     ids, read = list(prompt_ids), len(memory.ids)
     turns, grows = trained_length(base, "longrope"), trained_length(base, "dynamic")
     memory.forget(ids)
-    if read > grows or (read > turns) != (len(ids) > turns):
-        memory.forget(())  # keys that were turned as in a longer text
+    if max(read, len(ids)) > grows or (read > turns) != (len(ids) > turns):
+        memory.forget(())  # keys that were turned as in a text of another length
     for _ in range(max_tokens):
         if len(memory.ids) <= turns < len(ids):
             memory.forget(())

@@ -140,8 +140,8 @@ def train(
         progress = progress_at(state.step + 0.5, (state.epoch + totals.epoch) / 2, max_steps=max_steps, epochs=epochs)
         try:
             lr, random = lr_at(progress), random_state(device)
-        except CorefitError as error:  # a scheduler's
-            broken = error
+        except CorefitError as error:  # a scheduler's, which is the same on every rank
+            broken, reason = error, "schedule"
             break
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)

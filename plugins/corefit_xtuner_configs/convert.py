@@ -110,7 +110,7 @@ LEFT: Sequence[tuple[str, tuple[Any, ...], str]] = (
     ("param_scheduler*.factor", (1, 1.0), "train.lr is the whole rate"),
     ("param_scheduler*.end_factor", (1, 1.0), "a warm-up ends at the rate"),
     *((f"param_scheduler*.{key}", (ALL,), "") for key in ("begin", "end", "T_max", "by_epoch", "verbose")),
-    *((f"param_scheduler*.{key}", (ALL,), "") for key in ("start_factor", "convert_to_iter_based")),
+    *((f"param_scheduler*.{key}", (ALL,), "") for key in ("start_factor", "convert_to_iter_based", "last_step")),
     ("param_scheduler", (None,), ""),
     ("train_cfg.by_epoch", (ALL,), ""),
     ("train_cfg.val_interval", (ALL,), ""),
@@ -494,8 +494,9 @@ class _Reading:
         items = (
             [] if value is None or value.data is None else value.inside() if isinstance(value.data, list) else [value]
         )
-        warm = [item for item in items if self.rises(item)]
-        curves = [item for item in items if item not in warm]
+        rising = [item for item in items if self.rises(item)]
+        warm = [item for item in items[:1] if item in rising]
+        curves = [item for item in items if item not in rising]
         kinds = [_name(item.get("type")) for item in curves]
         if not curves:
             self.set("train.scheduler", "constant", (value or Value(0, where)).where)
@@ -506,8 +507,11 @@ class _Reading:
         else:
             self.set("train.scheduler", SCHEDULERS[kinds[0]], curves[0].where)
             self.ends(curves[0], kinds[0])
-        if len(warm) > 1:
-            self.note(warm[1].where, "param_scheduler: a second warm-up: left out")
+        for item in rising[len(warm) :]:
+            self.note(item.where, "param_scheduler: a warm-up later than the beginning: left out")
+        for item in [*warm, *([] if warm else curves)]:
+            if begin := self.number(item.get("begin"), 0):
+                self.note(item.where, f"begin: {begin:g}: corefit's schedules begin with the run")
         self.warmup(warm[0] if warm else None, curves, where)
 
     def rises(self, item: Value) -> bool:
@@ -534,6 +538,8 @@ class _Reading:
             words = "1" if last is None else in_words(last) if last.unknown() else f"{last.data:.3g}"
             self.note((last or curve).where, f"end_factor: {words}: corefit's linear schedule goes from the rate to 0")
             self.use(curve.get("start_factor"))
+        if kind == "ConstantLR" and curve.get("factor") is None:
+            self.note(curve.where, "factor: 0.333: corefit's constant schedule is train.lr")
         end, (whole, unit) = curve.get("T_max") or curve.get("end"), self.total(curve)
         found, began = self.number(end, 0), self.number(curve.get("begin"), 0) or 0
         # a cosine that begins after the warm-up and takes as long as the run is what XTuner once meant by its end

@@ -161,6 +161,19 @@ def test_full_fine_tuning_in_shares_is_the_straight_run_also_resumed(flags: list
     same(one, tmp_path / "run", metrics=False)
 
 
+def test_full_fine_tuning_of_a_base_in_16_bits_ends_well_on_every_rank(flags: list[str], tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = shutil.copytree(flags[1], tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(flags[1], dtype=torch.bfloat16).save_pretrained(base)
+    how = ["--model", str(base), *flags[2:], "adapter.kind=none", "model.quantizer=none", "train.max_steps=2"]
+    how += ["val.share=0.3", "val.records=8"]
+    assert together(2, ["--out", "run", *how], tmp_path) == [0, 0], said(tmp_path) + said(tmp_path, 1)
+    assert "model/: written in bfloat16" in said(tmp_path) and "as written" in said(tmp_path)
+    assert json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))["model"]["stored"] == "bfloat16"
+
+
 def test_a_refused_save_and_a_loss_that_is_not_finite_hang_nobody(flags: list[str], tmp_path: Path) -> None:
     how = ["--quantizer", "none", *flags, "adapter.kind=none", "run.sharding=full", "checkpoint.every_steps=2"]
     assert together(2, ["--out", "run", *how, "train.max_steps=4"], tmp_path, full_disk=True) == [0, 0], said(tmp_path)

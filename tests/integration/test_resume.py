@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli import corefit, environment
 from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
 
 from corefit import durable
 from corefit.cli import main
@@ -598,6 +600,63 @@ def test_a_run_folder_that_goes_meanwhile_is_begun_anew_with_a_word(here: Here, 
     monkeypatch.undo()
     monkeypatch.chdir(here.folder)
     here.goes_on(run, "train.epochs=3")
+
+
+def test_a_recipe_that_goes_meanwhile_costs_nothing_and_a_disk_that_refuses_ends_nothing(
+    here: Here, monkeypatch, capsys
+):
+    validate, write = Session._validate, Session._write_files
+
+    def vanishing(self: Session, step: int) -> None:
+        validate(self, step)
+        if step == 4:
+            (self.folder / "recipe.toml").unlink() if self.folder.name == "a" else shutil.rmtree(self.folder)
+
+    def refused(self: Session) -> None:
+        if self.state.step:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self)
+
+    monkeypatch.setattr(Session, "_validate", vanishing)
+    run = here.train(out="a")
+    assert [row["step"] for row in run.metrics if "loss" in row][0] == 1
+    monkeypatch.setattr(Session, "_write_files", refused)
+    done = here.train(out="b")
+    assert "b: can't be begun anew: [Errno 28]" in capsys.readouterr().err
+    assert done.exit_code == 0 and (done.path / "adapter").is_dir() and (done.path / "checkpoints").is_dir()
+
+
+def test_a_folder_that_was_begun_anew_is_locked(here: Here, monkeypatch):
+    validate, seen = Session._validate, list[bool | None]()
+
+    def vanishing(self: Session, step: int) -> None:
+        validate(self, step)
+        if step == 4:
+            self.folder.rename("elsewhere")
+        elif step == 8:
+            seen.append(durable.held(self.folder))
+
+    monkeypatch.setattr(Session, "_validate", vanishing)
+    here.train(out="run")
+    assert seen == [True] and not durable.held(Path("run"))
+
+
+def test_full_fine_tuning_that_stopped_at_its_end_is_exported_again(here: Here, tiny_model: Path, monkeypatch):
+    base = here.folder / "base"
+    shutil.copytree(tiny_model, base)
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(base)
+    here.flags["model"] = str(base)
+    export, sets = Session._export, ("adapter.kind=none", "model.quantizer=none", "train.max_steps=4")
+
+    def once(self: Session) -> None:
+        monkeypatch.setattr(Session, "_export", export)
+        raise RunError("no")
+
+    monkeypatch.setattr(Session, "_export", once)
+    with pytest.raises(RunError, match="^no$"):
+        here.train(*sets, out="run")
+    here.goes_on("run")
+    assert [line for line in here.said if line.startswith("model/: written in bfloat16") and " in training" in line]
 
 
 def test_a_place_that_cant_be_written_or_is_in_use_is_known_before_a_model_is_loaded(

@@ -73,11 +73,14 @@ def test_what_the_code_of_a_map_function_imports_is_part_of_it(changed, tmp_path
     (tmp_path / "helped.py").write_text(
         "from helper_a import words\n\ndef f(row):\n    import helper_c.deep\n", "utf-8"
     )
-    (tmp_path / "helper_a.py").write_text("import helper_b, json, numpy, nowhere_at_all\nwords = 1\n", "utf-8")
+    (tmp_path / "helper_a.py").write_text(
+        "import __main__, helper_b, json, numpy, nowhere_at_all\nwords = 1\n", "utf-8"
+    )
     (tmp_path / "helper_b.py").write_text("import helper_a\n", "utf-8")
     (tmp_path / "helper_c").mkdir()
     (tmp_path / "helper_c" / "__init__.py").write_text("", "utf-8")
     (tmp_path / "helper_c" / "deep.py").write_text("", "utf-8")
+    (tmp_path / "helper_c" / ".#deep.py").symlink_to("somebody@edits.it")
     names = {path.name for path in imported_by([tmp_path / "helped.py"])}
     assert names == {"helper_a.py", "helper_b.py", "__init__.py", "deep.py"}
     file = tmp_path / "helped.py"
@@ -87,8 +90,12 @@ def test_what_the_code_of_a_map_function_imports_is_part_of_it(changed, tmp_path
     assert own_code(f"{file}:f")[1] != before[1]
 
 
-def test_what_another_distribution_installed_is_its_own_version_s_business(tmp_path):
-    (tmp_path / "m.py").write_text("import numpy, pytest, corefit\n", "utf-8")
+def test_what_another_distribution_installed_is_its_own_version_s_business(tmp_path, monkeypatch):
+    elsewhere = tmp_path / "lib" / "site-packages"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "installed_there.py").write_text("", "utf-8")
+    monkeypatch.syspath_prepend(elsewhere)
+    (tmp_path / "m.py").write_text("import numpy, pytest, corefit, installed_there\n", "utf-8")
     assert imported_by([tmp_path / "m.py"]) == []
     assert any(path.name == "__init__.py" for path in imported_by([tmp_path / "m.py"], also={"pluggy", "pytest"}))
 

@@ -581,7 +581,12 @@ def test_a_linear_schedule_that_rises_is_a_warm_up_and_one_that_does_not_go_to_z
     assert "end_factor: 0.3: corefit's linear schedule goes from the rate to 0" in read.said
     rises = read(edited(V0_1_23, (cosine, "type=LinearLR")))
     assert (rises.train.scheduler, rises.train.warmup) == ("constant", 0.03)
-    assert "a second warm-up: left out" in read.said
+    assert "a warm-up later than the beginning: left out" in read.said
+    later = ("        begin=0,\n", "        begin=1,\n")
+    read(edited(V0_1_23, later))
+    assert "begin: 1: corefit's schedules begin with the run" in read.said
+    read(edited(V0_1_23, (cosine, "type='ConstantLR'")))
+    assert "factor: 0.333: corefit's constant schedule is train.lr" in read.said
 
 
 # ------------------------------------------------------------------------------------------------------------- notes
