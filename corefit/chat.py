@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from corefit.data.tokenizer import Tokenizer
     from corefit.engine.checkpoint import Checkpoint
     from corefit.engine.evaluate import Decoding
+    from corefit.registry import Registry
     from corefit.templates import PromptTemplate
 
 
@@ -58,15 +59,12 @@ class Found:
 
         return Tokenizer.load(self.tokenizer_folder)
 
-    def template(self, tokenizer: Tokenizer, name: str | None = None) -> PromptTemplate:
+    def template(self, tokenizer: Tokenizer, registry: Registry, name: str | None = None) -> PromptTemplate:
         """Give the template that is named, else that of training: by its name, or the Jinja beside the tokenizer.
 
         Raises:
             ModelError: nothing says how to write a conversation. PluginError: no such template.
         """
-        from corefit.registry import Registry
-
-        registry = Registry.load()
         if name:
             return registry.template(name)
         known, jinja = registry.templates.get(str(self.facts.get("template"))), tokenizer.chat_template
@@ -239,7 +237,8 @@ class Chatter:
 
         self.found = find(target, model=model, trust_remote_code=trust_remote_code, say=say)
         self.tokenizer = self.found.tokenizer()
-        self.encoder = make_encoder(self.found.template(self.tokenizer, template), self.tokenizer)
+        registry = Registry.load()
+        self.encoder = make_encoder(self.found.template(self.tokenizer, registry, template), self.tokenizer)
         unknown = template or not self.found.carries_tokenizer
         self.stop_ids = frozenset(self.found.stop_ids(self.tokenizer, self.encoder if unknown else None))
         self.max_tokens, self.decoding = max_tokens, decoding or GREEDY
@@ -251,7 +250,7 @@ class Chatter:
         self.quantizer = quantizer or (self.found.facts.get("quantizer", "none") if self.found.adapter else "none")
         self.model: Any = load_base(
             base,
-            quantizer=Registry.load().quantizer(self.quantizer),
+            quantizer=registry.quantizer(self.quantizer),
             compute_dtype=str(self.precision.compute_dtype).removeprefix("torch."),
             device=self.device,
             trust_remote_code=trust_remote_code,

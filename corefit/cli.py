@@ -443,17 +443,7 @@ def _chat(args: argparse.Namespace) -> int:
     decoding = {name: value for name in names if (value := getattr(args, name)) is not None}
     if {"top_k", "top_p", "seed"} & set(decoding):
         decoding.setdefault("temperature", 1.0)  # who sets these wants to sample
-    more = (
-        "prompt",
-        "system",
-        "compare",
-        "model",
-        "template",
-        "quantizer",
-        "max_tokens",
-        "device",
-        "trust_remote_code",
-    )
+    more = "prompt system compare model template quantizer max_tokens device trust_remote_code".split()
     chat_with(args.target, decoding=decoding, **{name: getattr(args, name) for name in more})
     return 0
 
@@ -491,11 +481,10 @@ def _safetensors(args: argparse.Namespace) -> int:
         if not args.out:
             raise UserError("--config makes an adapter folder: --out DIR names it")
         _, recipe = read_config(Path(args.config), [], Registry.load())
-        lora, base = recipe.adapter, recipe.model.base
-        how: dict[str, Any] = dict(
-            r=lora.r, alpha=lora.alpha, dropout=lora.dropout, base=base, template=recipe.template.name
+        lora, base, template = recipe.adapter, recipe.model.base, recipe.template.name
+        folder = to_adapter(
+            args.target, args.out, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, base=base, template=template
         )
-        folder = to_adapter(args.target, args.out, **how)
         say(f"adapter: {folder}   train on: --set adapter.start={folder}   talk to it: corefit chat {folder}")
         return 0
     say(f"safetensors: {convert(args.target, args.out)}")

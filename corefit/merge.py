@@ -160,7 +160,7 @@ def merge(
     here: dict[str, Any] = {"base": found.name, "fingerprint": model_fingerprint(str(base))}
     here |= {"chat_template": tokenizer.chat_template, "stop_ids": found.stop_ids(tokenizer)}
     if template or (found.facts.get("template") and not found.carries_tokenizer):
-        encoder = make_encoder(found.template(tokenizer, template), tokenizer)
+        encoder = make_encoder(found.template(tokenizer, Registry.load(), template), tokenizer)
         here |= {"chat_template": encoder.template.chat_template or tokenizer.chat_template}
         here |= {"template": encoder.template.name, "stop": encoder.stop}
         here |= {"stop_ids": found.stop_ids(tokenizer, encoder)}

@@ -93,8 +93,8 @@ def evaluate(
         _write(out, "", "a")  # what the disk refuses it refuses before a model is loaded
         if new:
             Path(out).unlink()
-    named: dict[str, Any] = {name: flags.get(name) for name in ("quantizer", "template")}
-    chatter = Chatter(target, model=model, **named, max_tokens=max_tokens, say=say)
+    quantizer, template = flags.get("quantizer"), flags.get("template")
+    chatter = Chatter(target, model=model, quantizer=quantizer, template=template, max_tokens=max_tokens, say=say)
     written: list[Mapping[str, Any]] = []
     scores: list[Score] = []
     if rows:

@@ -669,8 +669,10 @@ class Session:
 
         A step of the 135M model at a rate of 1e-5 changes most weights by less than half of what 16 bits tell apart.
         """
+        if self.recipe.adapter.kind != "none":
+            return
         dtype = getattr(torch, stored := model.base_dtype_of(str(self.base)))
-        if self.recipe.adapter.kind != "none" or dtype == torch.float32:
+        if dtype == torch.float32:
             return
         line = f"model/: written in {stored}, as the base is stored; checkpoints have what training has, in fp32"
         if self.val_batches:

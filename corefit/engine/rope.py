@@ -68,7 +68,7 @@ def _by_document(
     lengths = document_lengths(position_ids)
     turns = lengths.clamp(min=trained) if kind == "dynamic" else lengths.gt(trained).long()
     found: Any = None
-    for turn in sorted({*turns.flatten().tolist()}):
+    for turn in torch.unique(turns).tolist():
         here = turns == turn
         new = turned(position_ids.where(here, 0))
         found = new if found is None else _where(here[..., None], new, found)

@@ -516,11 +516,9 @@ class _Reading:
 
     def rises(self, item: Value) -> bool:
         """Whether a schedule is a warm-up: it rises to the rate, and leaves it there."""
-        start, end = item.get("start_factor"), item.get("end_factor")
-        if _name(item.get("type")) != "LinearLR" or self.number(end, 1.0) != 1.0:
+        if _name(item.get("type")) != "LinearLR" or self.number(item.get("end_factor"), 1.0) != 1.0:
             return False
-        if (first := self.number(start, 1 / 3)) is not None and first > 0.05:
-            self.note((start or item).where, f"start_factor: {first:.3g}: corefit's warm-up begins at 0")
+        first = self.number(item.get("start_factor"), 1 / 3)
         return first is None or first < 1
 
     def total(self, item: Value) -> tuple[float | None, str]:
@@ -550,6 +548,9 @@ class _Reading:
 
     def warmup(self, item: Value | None, curves: Sequence[Value], where: str) -> None:
         """Read the warm-up as a share of the run."""
+        start = item and item.get("start_factor")
+        if item and (first := self.number(start, 1 / 3)) is not None and first > 0.05:
+            self.note((start or item).where, f"start_factor: {first:.3g}: corefit's warm-up begins at 0")
         end = item and item.get("end")
         if item is None or end is None:
             self.set("train.warmup", 0.0, item.where if item else where)
