@@ -4,7 +4,8 @@
 developer; user; assistant; tool, function. ``content`` is text, a list of text parts, or null beside tool calls.
 Reasoning is ``reasoning_content``, ``reasoning`` or ``thinking``. ``loss`` (true or false) or ``weight`` (0 or 1) of an
 answer says whether it is learnt; one that is missing or null is missing, never False. ``tools`` of the record and
-``tool_calls`` of an answer may be JSON text; so may the whole list.
+``tool_calls`` of an answer may be JSON text; so may the whole list. Where TRL's ``prompt`` and ``completion`` are lists
+of such messages, the conversation is both, and the answers within the prompt are not learnt.
 
 ``sharegpt``: ``{"conversations": [{"from", "value", ...}]}``, with ``system`` and ``tools`` of the record, as
 LLaMA-Factory writes them. Speakers: system; human, user; gpt, assistant, chatgpt, bing, bard, model; function_call (a
@@ -147,13 +148,16 @@ def _items(
     record: Mapping[str, Any], keys: tuple[str, ...], role_key: str, content_key: str
 ) -> Iterator[Conversation | Drop]:
     try:
-        listed = next((record[key] for key in keys if record.get(key) is not None), None)
-        listed = _json(listed, "not_a_list") if isinstance(listed, str) else listed
-        if not isinstance(listed, list | tuple):
-            raise _Odd("not_a_list")
-        if any(record.get(key) for key in _MEDIA):
-            raise _Odd("image")
-        messages = list(_messages(listed, role_key, content_key))
+        found = next((record[key] for key in keys if record.get(key) is not None), None)
+        messages = list[Message]()
+        for listed in [found] if found is not None else [record.get(key) for key in _PAIR]:
+            listed = _json(listed, "not_a_list") if isinstance(listed, str) else listed
+            if not isinstance(listed, list | tuple):
+                raise _Odd("not_a_list")
+            if any(record.get(key) for key in _MEDIA):
+                raise _Odd("image")
+            prompt = [m._replace(supervised=False) if m.role == "assistant" else m for m in messages]
+            messages = [*prompt, *_messages(listed, role_key, content_key)]
         system = record.get("system")
         if isinstance(system, str) and system and not (messages and messages[0].role == "system"):
             messages.insert(0, Message("system", system))
@@ -187,15 +191,17 @@ def _looks(listed: Any, *keys: str) -> bool:  # noqa: ANN401
 
 
 def _is_openai(record: Mapping[str, Any]) -> bool:
-    return _looks(record.get("messages"), "role") or (
-        "messages" not in record and _looks(record.get("conversations"), "role", "content")
-    )
+    if "messages" in record:
+        return _looks(record["messages"], "role")
+    pair = all(_looks(record.get(key), "role", "content") for key in _PAIR)
+    return pair or _looks(record.get("conversations"), "role", "content")
 
 
 def _is_sharegpt(record: Mapping[str, Any]) -> bool:
     return "messages" not in record and _looks(record.get("conversations"), "from", "value")
 
 
+_PAIR = ("prompt", "completion")
 _ABOUT = ("system", "tools", "functions", *_MEDIA)
 _SHAREGPT = {"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]}
 
@@ -207,7 +213,7 @@ def corefit_map_functions() -> Iterable[MapFunction]:
         summary="messages of role and content, with tools, reasoning, loss or weight",
         map=openai,
         sniff=_is_openai,
-        fields=("messages", "conversations", *_ABOUT),
+        fields=("messages", "conversations", *_PAIR, *_ABOUT),
         example={"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]},
     )
     yield MapFunction(

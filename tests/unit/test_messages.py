@@ -244,6 +244,15 @@ class TestMessages:
         record = Record(messages(U, A, key="conversations"), path="d", line=1, offset=0)
         assert MAPS["openai"].sniff(record) and not MAPS["sharegpt"].sniff(record)
 
+    def test_prompt_and_completion_of_messages_are_trls(self):
+        row = messages(U, A, U, key="prompt") | messages(A, key="completion", tools=TOOLS)
+        assert [name for name, function in MAPS.items() if function.sniff and function.sniff(row)] == ["openai"]
+        assert only("openai", row) == Conversation((USER, ANSWER._replace(supervised=False), USER, ANSWER), (*TOOLS,))
+        assert only("openai", {key: json.dumps(row[key]) for key in row}) == only("openai", row)
+        texts = {"prompt": "q", "completion": "a"}  # text to go on with, no chat
+        assert not MAPS["openai"].sniff(texts)
+        assert only("openai", texts) == only("openai", row | {"completion": None}) == Drop("not_a_list")
+
     @pytest.mark.parametrize("odd", ["[", "3", [3], "[3]"])
     def test_odd_tools_are_a_drop(self, odd):
         assert only("openai", messages(U, A, tools=odd)) == Drop("odd_tools")
