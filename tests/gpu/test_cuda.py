@@ -53,6 +53,57 @@ def test_the_loss_curve_is_that_of_fp32_on_a_cpu(
     assert on_gpu == pytest.approx(on_cpu, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["adapter.kind=none", "model.quantizer=none", "train.lr=1e-3"],
+        ["adapter.dora=true", "model.quantizer=nf4"],
+        ["adapter.rslora=true", "model.quantizer=nf4", "train.micro_batch=2", "train.gradient_checkpointing=true"],
+        ['model.add_tokens=["<a>","<b>"]', "model.quantizer=nf4", "train.weight_decay=0.1", "train.clip=0.1"],
+        ["val.share=0.3", "val.every_steps=3", "sample.every_steps=3", "model.quantizer=nf4"],
+        pytest.param(["model.quantizer=int8"], id="int8"),
+        pytest.param(["train.optimizer=adamw_8bit", "model.quantizer=none"], id="adamw_8bit"),
+    ],
+    ids=lambda how: how[0].partition("=")[0],
+)
+def test_all_that_can_be_trained_follows_fp32_on_a_cpu(how: list[str], tmp_path: Path, tiny_model: Path) -> None:
+    how = [*how, "adapter.dropout=0.0"] if "adapter.kind=none" not in how else how
+    on_cpu = losses(tmp_path, tiny_model, "cpu", *how, "run.device=cpu", "train.precision=fp32")
+    on_gpu = losses(tmp_path, tiny_model, "gpu", *how, "run.device=cuda", "train.precision=fp16")
+    assert on_gpu[-1] < on_gpu[0]
+    assert on_gpu == pytest.approx(on_cpu, rel=0.03)
+
+
+def test_a_run_on_the_gpu_goes_on_there_and_its_adapter_on_the_cpu(tmp_path: Path, tiny_model: Path) -> None:
+    how = [
+        "model.quantizer=nf4",
+        "run.device=cuda",
+        "train.precision=fp16",
+        "val.share=0.3",
+        "train.scheduler=constant",
+    ]
+    straight = losses(tmp_path, tiny_model, "straight", *how)
+    half = losses(tmp_path, tiny_model, "halves", *how, "train.max_steps=6")
+    flags = ["--plugin", "oasst1", "--template", "chatml", "--model", tiny_model, "--data", "rows.jsonl"]
+    done = corefit("train", *flags, "--out", "halves", "--resume", "--set", *SMALL, *how, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "halves" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    whole = [row["loss"] for row in rows if "loss" in row]
+    assert whole[:6] == half and whole == pytest.approx(straight, rel=1e-3)  # a GPU adds in any order
+    said = [
+        corefit("chat", "straight", "--prompt", "What is 3?", "--device", device, cwd=tmp_path)
+        for device in ("cpu", "cuda")
+    ]
+    assert [answer.returncode for answer in said] == [0, 0], said
+    for verb in (
+        ["eval", "straight"],
+        ["merge", "straight", "--out", "merged"],
+        ["plan", tmp_path / "straight/recipe.toml"],
+    ):
+        done = corefit(*verb, cwd=tmp_path)
+        assert done.returncode == 0, (verb, done.stdout + done.stderr)
+
+
 def test_activations_in_the_computers_memory_change_no_loss(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", hidden_size=512)  # two packs of 128 x 512 are enough to be moved
     same = ["model.quantizer=nf4", "adapter.dropout=0.0", "run.device=cuda", "train.precision=bf16"]
