@@ -28,7 +28,7 @@ from torch import nn
 
 from corefit.engine import internlm, rope
 from corefit.engine.fused import cpu_has_bf16, fast_dtype
-from corefit.errors import ModelError, UserError, unknown
+from corefit.errors import ModelError, UserError, system_words, unknown
 from corefit.terminal import notice
 
 if TYPE_CHECKING:
@@ -403,7 +403,9 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
             header = json.loads(file.read(size))
         metadata = header.pop("__metadata__", {})
         return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"])), metadata
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise ModelError(f"{path}: can't be read: {system_words(error)}") from error
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{path.name}: not a whole safetensors file ({first_line(error)}); fetch it again") from error
 
 
@@ -533,7 +535,7 @@ def load_base(
             skeleton, _, names = _skeleton(config, str(folder), quantization)
             bits = BITS[4 if quantization.load_in_4bit else 8]
             say(_said_storage(skeleton, names, by=f"{base}: {quantizer.name}", bits=bits, dtype=dtype, device=device))
-    if device != "cpu":
+    if device != "cpu" or quantization is not None:  # which a GPU that is there would get otherwise
         more["device_map"] = {"": device}
 
     def load(attention: str) -> tuple[Any, dict[str, Any]]:

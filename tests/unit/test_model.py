@@ -393,6 +393,16 @@ def test_missing_and_broken_weights_are_errors_not_random_numbers(tmp_path):
         base_dtype_of(str(folder))
 
 
+@pytest.mark.parametrize("quantizer", [NONE, NF4], ids=["none", "nf4"])
+def test_on_the_cpu_is_on_the_cpu_though_there_is_a_gpu(tiny_model, quantizer, monkeypatch):
+    import bitsandbytes  # noqa: F401, which would look for its CUDA library
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    model = load_base(tiny_model, quantizer=quantizer, compute_dtype="float32", device="cpu")
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
 def test_a_base_that_is_quantised_already_is_not_quantised_again(tmp_path):
     folder = edit_config(write_model(tmp_path), quantization_config={"quant_method": "gptq", "bits": 4})
     refused(folder, "quantised already", quantizer=NF4)
