@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corefit.errors import ModelError, UserError
+from corefit.errors import ModelError, UserError, system_words
 from corefit.recipe import run_and_step
 from corefit.terminal import Say, answer, notice, say
 from corefit.types import Message, Unrenderable
@@ -161,7 +161,9 @@ def find(target: str | Path, *, model: str | None = None, trust_remote_code: boo
     try:
         with safe_open(path / "adapter_model.safetensors", framework="pt"):
             pass  # it has seen the header, and the length of the file
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise ModelError(f"{path / 'adapter_model.safetensors'}: can't be read: {system_words(error)}") from error
+    except SafetensorError as error:
         raise ModelError(f"{target}: adapter_model.safetensors isn't whole ({error}); fetch it again") from error
     name = facts.get("base") or config.get("base_model_name_or_path") or ""
     here = model is None and not facts.get("base") and bool(name) and Path(name).expanduser().is_dir()

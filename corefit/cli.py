@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = gc.get_threshold()
     gc.set_threshold(50_000, 20, 20)  # imports leave no garbage: looking for it was 0.9 of 4.2 s
     debug = "--debug" in arguments
-    code, rank = 0, f" rank {os.environ.get('RANK')}:" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    alone = os.environ.get("WORLD_SIZE", "1") in ("", "1") or not os.environ.get("RANK")
+    code, rank = 0, "" if alone else f" rank {os.environ['RANK']}:"
     for stream in (sys.stdout, sys.stderr):  # a terminal that can't show a character must not end a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -390,8 +391,8 @@ def _flags(args: argparse.Namespace, *names: str) -> dict[str, str]:
 def _train(args: argparse.Namespace) -> int:
     from corefit.run import train_from
 
-    n = os.environ.get("NPROC_PER_NODE", "1")  # what XTuner's users set
-    if n != "1" and "WORLD_SIZE" not in os.environ:
+    n = os.environ.get("NPROC_PER_NODE") or "1"  # what XTuner's users set
+    if n != "1" and not os.environ.get("WORLD_SIZE"):
         from corefit.launch import launch
 
         return launch(n, args.words + args.more)

@@ -88,16 +88,18 @@ def system_words(error: Exception) -> str:
 
 
 def encoding_hint(raw: bytes) -> str:
-    """Give what ends an error about bytes that are not UTF-8: how they read as GB18030; empty where they are not that.
+    """Give what ends an error about bytes that are not UTF-8: how they read as GB18030, or that they begin as UTF-16.
 
-    GB18030 gives most bytes some meaning, so they must read as two characters or more, half of them everyday Chinese,
-    and must not be text in UTF-8 that was torn.
+    It is empty where they are neither. GB18030 gives most bytes some meaning, so they must read as two characters or
+    more, half of them everyday Chinese, and must not be text in UTF-8 that was torn.
 
     >>> encoding_hint("法国的首都".encode("gb18030"))
     "; as GB18030 it reads '法国的首都': iconv -f GB18030 -t UTF-8 FILE > NEW"
     >>> encoding_hint("法国".encode()[:-1]) + encoding_hint("déjà vu".encode("latin-1"))
     ''
     """
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "; it begins as UTF-16 does: iconv -f UTF-16 -t UTF-8 FILE > NEW"
     try:
         raw.decode()
         return ""

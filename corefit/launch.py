@@ -17,7 +17,9 @@ def launch(processes: str, words: Sequence[str]) -> int:
         UserError: not a number of processes. RunError: a process was killed.
     """
     if not processes.isdecimal() or processes == "0":
-        raise UserError(f"{processes!r} processes: expected a number from 1 on, best that of the GPUs")
+        raise UserError(
+            f"{processes!r} processes (launch -n, NPROC_PER_NODE): expected a number, best that of the GPUs"
+        )
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main

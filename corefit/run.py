@@ -228,8 +228,8 @@ def train_from(
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="corefit-") as aside:
             return run(resume, aside=Path(aside), probe=probe)
-    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    resume = resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
         return run(resume)
     from corefit.engine.ranks import joined
 
@@ -341,7 +341,7 @@ def _decided(plan: Prepared, base: Path, source: Path | None, say: Say) -> tuple
     if train.micro_batch != "auto":
         return plan, False
     kept = load_recipe(source / "recipe.toml").train.micro_batch if source else "auto"
-    world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    world, local = (int(os.environ.get(name) or "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if tries := kept == "auto" or bool(train.packs_per_step % (kept * world)):
         from corefit.plan import choose_micro_batch
 

@@ -35,6 +35,13 @@ BLOCK = 2**16
 """Bytes that are read at a time."""
 
 _GZIP = b"\x1f\x8b"
+_NO_TEXT = {
+    b"BZh": "bzip2; bunzip2 unpacks it",
+    b"\x28\xb5\x2f\xfd": "zstd; unzstd unpacks it",
+    b"\xfd7zXZ": "xz; unxz unpacks it",
+    b"PK\x03\x04": "zip; unzip unpacks it",
+    b"PAR1": "Parquet; give it a name that ends in .parquet",
+}
 _ENDS = 2**12  # bytes at either end of a file that its state remembers
 
 
@@ -93,7 +100,11 @@ def open_file(path: Path, buffering: int = BLOCK, end: int | None = None) -> Ite
         raw = _Raw(sys.stdin.fileno() if stdin else path, closefd=not stdin)
         raw.end = end
         with BufferedReader(raw, buffering) as file:
-            if file.peek(2)[:2] != _GZIP:
+            head = file.peek(len(_GZIP))
+            for other, words in _NO_TEXT.items():
+                if head.startswith(other):
+                    raise DataError(f"{path}: not text but {words}")
+            if not head.startswith(_GZIP):
                 yield file, file.seekable() and not stdin
             else:
                 with _Unpacked(file, path) as unpacked, BufferedReader(unpacked, BLOCK) as buffered:
@@ -231,6 +242,9 @@ def _check(path: Path) -> None:
     except FileNotFoundError:
         if path.is_symlink():
             raise DataError(f"{path}: a link to {os.readlink(path)}, which is not there") from None
+        if address := re.search(r"[a-z0-9]+:/[^/].*", str(path)):  # of two slashes a path keeps one
+            where = address[0].replace(":/", "://")
+            raise DataError(f"{where}: an address; corefit downloads no data, fetch it and name the file") from None
         if not path.parent.is_dir():
             inside = path.is_relative_to(Path.cwd())  # ORGANISATION/NAME, and a folder of that
             whole = Path(*path.parts[: len(Path.cwd().parts) + 2]) if inside else path

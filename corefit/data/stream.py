@@ -94,7 +94,7 @@ def packs_at_once(packs_per_step: int, micro_batch: int, world: int) -> int:
     if at_once < 1 or packs_per_step < 1 or packs_per_step % at_once:
         raise RecipeError(
             f"train.packs_per_step: {packs_per_step} is not a multiple of "
-            f"train.micro_batch {micro_batch} x {world} ranks"
+            f"train.micro_batch {micro_batch} x {world} ranks; set one of the two"
         )
     return at_once
 

@@ -27,7 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from corefit.errors import RecipeError, RunError
+from corefit.errors import RecipeError, RunError, UserError
 from corefit.types import IGNORE_INDEX, Batch
 
 BUCKET = 2**25
@@ -153,7 +153,16 @@ ALONE = Ranks()
 
 @contextlib.contextmanager
 def joined() -> Iterator[Ranks]:
-    """Join the other processes that torchrun started for this run, until the end of the block."""
+    """Join the other processes that torchrun started for this run, until the end of the block.
+
+    Raises:
+        UserError: the variables by which torchrun says so are incomplete. RunError: another process is gone.
+    """
+    said = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")}
+    counts = [int(said[name]) if said[name].isdecimal() else -1 for name in ("RANK", "WORLD_SIZE")]
+    if not all(said.values()) or not 0 <= counts[0] < counts[1]:
+        words = ", ".join(f"{name}={value}" if value else f"no {name}" for name, value in said.items())
+        raise UserError(f"{words}: nobody sets these so; start with corefit launch or torchrun, or unset WORLD_SIZE")
     with together():
         store, rank, world = next(rendezvous("env://"))
         while isinstance(store, PrefixStore):

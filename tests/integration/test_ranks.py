@@ -246,7 +246,7 @@ def test_a_mistake_is_said_by_rank_0_and_ends_all_with_code_2(flags: list[str], 
     done = corefit("launch", "-n", "two", *flags, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (
         2,
-        "corefit: error: 'two' processes: expected a number from 1 on, best that of the GPUs\n",
+        "corefit: error: 'two' processes (launch -n, NPROC_PER_NODE): expected a number, best that of the GPUs\n",
     )
 
 
@@ -348,6 +348,28 @@ def test_a_rank_that_would_begin_elsewhere_refuses(tmp_path: Path) -> None:
     session.state = LoopState()
     with pytest.raises(RunError, match="rank 0 goes on from step 4, here it is 0: .*checkpoints must be the same"):
         Session._same_step(session)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2, no RANK, no MASTER_ADDR, no MASTER_PORT: nobody sets these so"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE=two, RANK=0, no MASTER_ADDR"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, "WORLD_SIZE=2, RANK=2, MASTER_ADDR"),
+        ({"NPROC_PER_NODE": "gpu"}, "'gpu' processes (launch -n, NPROC_PER_NODE): expected a number"),
+    ],
+)
+def test_variables_that_torchrun_would_not_set_are_refused(
+    variables: dict[str, str], said: str, flags: list[str], tmp_path: Path
+) -> None:
+    done = corefit("train", *flags, cwd=tmp_path, env=variables)
+    assert (done.returncode, said in done.stderr, done.stderr.count("\n")) == (2, True, 1), done.stderr
+
+
+def test_empty_variables_mean_nothing(flags: list[str], tmp_path: Path) -> None:
+    nothing = dict.fromkeys(("WORLD_SIZE", "RANK", "NPROC_PER_NODE", "TORCHELASTIC_RESTART_COUNT"), "")
+    done = corefit("train", *flags, "train.max_steps=1", cwd=tmp_path, env=nothing)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("there", [False, True])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import math
 import os
 import re
@@ -238,9 +240,12 @@ NO_RECORDS = "no records in it, expected JSON lines or one JSON list"
         (gzip.compress(b""), "nothing came in"),
         (gzip.compress(b"\n\n"), NO_RECORDS),
         (b"\x1f\x8b\x08", "damaged gzip data"),
-        (rows(2).encode("utf-16"), "byte 0xff is not UTF-8"),
+        (rows(2).encode("utf-16"), "byte 0xff is not UTF-8; it begins as UTF-16 does: iconv -f UTF-16 -t UTF-8"),
+        (bz2.compress(rows(2).encode()), "not text but bzip2; bunzip2 unpacks it"),
+        (lzma.compress(rows(2).encode()), "not text but xz; unxz unpacks it"),
+        (b"PAR1\x15\x04", "not text but Parquet; give it a name that ends in .parquet"),
     ],
-    ids=["empty", "blank", "BOM", "BOM and blank", "list", "list of lines", "gzip", "gzip blank", "gzip cut", "UTF-16"],
+    ids="empty,blank,BOM,BOM and blank,list,list of lines,gzip,gzip blank,gzip cut,UTF-16,bzip2,xz,Parquet".split(","),
 )
 def test_a_file_without_a_record_is_refused_by_name(train, content, words):
     path = write(content, "rows.jsonl.gz" if content[:1] == b"\x1f" else "rows.jsonl")
@@ -258,6 +263,7 @@ def test_a_folder_without_files_a_broken_link_a_loop_and_a_pipe(train):
         ("loop.jsonl", "too many levels of symbolic links"),
         ("pipe.jsonl", "a pipe or a device, which can be read only once; send it to --data -"),
         ("/dev/null", "a pipe or a device"),
+        ("https://example.com/x.jsonl", "https://example.com/x.jsonl: an address; corefit downloads no data"),
         ("x" * 300, "file name too long"),
         ("*.jsonl.gz", "no file matches"),
     ):
