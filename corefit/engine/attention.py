@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from corefit.engine.fused import DocumentAttention, product_dtype
-from corefit.engine.model import causal_lm, evaluating
+from corefit.engine.model import causal_lm, evaluating, replaced
 from corefit.engine.nonfinite import Watch, culprit
 from corefit.errors import IsolationError, RunError
 from corefit.types import IGNORE_INDEX
@@ -360,14 +360,10 @@ def _row_by_row(model: nn.Module) -> Iterator[None]:
     states: list[Any] = [
         module.state for module in model.modules() if hasattr(getattr(module, "state", None), "threshold")
     ]
-    thresholds = [state.threshold for state in states]
-    for state in states:
-        state.threshold = 0.0
-    try:
+    with contextlib.ExitStack() as stack:
+        for state in states:
+            stack.enter_context(replaced(state, "threshold", 0.0))
         yield
-    finally:
-        for state, threshold in zip(states, thresholds, strict=True):
-            state.threshold = threshold
 
 
 def _likely_cause(model: nn.Module, output: Any) -> str:  # noqa: ANN401, a ModelOutput

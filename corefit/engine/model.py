@@ -118,7 +118,8 @@ def import_bitsandbytes() -> bool:
     With the package ``kernels`` at hand its import downloads and runs code from the hub: hidden from it here. It would
     also load torch's compiler, 0.9 s and 42 MB, for functions that CPUs and NVIDIA's GPUs have other code for.
     """
-    with hidden("kernels"), _uncompiled(), contextlib.suppress(ImportError):
+    uncompiled = replaced(torch, "compile", lambda function=None, **_: function or (lambda given: given))
+    with hidden("kernels"), uncompiled, contextlib.suppress(ImportError):
         import bitsandbytes  # noqa: F401
 
         return True
@@ -126,13 +127,14 @@ def import_bitsandbytes() -> bool:
 
 
 @contextlib.contextmanager
-def _uncompiled() -> Iterator[None]:
-    """Let ``torch.compile`` give functions back as they are."""
-    compiler, torch.compile = torch.compile, lambda function=None, **_: function or (lambda given: given)  # type: ignore
+def replaced(owner: Any, name: str, value: object) -> Iterator[None]:  # noqa: ANN401
+    """Give an attribute of a module, a class or an object another value for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        torch.compile = compiler
+        setattr(owner, name, before)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from corefit.engine.model import replaced
 from corefit.errors import RecipeError, RunError, UserError
 from corefit.types import IGNORE_INDEX, Batch
 
@@ -221,27 +222,18 @@ def shard(
         parameter.data = parameter.data.to(device)
     divide = partial(fully_shard, mesh=init_device_mesh(kind, (dist.get_world_size(),)), ignored_params={*keep})
     narrow = MixedPrecisionPolicy(dtype, dtype and torch.float32, cast_forward_inputs=False)
-    with _integers_divided():
+    make = nn.Parameter.__new__
+
+    def made(of: type[nn.Parameter], data: Tensor, requires_grad: bool = True) -> nn.Parameter:
+        return make(of, data, requires_grad and data.is_floating_point())
+
+    # torch 2.11 makes of each share one that trains, for a moment, which the integers of 4-bit weights can't
+    with replaced(nn.Parameter, "__new__", made):
         for layer in layers:
             divide(layer, mp_policy=narrow)
         # True: else what validation has gathered would still be there, and stale, after a checkpoint is read
         divide(root, reshard_after_forward=True)
     register_fsdp_forward_method(root, "within")
-
-
-@contextlib.contextmanager
-def _integers_divided() -> Iterator[None]:
-    """Let torch 2.11 divide 4-bit weights: it makes each share one that trains, for a moment, which integers can't."""
-    make = nn.Parameter.__new__
-
-    def made(kind: type[nn.Parameter], data: Tensor, requires_grad: bool = True) -> nn.Parameter:
-        return make(kind, data, requires_grad and data.is_floating_point())
-
-    nn.Parameter.__new__ = made  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        nn.Parameter.__new__ = make  # type: ignore[method-assign]
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
