@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from corefit import Conversation, Drop, MapFunction, Message
@@ -203,7 +204,6 @@ def _is_sharegpt(record: Mapping[str, Any]) -> bool:
 
 _PAIR = ("prompt", "completion")
 _ABOUT = ("system", "tools", "functions", *_MEDIA)
-_SHAREGPT = {"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]}
 
 
 def corefit_map_functions() -> Iterable[MapFunction]:
@@ -216,18 +216,13 @@ def corefit_map_functions() -> Iterable[MapFunction]:
         fields=("messages", "conversations", *_PAIR, *_ABOUT),
         example={"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]},
     )
-    yield MapFunction(
+    known = MapFunction(
         name="sharegpt",
         summary="conversations of from and value, with system and tools",
         map=sharegpt,
         sniff=_is_sharegpt,
         fields=("conversations", "conversation", *_ABOUT),
-        example=_SHAREGPT,
+        example={"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]},
     )
-    yield MapFunction(
-        name="wizardlm",
-        summary="sharegpt, by XTuner's name",
-        map=sharegpt,
-        fields=("conversations", "conversation", *_ABOUT),
-        example=_SHAREGPT,
-    )
+    yield known
+    yield replace(known, name="wizardlm", summary="sharegpt, by XTuner's name", sniff=None)

@@ -35,11 +35,6 @@ class Symbol:
     path: str
     """``xtuner.utils.PROMPT_TEMPLATE.internlm_chat``."""
 
-    @property
-    def name(self) -> str:
-        """The last part: ``internlm_chat``."""
-        return self.path.rpartition(".")[2]
-
 
 @dataclass(frozen=True, slots=True)
 class Own:
