@@ -112,7 +112,7 @@ def write_arena(
                 )
                 for name in _SHAPES
             }
-            for block in _made(blocks):
+            for block in blocks:
                 before = {name: column.rows for name, column in columns.items()}
                 at, names = before["tokens"], list(block.names)
                 arrays = (*moved(block, before, words), block.tokens, block.spans + at, block.cuts + at)
@@ -144,14 +144,6 @@ def _disk(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"{folder}: the arena can't be written: {system_words(error)}") from error
-
-
-def _made(blocks: Iterable[Block]) -> Iterator[Block]:
-    """Give the blocks; a reader's own trouble with a disk is not the arena's."""
-    try:
-        yield from blocks
-    except OSError as error:
-        raise DataError(f"a reader failed: {system_words(error)}") from error
 
 
 def _crc(header: Mapping[str, Any]) -> int:

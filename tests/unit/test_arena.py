@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ from fakes import FORWARD, FakeEncoder, source, write_records
 from corefit.data import arena as module
 from corefit.data.arena import HEADER, Arena, differences, write_arena
 from corefit.data.block import Block, join
+from corefit.data.jsonl import read_jsonl
 from corefit.data.source import split_validation
 from corefit.data.stream import Stream
-from corefit.errors import CheckpointError, DataError, RecipeError, RunError
+from corefit.errors import CheckpointError, DataError, PluginError, RecipeError, RunError
+from corefit.types import DatasetReader
 
 ROWS = [[i % 50 + 2, [3, i % 9 + 1, 2, 4]][: 1 + i % 2] if i % 7 else ["no_answer"] for i in range(90)]
 SETTINGS = {"max_length": 32, "held": 16, "epochs": 2, "seed": 3}
@@ -267,13 +270,14 @@ def test_two_that_are_written_at_once_are_both_whole(tmp_path, sources):
 
 
 def test_a_readers_own_trouble_is_not_the_disks(tmp_path):
-    def blocks():
+    def read(sources, options=None):
+        yield from islice(read_jsonl(sources), 1)
         raise OSError(5, "Input/output error")
-        yield
 
-    with pytest.raises(DataError, match="a reader failed: input/output error"):
-        write_arena(tmp_path / "arena", {}, list, blocks(), vocab_size=10)
-    assert not list(tmp_path.iterdir())
+    path, odd = write_records(tmp_path / "a.jsonl", [[5]] * 5), DatasetReader(name="odd", summary="odd", read=read)
+    with pytest.raises(PluginError, match=r"reader 'odd' failed: OSError: .*Input/output error"):
+        write(tmp_path / "arena", source(path, reader=odd))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_a_state_from_other_data_is_refused(tmp_path, monkeypatch):
