@@ -53,22 +53,13 @@ CHECKED = 2**20
 _SHAPES = {"records": (RECORD_COLUMNS,), "samples": (SAMPLE_COLUMNS,), "tokens": (), "spans": (2,), "cuts": ()}
 
 
-class _Column:
-    """One array on its way to disk."""
-
-    def __init__(self, file: IO[bytes], dtype: str) -> None:
-        self.file, self.dtype, self.rows = file, np.dtype(dtype), 0
-
-    def write(self, array: NDArray[Any]) -> None:
-        self.file.write(np.ascontiguousarray(array, self.dtype).data)
-        self.rows += len(array)
-
-    def facts(self) -> dict[str, Any]:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.seek(0)
-        crcs = [zlib.crc32(part) for part in iter(lambda: self.file.read(CHECKED), b"")]
-        return {"dtype": self.dtype.str, "rows": self.rows, "crc32": crcs}
+def _facts(file: IO[bytes], dtype: str, rows: int) -> dict[str, Any]:
+    """Wait until an array is on the disk, and give what the header says of it."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.seek(0)
+    crcs = [zlib.crc32(part) for part in iter(lambda: file.read(CHECKED), b"")]
+    return {"dtype": dtype, "rows": rows, "crc32": crcs}
 
 
 def write_arena(
@@ -105,26 +96,22 @@ def write_arena(
     try:
         with _disk(folder), ExitStack() as stack:
             aside.chmod(0o755)
-            columns = {
-                name: _Column(
-                    stack.enter_context((aside / f"{name}.bin").open("w+b")),
-                    "<i8" if name != "tokens" else "<u2" if vocab_size <= 2**16 else "<i4",
-                )
-                for name in _SHAPES
-            }
+            files = {name: stack.enter_context((aside / f"{name}.bin").open("w+b")) for name in _SHAPES}
+            dtypes = dict.fromkeys(_SHAPES, "<i8") | {"tokens": "<u2" if vocab_size <= 2**16 else "<i4"}
+            rows = dict.fromkeys(_SHAPES, 0)
             for block in blocks:
-                before = {name: column.rows for name, column in columns.items()}
-                at, names = before["tokens"], list(block.names)
-                arrays = (*moved(block, before, words), block.tokens, block.spans + at, block.cuts + at)
-                for column, array in zip(columns.values(), arrays, strict=True):
-                    column.write(array)
+                at, names = rows["tokens"], list(block.names)
+                arrays = (*moved(block, rows, words), block.tokens, block.spans + at, block.cuts + at)
+                for name, array in zip(_SHAPES, arrays, strict=True):
+                    files[name].write(np.ascontiguousarray(array, dtypes[name]).data)
+                    rows[name] += len(array)
             header = {
                 "format": FORMAT,
                 "key": key,
                 "sizes": [list(size) for size in sizes()],
                 "words": list(words),
                 "names": names,
-                "arrays": {name: column.facts() for name, column in columns.items()},
+                "arrays": {name: _facts(files[name], dtypes[name], rows[name]) for name in _SHAPES},
             }
             file = stack.enter_context((aside / HEADER).open("w", encoding="utf-8"))
             json.dump({**header, "crc32": _crc(header)}, file, indent=1)
