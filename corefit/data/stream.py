@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -45,7 +45,7 @@ from corefit.data.block import (
     join,
     select,
 )
-from corefit.data.ledger import Ledger
+from corefit.data.ledger import Ledger, Slots
 from corefit.data.pack import Plan, Streamed, best_fit_decreasing, stream
 from corefit.data.rows import Rows, Window, gather, padded, stack
 from corefit.data.source import (
@@ -205,7 +205,7 @@ class _Taken:
         ledger = self.ledger(k + 1, int(self.n_read[k]))
         # counted anew from what really waits: a sample lost on the way makes the ledger unbalanced
         ledger.records.pending, ledger.tokens.pending = len(np.unique(held[:, RECORD])), int(held[:, LENGTH].sum())
-        ledger.slots.total, ledger.slots.supervised, ledger.slots.masked, ledger.slots.padding = slots
+        ledger.slots = Slots(*slots)
         cursor = _advance(self.begin, self.block.records[: self.n_read[k]], shuffled)
         read = int(self.read[self.n_read[k]])
         if self.end is not None and k == len(self.tokens) - 1:
@@ -605,8 +605,7 @@ class Stream:
         """
         at_once = packs_at_once(packs_per_step, micro_batch, self.world)
         packs = self._packs()
-        slots = self.ledger.slots
-        self._slots = [slots.total, slots.supervised, slots.masked, slots.padding]
+        self._slots = astuple(self.ledger.slots)
         while step := list(islice(packs, packs_per_step)):
             self._groups_a_step = len(_by_block(step))
             self._check_known()
@@ -630,7 +629,7 @@ class Stream:
                     n_samples=n_samples,
                     epoch=float(taken.epochs[k]),
                     origins=partial(_origins, packs),
-                    state=partial(self._state, taken, k, tuple(self._slots)),
+                    state=partial(self._state, taken, k, self._slots),
                 )
 
     def _state(self, taken: _Taken, k: int, slots: Sequence[int]) -> dict[str, Any]:
@@ -663,7 +662,7 @@ class Stream:
             used, total = sum(tokens), padded(max(tokens)) * len(tokens)
             counted = own if own is not None and rank == self.rank else targets
             gained = (total, counted, used - targets, total - used)
-            self._slots = [a + b for a, b in zip(self._slots, gained, strict=True)]
+            self._slots = tuple(a + b for a, b in zip(self._slots, gained, strict=True))
 
     # ---------------------------------------------------------------------------------------------------- the state
 
