@@ -204,17 +204,17 @@ class CausalLoss(nn.Module):
         return None
 
 
-def offloaded(weights: Iterable[Tensor], to: str = "cpu") -> AbstractContextManager[Any]:
+def offloaded(weights: Iterable[Tensor]) -> AbstractContextManager[Any]:
     """Give a context in which tensors that the backward needs wait in the computer's memory; weights stay in place.
 
-    ``to``: the device where they wait. Small ones stay too: a copy costs more than it saves.
+    Small ones stay too: a copy costs more than it saves.
     """
     own = {weight.untyped_storage().data_ptr() for weight in weights}
 
     def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
         if tensor.numel() < SMALL or tensor.untyped_storage().data_ptr() in own:
             return tensor.device, tensor
-        away = torch.empty(tensor.shape, dtype=tensor.dtype, device=to, pin_memory=tensor.is_cuda and to == "cpu")
+        away = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
         return tensor.device, away.copy_(tensor, non_blocking=tensor.is_cuda)
 
     def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
