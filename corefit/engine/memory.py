@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from corefit.engine.loss import CACHED, CHUNK
-from corefit.engine.model import BITS
+from corefit.engine.model import BITS, KEPT
 
 MIB = 2**20
 PROCESS, LOADING = 550 * MIB, 365 * MIB
@@ -205,7 +205,7 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
         trained += len(s.saved) * shape.vocabulary * shape.hidden
     imported = BITSANDBYTES * (quantised or s.optimizer != "adamw") + CUDA_BUILD * (torch.version.cuda is not None)
     fp32 = s.wide or (quantised and c == 4)
-    copied = fp32 * sum(4 * i * o for _, i, o in shape.linears if 4 * i * o <= 2**22)
+    copied = fp32 * sum(4 * i * o for _, i, o in shape.linears if 4 * i * o <= KEPT)
     casts = 0 if c == 4 or (s.wide and s.full) else (linear if s.full else trained) * c
     residual = 4 if s.full else c
     always = {
@@ -246,7 +246,7 @@ def moments(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
             "base weights": base,
             "files": shape.parameters * shape.file_width,
         }
-        within = [s.tokens * width * c <= 2**22 for width in (shape.hidden, shape.middle)]
+        within = [s.tokens * width * c <= KEPT for width in (shape.hidden, shape.middle)]
         for terms in (begin, end):
             small = terms["activations"] * sum(within) / 2 + terms["weights in the products' format"]
             terms["free in the heap"] = HEAP * small + COPIES * copied

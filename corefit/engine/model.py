@@ -43,6 +43,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 """Of glibc's malloc.h."""
+KEPT = 2**22
+"""Bytes of the largest tensor that the heap keeps during steps: see ``reuse_memory``."""
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 """What ``train.precision`` can be, beside ``auto``."""
 BITS = {4: 4 + 8 / 64 + 32 / 64 / 256, 8: 8.0}
@@ -103,7 +105,7 @@ def reuse_memory() -> None:
     pack of 1,024 at a time, that was a quarter of the time. With tensors of up to 32 MiB, four packs at a time took a
     third more memory.
     """
-    _mallopt(M_MMAP_THRESHOLD, 2**22)
+    _mallopt(M_MMAP_THRESHOLD, KEPT)
     _mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
