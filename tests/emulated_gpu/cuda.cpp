@@ -117,6 +117,12 @@ void waits(const char* what) {
   if (mode == 1) TORCH_WARN("called a synchronizing CUDA operation: ", what);
 }
 
+struct Unseen {  // whatever waits within its life is the emulation's
+  int was = mode;
+  Unseen() { mode = 0; }
+  ~Unseen() { mode = was; }
+};
+
 // -------------------------------------------------------------------------------------- operations of the device's own
 
 constexpr c10::DispatchKeySet KEYS(c10::DispatchKey::CUDA);
@@ -199,22 +205,50 @@ int64_t plain_attention(const Tensor&, const Tensor&, const Tensor&, const std::
   return 0;
 }
 
-Tensor widened(const Tensor& x, bool widen) { return widen ? on_cpu(x).to(at::kFloat) : on_cpu(x); }
+Tensor widened(const Tensor& x) {  // of 16 bits into fp32, which the CPU multiplies faster, and its softmax refuses
+  Tensor here = on_cpu(x);
+  return at::isReducedFloatingType(here.scalar_type()) ? here.to(at::kFloat) : here;
+}
 
-Tensor softmax(const Tensor& x, int64_t dim, bool widen) {  // of 16 bits into fp32: the CPU's refuses that
-  return at::_softmax(widened(x, widen), dim, false).to(gpu);
+Tensor there(const Tensor& made, c10::ScalarType dtype) {
+  Unseen unseen;
+  return made.to(gpu, dtype);
+}
+
+void same_device(const Tensor& a, const Tensor& b) {
+  TORCH_CHECK(a.is_cuda() && b.is_cuda(), "Expected all tensors to be on the same device, cuda:0 and cpu");
+}
+
+Tensor mm(const Tensor& a, const Tensor& b) {
+  same_device(a, b);
+  return there(at::mm(widened(a), widened(b)), a.scalar_type());
+}
+
+Tensor bmm(const Tensor& a, const Tensor& b) {
+  same_device(a, b);
+  return there(at::bmm(widened(a), widened(b)), a.scalar_type());
+}
+
+Tensor addmm(const Tensor& c, const Tensor& a, const Tensor& b, const at::Scalar& beta, const at::Scalar& alpha) {
+  same_device(a, b);
+  same_device(a, c);
+  return there(at::addmm(widened(c), widened(a), widened(b), beta, alpha), a.scalar_type());
+}
+
+Tensor softmax(const Tensor& x, int64_t dim, bool widen) {
+  return there(at::_softmax(widened(x), dim, false), widen ? at::kFloat : x.scalar_type());
 }
 
 Tensor log_softmax(const Tensor& x, int64_t dim, bool widen) {
-  return at::_log_softmax(widened(x, widen), dim, false).to(gpu);
+  return there(at::_log_softmax(widened(x), dim, false), widen ? at::kFloat : x.scalar_type());
 }
 
 Tensor softmax_backward(const Tensor& grad, const Tensor& y, int64_t dim, c10::ScalarType dtype) {
-  return at::_softmax_backward_data(on_cpu(grad), on_cpu(y), dim, y.scalar_type()).to(gpu, dtype);
+  return there(at::_softmax_backward_data(on_cpu(grad), on_cpu(y), dim, y.scalar_type()), dtype);
 }
 
 Tensor log_softmax_backward(const Tensor& grad, const Tensor& y, int64_t dim, c10::ScalarType dtype) {
-  return at::_log_softmax_backward_data(on_cpu(grad), on_cpu(y), dim, y.scalar_type()).to(gpu, dtype);
+  return there(at::_log_softmax_backward_data(on_cpu(grad), on_cpu(y), dim, y.scalar_type()), dtype);
 }
 
 // ------------------------------------------------------------------------------------------------- everything else
@@ -236,15 +270,8 @@ void by_the_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::
   TORCH_CHECK(!(here && there) || indexes, name, ": Expected all tensors to be on the same device, cuda:0 and cpu");
   for (const char* slow : {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal", "aten::bincount"})
     if (name == slow) waits(slow);
-  int was = mode;
-  mode = 0;
-  try {
-    at::native::cpu_fallback(op, stack);
-  } catch (...) {
-    mode = was;
-    throw;
-  }
-  mode = was;
+  Unseen unseen;
+  at::native::cpu_fallback(op, stack);
 }
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&by_the_cpu>()); }
@@ -268,6 +295,9 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("is_pinned", is_pinned);
   m.impl("_local_scalar_dense", number);
   m.impl("_fused_sdp_choice", plain_attention);
+  m.impl("mm", mm);
+  m.impl("bmm", bmm);
+  m.impl("addmm", addmm);
   m.impl("_softmax", softmax);
   m.impl("_log_softmax", log_softmax);
   m.impl("_softmax_backward_data", softmax_backward);
