@@ -235,7 +235,7 @@ def prepare(
         again: a run goes on: what it unpacked from standard input is read, not standard input.
     """
     recipe = _with_start(recipe)
-    tok = Tokenizer.load(tokenizer, recipe.model.add_tokens)
+    tok = Tokenizer.load(tokenizer)
     choices: list[str] = []
     sources: list[Source] = []
     val_sources: list[Source] = []
@@ -259,6 +259,9 @@ def prepare(
     template = registry.template(name)
     choices.insert(0, f"template: {name}{why}")
     template_options = options_from(template.options, recipe.template.options, where="template.options")
+    if recipe.model.add_tokens:
+        written = "\n".join((template.chat_template or "", *template.control, *template.stop))
+        tok = Tokenizer.load(tokenizer, recipe.model.add_tokens, written)
     encoder = make_encoder(template, tok, template_options=template_options, supervise=recipe.template.supervise)
     return Prepared(
         recipe=dataclasses.replace(

@@ -60,7 +60,8 @@ class Model:
     quantizer: Text = "nf4"
     """Name of a quantizer: how the frozen base weights are stored."""
     add_tokens: tuple[Text, ...] = ()
-    """Tokens that the vocabulary is to have and whose embeddings train; new ones begin as the mean of all."""
+    """Tokens that the vocabulary is to have and whose embeddings train; new ones begin as the mean of all. What the
+    template doesn't write is a word of content: where the data has it, it is that token."""
     trust_remote_code: bool = False
     """Run Python code that the model folder brings along."""
 

@@ -252,7 +252,8 @@ class Session:
         ids = {token: id for token in special if (id := tokenizer.token_id(token)) is not None}
         sizes = adapter.check_vocabulary(network, tokenizer.vocab_size, ids)
         line = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-        self._proved(Proof("vocabulary", sizes, f"vocabulary: {line}; all {len(ids)} control tokens are among them"))
+        named = "control and added tokens" if recipe.model.add_tokens else "control tokens"
+        self._proved(Proof("vocabulary", sizes, f"vocabulary: {line}; all {len(ids)} {named} are among them"))
         lora = {key: value for key, value in vars(recipe.adapter).items() if key != "kind"}
         spec = adapter.AdapterSpec(**lora, tokens=tuple(dict.fromkeys(ids[token] for token in recipe.model.add_tokens)))
         self.network = network = adapter.attach_adapter(network, None if full else spec, seed=settings.seed)

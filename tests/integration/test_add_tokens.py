@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import corefit
 from corefit.chat import find
+from corefit.data.encode import make_encoder
 from corefit.data.tokenizer import Tokenizer
 from corefit.engine.adapter import AdapterSpec, add_rows, attach_adapter, with_adapter
 from corefit.engine.loss import CausalLoss
@@ -23,6 +24,7 @@ from corefit.errors import ModelError, RecipeError
 from corefit.merge import load, logits, merge
 from corefit.registry import Registry
 from corefit.score import evaluate
+from corefit.types import Conversation, Message
 
 TOKENS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 SETS = [
@@ -48,8 +50,8 @@ def make(folder: Path, kind: str) -> Path:
     return write_model(folder, vocab_size=rows, tie_word_embeddings=kind == "tied")
 
 
-def trained(folder: Path, base: Path, *sets: str, quantizer: str = "none", **more: Any) -> Path:
-    (folder / "rows.jsonl").write_text(ROWS, "utf-8")
+def trained(folder: Path, base: Path, *sets: str, quantizer: str = "none", rows: str = ROWS, **more: Any) -> Path:
+    (folder / "rows.jsonl").write_text(rows, "utf-8")
     data = dict(data=str(folder / "rows.jsonl"), plugin="oasst1", template="llama3_chat")
     more = {"out": folder / "run", **more}
     return corefit.train(model=str(base), **data, quantizer=quantizer, sets=[*SETS, *sets], **more).path
@@ -142,6 +144,33 @@ def test_a_token_that_is_added_twice_is_one_row(tmp_path: Path) -> None:
     config = json.loads((run / "adapter" / "adapter_config.json").read_text("utf-8"))
     (ids,) = config["trainable_token_indices"].values()
     assert len(ids) == len(set(ids)) == len(TOKENS)
+
+
+@pytest.mark.parametrize("kind", ["untied", "internlm2"])
+def test_what_the_template_does_not_write_is_a_word_of_content_to_all_who_read_it(kind: str, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    base, words = make(tmp_path / "base", kind), [*TOKENS, "<|thing|>", "newword"]
+    answer = "It is <|thing|> and newword, <|eot_id|> typed."
+    text = json.dumps({"text": f"### Human: What is <|thing|>?### Assistant: {answer}"}) + "\n"
+    sets = [f"model.add_tokens={json.dumps(words)}", "checkpoint.every_steps=4"]
+    run = trained(tmp_path, base, *sets, rows=text * 40)
+    ours = Tokenizer.load(run / "adapter")
+    theirs = PreTrainedTokenizerFast.from_pretrained(run / "adapter")
+    encoder = make_encoder(Registry.load().template("llama3_chat"), ours)
+    item = Conversation((Message("user", "What is <|thing|>?"), Message("assistant", answer)))
+    ids = encoder.encode([(item, "here")]).tokens.tolist()
+    thing, word, stop = (ours.token_id(token) for token in ("<|thing|>", "newword", "<|eot_id|>"))
+    assert (ids.count(thing), ids.count(word), ids.count(stop)) == (2, 1, 2)  # what is typed of a control token is text
+    content = "It is <|thing|> and newword."
+    assert ours.encode([content]) == [theirs(content, add_special_tokens=False)["input_ids"]]
+    assert {token for token in words if ours.token_id(token) in ours.special_ids} == {*TOKENS}
+    checkpoint = find(f"{run}@4").tokenizer_folder
+    assert Tokenizer.load(checkpoint).files() == ours.files()
+    rows = next(
+        t for n, t in load_file(run / "adapter" / "adapter_model.safetensors").items() if "embed" in n or "tok_" in n
+    )
+    assert not torch.equal(rows[3], rows[1])  # it has learnt: new rows begin alike
 
 
 def test_plain_peft_opens_it_as_its_readme_says(tmp_path: Path) -> None:
