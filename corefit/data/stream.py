@@ -74,6 +74,8 @@ __all__ = ["Estimate", "Source", "Split", "Stream", "encode_validation", "packs_
 
 GROUP_BYTES = 2**20
 """A group of records is encoded as soon as it has so many bytes, however few records these are."""
+PLAYED, PLAYED_PASSES = 10_000, 1_000
+"""Records, and passes over sources, that are played through to count the packs of a small set; 3 s at most."""
 GROUPS_AHEAD = 2
 """Groups that each tokenising thread may be ahead of the training step, beside those that a step takes."""
 CHANGED = (
@@ -733,23 +735,26 @@ class Stream:
         block = fit(block, self.max_length, self.overlong)
         if block.error is not None:
             raise block.error
-        if small:
+        repeats = [one.source.repeat for one in self._inputs]
+        n_records = sum(len(head) * repeat for head, repeat in zip(heads, repeats, strict=True))
+        epochs = min(self.epochs or 1, PLAYED // max(1, n_records), PLAYED_PASSES // sum(repeats))
+        if small and epochs:
             twin = copy.copy(self)
-            twin.epochs, twin._known = min(self.epochs or 1, 50), _Known(block)
+            twin.epochs, twin._known = epochs, _Known(block)
             twin._inputs = [copy.copy(one) for one in self._inputs]
             for one, head in zip(twin._inputs, heads, strict=True):
                 one.size = one.size._replace(records=len(head))
             twin._reset()
             n = sum(1 for _ in twin._packs())
-            n_records = sum(len(head) * one.source.repeat for head, one in zip(heads, self._inputs, strict=True))
             total = round(n * self.epochs / twin.epochs) if self.epochs else None
             exact = twin.epochs == (self.epochs or 1)
             return Estimate(n_records, -(-n // twin.epochs), total, exact)
         sums = np.zeros(2)
         for one, head in zip(self._inputs, heads, strict=True):
             mine = block.records[block.samples[:, RECORD], SOURCE] == one.number
-            plan = best_fit_decreasing(block.samples[mine, LENGTH], self.max_length)
-            packs = max(len(plan) - 0.5, 0.0)  # the last is half full
+            times = min(one.source.repeat, 50)
+            plan = best_fit_decreasing(np.tile(block.samples[mine, LENGTH], times), self.max_length)
+            packs = max(len(plan) - 0.5, 0.0) / times  # the last is half full
             size = one.size
             scale = size.total / max(1, sum(map(one.weight, head)))
             scale = scale if size.records is None else size.records / max(1, len(head))

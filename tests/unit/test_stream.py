@@ -586,6 +586,17 @@ def test_a_large_set_is_estimated_within_a_few_percent(tmp_path, shuffle):
     assert estimate.total_packs == pytest.approx(len(found), rel=0.1)
 
 
+def test_a_small_set_that_is_repeated_very_often_is_estimated_at_once(tmp_path):
+    one = write_records(tmp_path / "one.jsonl", [[7]])
+    more = write_records(tmp_path / "more.jsonl", [[int(n)] for n in range(5, 16)])
+    made = stream(source(one, repeat=100_000), source(more), epochs=3)
+    began = time.monotonic()
+    estimate = made.estimate()
+    assert time.monotonic() - began < 2
+    assert (estimate.records, estimate.exact) == (100_011, False)
+    assert estimate.total_packs == pytest.approx(3 * 100_000 * 7 / 32, rel=0.2)
+
+
 def test_an_estimate_disturbs_nothing(tmp_path):
     path = write_records(tmp_path / "a.jsonl", [[10 + i % 20] for i in range(50)])
     make = lambda: stream(source(path, shuffle=True), epochs=2)  # noqa: E731
