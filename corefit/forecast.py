@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -70,6 +71,8 @@ def new_curve(lr_at: Callable[[float], float], state: LoopState, old: Train, new
     rest = [lr_at(here + (1 - here) * i / (CURVE - 1)) for i in range(CURVE)]
     top = max(rest) or 1.0
     curve = "".join(BARS[round((len(BARS) - 1) * rate / top)] for rate in rest)
+    if state.step >= (new.max_steps or math.inf) or state.epoch >= (new.epochs or math.inf):
+        return [f"{length(new)}: the run is beyond that ({length(old)} before), so it ends where it is"]
     return [
         f"extended: at {100 * before:.0f} % of the run as it was ({length(old)}), {100 * here:.0f} % as it is now "
         f"({length(new)})",

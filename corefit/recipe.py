@@ -106,7 +106,8 @@ class Data:
     shuffle: bool = True
     """In a new order every epoch."""
     ratio: Annotated[Positive, Unit("weight")] | None = None
-    """Weight among the sources; None: by number of records."""
+    """Records of it that come for those of other sources, as long as all last; None: so many that all last equally
+    long. How much is read says ``repeat``, or ``first``."""
     repeat: Annotated[Count, Unit("times")] = 1
     """Times that an epoch reads it."""
     first: Annotated[Count, Unit("records")] | None = None

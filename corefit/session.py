@@ -519,6 +519,7 @@ class Session:
             self.say(f"resume: {self.folder} has no whole checkpoint, so the run starts again")
             return None
         saved = checkpoint.load(newest, whole=True)
+        checkpoint.check_fit(saved, self.parameters)
         self.state = LoopState.from_dict(saved.state["loop"])
         self.lengths = saved.state["lengths"]
         extra = saved.state["extra"]

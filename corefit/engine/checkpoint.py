@@ -30,7 +30,7 @@ from corefit.engine.export import entries_of, write_tensors
 from corefit.engine.nonfinite import require_finite
 from corefit.engine.optimizer import load_optimizer_state, optimizer_state
 from corefit.engine.ranks import ALONE, Ranks, shared_as
-from corefit.errors import CheckpointError, ModelError
+from corefit.errors import CheckpointError, ModelError, RecipeError
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
@@ -188,6 +188,16 @@ def load(path: Path, *, whole: bool = False) -> Checkpoint:
     return Checkpoint(path, state["step"], state, trainable, optimizer, rng)
 
 
+def check_fit(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter]) -> None:
+    """See that a checkpoint's weights are the model's by name and shape.
+
+    Raises:
+        RecipeError: the adapter or the model is another one.
+    """
+    if found := misfit(checkpoint.trainable, parameters):
+        raise RecipeError(f"{checkpoint.path}: holds {found}: made with another [adapter] or model.base?")
+
+
 def restore(
     checkpoint: Checkpoint,
     *,
@@ -200,11 +210,8 @@ def restore(
     The stream's state and the loop's are the caller's to put back, from ``checkpoint.state["loop"]``. Give a line about
     what could not be put back; empty: all was.
 
-    Raises:
-        CheckpointError: the trained weights differ in name or shape: the adapter or the model is another one.
+    ``check_fit`` has seen that it is of this model.
     """
-    if found := misfit(checkpoint.trainable, parameters):
-        raise CheckpointError(f"{checkpoint.path}: holds {found}: made with another [adapter] or model.base?")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(shared_as(parameter, checkpoint.trainable[name]))

@@ -406,8 +406,17 @@ def test_a_signal_before_step_1_ends_the_run_without_validation(here: Here, monk
 
 def test_another_adapter_is_refused_even_if_changes_are_allowed(here: Here, run: Path):
     cut(run, 3)
-    with pytest.raises(CorefitError, match=r"holds \(4, .*made with another \[adapter\]"):
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    with pytest.raises(RecipeError, match=r"holds \(4, .*made with another \[adapter\]"):
         here.goes_on(run, "adapter.r=8", allow_changes=True)
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_a_run_that_is_beyond_its_new_end_ends_where_it_is(here: Here, run: Path):
+    here.goes_on(run, "train.max_steps=3")
+    assert any("the run is beyond that" in line for line in here.said)
+    assert not any(line.startswith(("extended", "learning rate")) for line in here.said)
+    assert json.loads((run / "run.json").read_text("utf-8"))["status"] == "complete"
 
 
 def test_standard_input_is_read_once_and_resumed_from_its_copy(tmp_path: Path, tiny_model: Path):

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from tiny_training import POISON_GRADIENT, POISON_LOSS, Run, make_batch, make_run, make_steps
 
 from corefit.engine import checkpoint
-from corefit.engine.checkpoint import load, newest_whole, restore, save
+from corefit.engine.checkpoint import check_fit, load, newest_whole, restore, save
 from corefit.engine.loop import Every, LoopState
 from corefit.engine.optimizer import make_optimizer, make_scaler
-from corefit.errors import CheckpointError, NonFiniteError
+from corefit.errors import CheckpointError, NonFiniteError, RecipeError
 
 
 def save_run(run, folder: Path, step: int, **more) -> Path:
@@ -364,11 +364,11 @@ def test_another_adapter_is_refused_by_name_and_shape(tmp_path):
     found = load(save_run(run, tmp_path, 1))
     other = dict(run.parameters)
     other["lora_A"] = torch.nn.Parameter(torch.zeros(8, 256))
-    with pytest.raises(CheckpointError, match=r"holds \(16, 256\) for lora_A, the model trains \(8, 256\) \(1 such"):
-        restore(found, parameters=other, optimizer=run.optimizer, scaler=run.scaler)
+    with pytest.raises(RecipeError, match=r"holds \(16, 256\) for lora_A, the model trains \(8, 256\) \(1 such"):
+        check_fit(found, other)
     del other["lora_A"]
-    with pytest.raises(CheckpointError, match=r"holds \(16, 256\) for lora_A, the model trains nothing"):
-        restore(found, parameters=other, optimizer=run.optimizer, scaler=run.scaler)
+    with pytest.raises(RecipeError, match=r"holds \(16, 256\) for lora_A, the model trains nothing"):
+        check_fit(found, other)
 
 
 def test_nothing_is_pickled(tmp_path):
