@@ -330,7 +330,8 @@ class Session:
         )
         if slower := optimizer_notice(settings.optimizer, self.device):
             self.say(slower)
-        self.scaler = make_scaler(self.device, enabled=self.precision.use_scaler)
+        scaler = make_scaler(self.device, enabled=self.precision.use_scaler)
+        self.trained: dict[str, Any] = dict(parameters=self.parameters, optimizer=self.optimizer, scaler=scaler)
         torch.manual_seed(settings.seed + self.ranks.rank)
         random.seed(settings.seed)
         np.random.seed(settings.seed % 2**32)
@@ -480,9 +481,6 @@ class Session:
             return train(
                 loss_fn=self.loss_fn,
                 steps=self._steps(),
-                parameters=self.parameters,
-                optimizer=self.optimizer,
-                scaler=self.scaler,
                 lr_at=self._lr_at,
                 state=self.state,
                 clip=settings.clip,
@@ -493,6 +491,7 @@ class Session:
                 ranks=self.ranks,
                 **hooks,
                 **self.context,
+                **self.trained,
             )
 
     def _lr_at(self, progress: float) -> float:
@@ -525,8 +524,9 @@ class Session:
         looked = extra.get("looked", (False, False))
         self.validated, self.sampled = ({self.state.step} if done else set() for done in looked)
         self.say(f"resume: from step {self.state.step} ({newest})")
-        for line in other_versions(saved.state["versions"], checkpoint.versions()):
-            self.say(line)
+        old, new = saved.state["versions"], checkpoint.versions()
+        if changed := [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]:
+            self.say(f"resume: other versions: {', '.join(changed)}; bits may differ from a straight run's")
         try:
             self.stream.load_state_dict(saved.state["loop"]["stream"])
         except (CheckpointError, DataError) as error:
@@ -536,14 +536,13 @@ class Session:
             self.say(f"resume: {error}: so the records are read from the first on, and the ledger begins anew")
             self.stream = self._stream(self.stream.val_hashes)
             self.state.epoch = 0.0
-        if (old := limits_before(changes, self.recipe.train)) != self.recipe.train:
-            for line in new_curve(self._lr_at, self.state, old, self.recipe.train):
+        if (limits := limits_before(changes, self.recipe.train)) != self.recipe.train:
+            for line in new_curve(self._lr_at, self.state, limits, self.recipe.train):
                 self.say(line)
         return saved
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
-        what: dict[str, Any] = dict(parameters=self.parameters, optimizer=self.optimizer, scaler=self.scaler)
-        if said := checkpoint.restore(saved, **what):
+        if said := checkpoint.restore(saved, **self.trained):
             self.say(said)
 
     def _same_step(self) -> None:
@@ -580,11 +579,8 @@ class Session:
             if file.missing:
                 self.say(f"{file.path}: {file.missing:,} bytes that the checkpoint counts on are gone")
         if saved is not None:  # the line about this save came after it, so it was cut
-            self._write(
-                self.metrics,
-                {"step": saved.step, "save_seconds": None, "save_bytes": checkpoint.size_of(saved.path)},
-            )
-
+            size = checkpoint.size_of(saved.path)
+            self.metrics.write({"step": saved.step, "save_seconds": None, "save_bytes": size})
         self.reporters.start(
             StartReport(
                 folder=str(self.folder.resolve()),
@@ -624,15 +620,8 @@ class Session:
         for file in before:
             file.close()
 
-    def _write(self, file: JsonLines, value: object) -> None:
-        """Append a line; what the disk refuses is said once and written later."""
-        before = file.trouble
-        file.write(value)
-        if file.trouble and not before:
-            notice(f"{file.trouble}; its lines are kept until they can be, the run goes on")
-
     def _report(self, report: StepReport) -> None:
-        self._write(self.metrics, report)
+        self.metrics.write(report)
         if self.first_packs:
             self.reporters.tell(PacksReport(packs=self.first_packs))
             self.first_packs = []
@@ -646,7 +635,7 @@ class Session:
             return
         nats, tokens, better = scored
         ratio = perplexity(nats)
-        self._write(self.metrics, {"step": step, "val_loss": nats, "val_perplexity": ratio, "val_tokens": tokens})
+        self.metrics.write({"step": step, "val_loss": nats, "val_perplexity": ratio, "val_tokens": tokens})
         self.reporters.tell(ValidationReport(step=step, loss=nats, perplexity=finite(ratio), tokens=tokens))
         if better and step and self.recipe.checkpoint.keep_best:
             self.best, self.checkpoint.asked = step, True
@@ -689,7 +678,7 @@ class Session:
     def _sample(self, step: int) -> None:
         """Write and show the answers to the questions of the recipe."""
         for sample in self._answers(step):
-            self._write(self.samples, sample)
+            self.samples.write(sample)
             self.reporters.tell(sample)
 
     def _answers(self, step: int) -> Iterator[SampleReport]:
@@ -724,9 +713,6 @@ class Session:
             path = checkpoint.save(
                 self.folder / "checkpoints",
                 step,
-                parameters=self.parameters,
-                optimizer=self.optimizer,
-                scaler=self.scaler,
                 loop=self.state.as_dict(),
                 lengths=lambda: {"metrics.jsonl": self.metrics.sync(), "samples.jsonl": self.samples.sync()},
                 extra={
@@ -738,15 +724,16 @@ class Session:
                 keep=self.recipe.checkpoint.keep,
                 best=step == self.best,
                 ranks=self.ranks,
+                **self.trained,
             )
             if self.facts["identity"] != self.identity:
                 self.facts["identity"] = self.identity
                 self._write_run("running")
             seconds, size = time.perf_counter() - began, checkpoint.size_of(path)
-            self._write(self.metrics, {"step": step, "save_seconds": seconds, "save_bytes": size})
+            self.metrics.write({"step": step, "save_seconds": seconds, "save_bytes": size})
             self.reporters.tell(report(path=str(path), seconds=seconds, size_bytes=size))
         except (CheckpointError, OSError) as error:
-            self._write(self.metrics, {"step": step, "save_error": str(error)})
+            self.metrics.write({"step": step, "save_error": str(error)})
             notice(f"{error}; earlier checkpoints are whole, the run goes on")
             seconds = time.perf_counter() - began
             self.reporters.tell(report(path=None, seconds=seconds, size_bytes=None, error=str(error)))
@@ -844,12 +831,6 @@ def often_collected() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------------------- words
-
-
-def other_versions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Say which software is not what it was, where any is: bits may then differ from a straight run's."""
-    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
-    return [f"resume: other versions: {', '.join(changed)}; bits may differ from a straight run's"] if changed else []
 
 
 def questions(records: Sequence[tuple[Source, Record | BadRecord]]) -> tuple[str, ...]:
