@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parsed([a for a in arguments if a != "--debug"])
         args.more = ["--debug"] * debug  # for the processes that are started
-        code = int(args.run(args))
+        code = args.run(args) or 0
         sys.stdout.flush()  # a broken pipe must show here, not at interpreter exit
         return code
     except CorefitError as error:
@@ -406,16 +406,15 @@ def _launch(args: argparse.Namespace) -> int:
     return launch(args.n, args.rest + args.more)
 
 
-def _inspect(args: argparse.Namespace) -> int:
+def _inspect(args: argparse.Namespace) -> None:
     from corefit.samples import inspect_from
 
     inspect_from(
         args.recipe, _flags(args), args.sets, tokenizer=args.tokenizer, samples=args.samples, as_json=args.json
     )
-    return 0
 
 
-def _plan(args: argparse.Namespace) -> int:
+def _plan(args: argparse.Namespace) -> None:
     from corefit.plan import plan_from
 
     flags = _flags(args, "quantizer")
@@ -426,17 +425,15 @@ def _plan(args: argparse.Namespace) -> int:
         from corefit.run import train_from
 
         train_from(args.recipe, flags, args.sets, dry_run=True, probe=True)
-    return 0
 
 
-def _pack(args: argparse.Namespace) -> int:
+def _pack(args: argparse.Namespace) -> None:
     from corefit.samples import pack_from
 
     pack_from(args.recipe, _flags(args), args.sets, out=args.out, tokenizer=args.tokenizer)
-    return 0
 
 
-def _chat(args: argparse.Namespace) -> int:
+def _chat(args: argparse.Namespace) -> None:
     from corefit.chat import chat_with
 
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
@@ -445,34 +442,30 @@ def _chat(args: argparse.Namespace) -> int:
         decoding.setdefault("temperature", 1.0)  # who sets these wants to sample
     more = "prompt system compare model template quantizer max_tokens device trust_remote_code".split()
     chat_with(args.target, decoding=decoding, **{name: getattr(args, name) for name in more})
-    return 0
 
 
-def _eval(args: argparse.Namespace) -> int:
+def _eval(args: argparse.Namespace) -> None:
     from corefit.score import evaluate
 
     flags = {n: v for n in ("data", "plugin", "template", "quantizer") if (v := getattr(args, n)) is not None}
     how = {n: getattr(args, n) for n in ("choices", "generate", "records", "max_tokens", "model", "out")}
     evaluate(args.target, flags, args.sets, **how)
-    return 0
 
 
-def _merge(args: argparse.Namespace) -> int:
+def _merge(args: argparse.Namespace) -> None:
     from corefit.merge import merge
 
     merged = merge(args.target, args.out, model=args.model, into=args.base, template=args.template)
     say(f"merged model: {merged}")
-    return 0
 
 
-def _report(args: argparse.Namespace) -> int:
+def _report(args: argparse.Namespace) -> None:
     from corefit.page import report
 
     say(f"page: {report(args.target, args.other, args.out)}")
-    return 0
 
 
-def _safetensors(args: argparse.Namespace) -> int:
+def _safetensors(args: argparse.Namespace) -> None:
     from corefit.pickles import convert, to_adapter
     from corefit.prepare import read_config
     from corefit.registry import Registry
@@ -486,12 +479,11 @@ def _safetensors(args: argparse.Namespace) -> int:
             args.target, args.out, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, base=base, template=template
         )
         say(f"adapter: {folder}   train on: --set adapter.start={folder}   talk to it: corefit chat {folder}")
-        return 0
+        return
     say(f"safetensors: {convert(args.target, args.out)}")
-    return 0
 
 
-def _recipes(args: argparse.Namespace) -> int:
+def _recipes(args: argparse.Namespace) -> None:
     from corefit import zoo
 
     pattern = args.pattern or args.p or ""
@@ -505,17 +497,15 @@ def _recipes(args: argparse.Namespace) -> int:
         say(f"{name}  can't run: {zoo.excluded()[name]}")
     if rest and not args.all:
         notice(f"{len(rest)} more names of XTuner's zoo are no recipes here; --all lists them, each with why")
-    return 0
 
 
-def _copy(args: argparse.Namespace) -> int:
+def _copy(args: argparse.Namespace) -> None:
     from corefit.zoo import copy_recipe
 
     say(copy_recipe(args.name, args.dest, "_copy" if args.verb == "copy-cfg" else ""))
-    return 0
 
 
-def _templates(args: argparse.Namespace) -> int:
+def _templates(args: argparse.Namespace) -> None:
     from corefit import show
     from corefit.registry import Registry
 
@@ -530,10 +520,9 @@ def _templates(args: argparse.Namespace) -> int:
     else:
         lines = [show.template_summary(registry.template(name)) for name in names]
     write("\n".join(lines))
-    return 0
 
 
-def _import(args: argparse.Namespace) -> int:
+def _import(args: argparse.Namespace) -> None:
     from corefit.prepare import read_config
     from corefit.recipe import toml_dumps
     from corefit.registry import Registry
@@ -544,19 +533,17 @@ def _import(args: argparse.Namespace) -> int:
         notice(note)
     if found.missing:
         raise UserError("\n".join(found.missing.values()))
-    return 0
 
 
-def _formats(args: argparse.Namespace) -> int:
+def _formats(args: argparse.Namespace) -> None:
     from corefit.registry import Registry
 
     for name, function in Registry.load().map_functions.items():
         if (args.pattern or "") in name:
             say(f"{name}  {function.summary}")
-    return 0
 
 
-def _plugins(args: argparse.Namespace) -> int:
+def _plugins(args: argparse.Namespace) -> None:
     from corefit.data import kernel
     from corefit.registry import Registry
 
@@ -572,10 +559,9 @@ def _plugins(args: argparse.Namespace) -> int:
                 say(f"    BROKEN: {trouble}")
     for name in registry.disabled:
         say(f"{name}  (disabled by COREFIT_DISABLE_PLUGINS)")
-    return 0
 
 
-def _new_plugin(args: argparse.Namespace) -> int:
+def _new_plugin(args: argparse.Namespace) -> None:
     from corefit.scaffold import new_plugin
 
     folder = new_plugin(args.name, args.kind, args.out)
@@ -584,7 +570,6 @@ def _new_plugin(args: argparse.Namespace) -> int:
         f"next: pip install -e '{folder}[test]'   corefit check {args.name}   "
         f"then edit {folder / f'corefit_{args.name}.py'}"
     )
-    return 0
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -599,10 +584,10 @@ def _doctor(args: argparse.Namespace) -> int:
     return doctor(as_json=args.json)
 
 
-def _runs(args: argparse.Namespace) -> int:
+def _runs(args: argparse.Namespace) -> None:
     from corefit.runs import runs
 
-    return runs(args.folder, sort=args.sort, as_json=args.json)
+    runs(args.folder, sort=args.sort, as_json=args.json)
 
 
 def _selftest(args: argparse.Namespace) -> int:
