@@ -372,11 +372,11 @@ class Session:
             return
         estimate, settings = self.stream.estimate(), self.recipe.train
         steps = estimate.steps(settings.packs_per_step)
-        steps = min(filter(None, (steps, settings.max_steps)), default=None)
+        steps = min(filter(None, (steps, settings.max_steps)), default=0)
         self.recipe = replace(self.recipe, train=replace(settings, max_steps=self.state.step + PROBED))
         reports: list[StepReport] = []
         self._train(on_step=reports.append)
-        left = None if steps is None else max(steps - (self.state.step - len(reports)), 0)
+        left = max(steps - (self.state.step - len(reports)), 0)
         for line in probed(reports, left, now=time.time()):
             self.say(line)
 
