@@ -757,9 +757,8 @@ class Session:
         if rows:
             self.say(answers_table(rows))
         lines = list(objects(self.folder / "metrics.jsonl"))
-        for line in summary(lines, reason=reason, skipped=self.state.skipped, balanced=not differences):
-            self.say(line)
-        for line in show.ledger_lines(facts):
+        said = summary(lines, reason=reason, skipped=self.state.skipped, balanced=not differences)
+        for line in (*said, *show.ledger_lines(facts)):
             self.say(line)
         self.say(f"run: {self.folder}   talk to it: corefit chat {shlex.quote(str(self.folder))}")
         if differences:
