@@ -15,9 +15,9 @@ from corefit import terminal
 from corefit.chat import Chatter
 from corefit.data.jsonl import read_jsonl
 from corefit.data.source import map_record
-from corefit.data.stream import Source, encode_validation, split_validation
+from corefit.data.stream import Source, split_validation
 from corefit.errors import DataError, IsolationError, UserError, system_words
-from corefit.prepare import Prepared, prepare, resolve
+from corefit.prepare import Prepared, make_validation, prepare, resolve
 from corefit.recipe import run_and_step
 from corefit.registry import Registry
 from corefit.report import columns, perplexity, to_json
@@ -185,16 +185,7 @@ def _loss(
 ) -> Score:
     from corefit.engine.evaluate import validation_loss
 
-    pack = plan.recipe.pack
-    batches, _ = encode_validation(
-        rows,
-        plan.encoder,
-        max_length=pack.max_length,
-        micro_batch=1,
-        overlong=pack.overlong,
-        pad_id=plan.tokenizer.pad_id,
-        packed=packed,
-    )
+    batches, _ = make_validation(plan, rows, micro_batch=1, packed=packed)
     what = _name(source)
     if not any(batch.n_supervised for batch in batches):
         raise DataError(f"{what}: no sample with a supervised token in {len(rows):,} records; corefit inspect says why")

@@ -24,7 +24,7 @@ from corefit import __version__, show
 from corefit.data.block import LENGTH, fit
 from corefit.data.ledger import Ledger
 from corefit.data.source import encode_items, items_of, map_record
-from corefit.data.stream import Source, Stream, encode_validation, packs_at_once, split_validation
+from corefit.data.stream import Source, Stream, packs_at_once, split_validation
 from corefit.durable import claimed, read_json, sync, write_whole
 from corefit.engine import adapter, attention, checkpoint, evaluate, export, memory, model
 from corefit.engine.loop import Every, LoopState, autocast, train, try_out
@@ -49,7 +49,7 @@ from corefit.identity import file_facts, strange_changes, used_entries, without_
 from corefit.interrupts import Interrupts
 from corefit.own import own_file
 from corefit.plan import gib, read_shape, setting_of
-from corefit.prepare import Prepared, encoding_threads, make_stream
+from corefit.prepare import Prepared, encoding_threads, make_stream, make_validation
 from corefit.proofs import Proof, data_proofs, first_records
 from corefit.recipe import flat, to_toml
 from corefit.report import JsonLines, answers_table, finite, objects, perplexity, summary
@@ -167,14 +167,7 @@ class Session:
             self.say(f"arena: samples come from {recipe.pack.arena}, nothing is encoded anew")
         while stream.notices:
             self.say(stream.notices.pop(0))
-        batches, self.val_ledger = encode_validation(
-            held_out,
-            plan.encoder,
-            max_length=recipe.pack.max_length,
-            micro_batch=recipe.train.micro_packs,
-            overlong=recipe.pack.overlong,
-            pad_id=plan.tokenizer.pad_id,
-        )
+        batches, self.val_ledger = make_validation(plan, held_out, micro_batch=recipe.train.micro_packs)
         asked = {"checkpoint.keep_best": recipe.checkpoint.keep_best, "val.patience": recipe.val.patience}
         unused = [key for key, on in asked.items() if on]
         if plan.val_sources and recipe.val.records and not any(batch.n_supervised for batch in batches):
