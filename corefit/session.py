@@ -296,11 +296,8 @@ class Session:
         )
         self.context: dict[str, Any] = {"device": self.device, "compute_dtype": self.precision.compute_dtype}
         self.setting = setting_of(recipe, cuda=self.device != "cpu", dtype=self.precision.compute_dtype)
-        how: dict[str, Any] = dict(
-            vocab_size=sizes["embeddings"],
-            device=self.device,
-            autocast=lambda: autocast(self.device, self.precision.compute_dtype),
-        )
+        cast = partial(autocast, self.device, self.precision.compute_dtype)
+        how: dict[str, Any] = dict(vocab_size=sizes["embeddings"], device=self.device, autocast=cast)
         self.say(self.loss_fn.within(partial(attention.choose_route, network, **how)))
         delta = self.loss_fn.within(partial(attention.isolation_canary, network, **how))
         line = f"isolation: documents of one pack don't see each other (max |delta| {delta:g})"
@@ -309,7 +306,7 @@ class Session:
             self.say("train.offload_activations: nothing to do on a CPU")
         elif settings.offload_activations:
             self.loss_fn.kept = partial(offloaded, list(network.parameters()))
-        with autocast(self.device, self.precision.compute_dtype):
+        with cast():
             why = self.loss_fn.within(self.loss_fn.probe)
         if why:
             self.say(f"loss: from full logits ({why})")
