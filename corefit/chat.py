@@ -331,6 +331,8 @@ def _system(text: str | None) -> list[dict[str, str]]:
     return [{"role": "system", "content": text}] if text else []
 
 
+SIDES = [(False, "adapter off: "), (True, "adapter on:  ")]
+"""What is compared: with the adapter or not, and what the answer begins with."""
 HELP = """/new, /reset     start afresh
 /system          show the system message, and those that have a name
 /system WHAT     start afresh with a system message: its name, or its text; - is none
@@ -354,7 +356,7 @@ def chat_loop(
     answer of the adapter.
     """
     history, systems = _system(system), systems or {}
-    sides = [(False, "adapter off: "), (True, "adapter on:  ")] if compare else [(True, "")]
+    sides = SIDES if compare else [(True, "")]
     while True:
         try:
             line = read("> ").strip()
@@ -424,9 +426,8 @@ def chat_with(
         chat_loop(chatter, system=system, systems=systems, compare=compare)
         return
     messages = [*_system(system), {"role": "user", "content": prompt}]
-    for on in (False, True) if compare else (True,):
-        if compare:
-            answer(f"adapter {'on:  ' if on else 'off: '}")
+    for on, title in SIDES if compare else [(True, "")]:
+        answer(title)
         for piece in chatter.answer(messages, adapter=on):
             answer(piece)
         say()

@@ -9,6 +9,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parsed([a for a in arguments if a != "--debug"])
         args.more = ["--debug"] * debug  # for the processes that are started
-        code = int(args.run(args))
+        code = args.run(args) or 0
         sys.stdout.flush()  # a broken pipe must show here, not at interpreter exit
         return code
     except CorefitError as error:
@@ -167,36 +168,32 @@ def _parser() -> _Parser:
     parser = _Parser(prog="corefit", usage=USAGE, add_help=False, allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", prog="corefit", parser_class=_Parser, required=True)
 
-    def verb(name: str, run: Any, about: str, **more: Any) -> argparse.ArgumentParser:  # noqa: ANN401
-        sub = verbs.add_parser(name, description=about, allow_abbrev=False, **more)
-        sub.set_defaults(run=run)
-        return sub
+    def verb(name: str, run: Any, about: str, aliases: Sequence[str] = (), **defaults: Any) -> Any:  # noqa: ANN401
+        sub = verbs.add_parser(name, description=about, allow_abbrev=False, aliases=aliases)
+        sub.set_defaults(run=run, **defaults)
+        return partial(_add, sub)
 
     train = verb("train", _train, "Train as the recipe and the flags say; flags win over the recipe.")
     _recipe_and_flags(train)
-    train.add_argument("--quantizer", metavar="NAME", help="how base weights are stored: none, nf4, int8 or a plugin's")
-    train.add_argument("--scheduler", metavar="NAME", help="constant, linear, cosine, wsd or a plugin's")
-    train.add_argument("--out", "--work-dir", metavar="DIR", help="the run folder (default: runs/<recipe>-<n>)")
-    train.add_argument(
-        "--resume",
+    train("--quantizer NAME", "how base weights are stored: none, nf4, int8 or a plugin's")
+    train("--scheduler NAME", "constant, linear, cosine, wsd or a plugin's")
+    train("--out,--work-dir DIR", "the run folder (default: runs/<recipe>-<n>)")
+    train(
+        "--resume RUN[@STEP]",
+        "continue the newest run of this recipe, or start it; RUN: that one; with --out in a new folder",
         nargs="?",
         const=True,
         default=False,
-        metavar="RUN[@STEP]",
-        help="continue the newest run of this recipe, or start it; RUN: that one; with --out in a new folder",
     )
-    train.add_argument(
-        "--allow-changes", action="store_true", help="resume although data, recipe, model or a plugin changed"
-    )
-    train.add_argument(
+    train("--allow-changes", "resume although data, recipe, model or a plugin changed")
+    train(
         "--dry-run",
-        action="store_true",
-        help="load data and model, prove what must hold, say how long the run would be, and stop: nothing is written",
+        "load data and model, prove what must hold, say how long the run would be, and stop: nothing is written",
     )
 
-    launch = verb("launch", _launch, "Train with several processes of this machine, one a GPU: torchrun's short form.")
-    launch.add_argument("-n", required=True, metavar="N", help="processes; torchrun starts and watches them")
-    launch.set_defaults(rest=[])  # all else: corefit train takes it
+    about = "Train with several processes of this machine, one a GPU: torchrun's short form."
+    launch = verb("launch", _launch, about, rest=[])  # all that launch doesn't take, corefit train does
+    launch("-n N", "processes; torchrun starts and watches them", required=True)
 
     about = (
         "Say what memory and time a run takes, term by term, before anything is loaded, and which micro-batch fits. "
@@ -204,151 +201,134 @@ def _parser() -> _Parser:
     )
     plan = verb("plan", _plan, about)
     _recipe_and_flags(plan)
-    plan.add_argument("--quantizer", metavar="NAME", help="how base weights are stored: none, nf4, int8 or a plugin's")
-    plan.add_argument("--gpu", metavar="24GB|NAME", help="a GPU that isn't here: its memory, or a name such as rtx4090")
-    plan.add_argument("--probe", action="store_true", help="load all of it here and time three real steps; needs data")
+    plan("--quantizer NAME", "how base weights are stored: none, nf4, int8 or a plugin's")
+    plan("--gpu 24GB|NAME", "a GPU that isn't here: its memory, or a name such as rtx4090")
+    plan("--probe", "load all of it here and time three real steps; needs data")
 
     pack = verb("pack", _pack, "Encode the data once, ahead of time, for runs with pack.arena. No model is loaded.")
     _recipe_and_flags(pack)
-    pack.add_argument("--tokenizer", metavar="PATH", help="a tokenizer folder or a bare tokenizer.model")
-    pack.add_argument("--out", required=True, metavar="DIR", help="the folder to write; an older arena is replaced")
+    pack("--tokenizer PATH", "a tokenizer folder or a bare tokenizer.model")
+    pack("--out DIR", "the folder to write; an older arena is replaced", required=True)
 
     about = "Show samples as the model will see them. No model is loaded."
     inspect = verb("inspect", _inspect, about, aliases=["log-dataset", "check-custom-dataset"])
     _recipe_and_flags(inspect)
-    inspect.add_argument("--tokenizer", metavar="PATH", help="a tokenizer folder or a bare tokenizer.model")
-    inspect.add_argument("--samples", type=_whole(0), default=3, metavar="N", help="random samples (default 3)")
-    inspect.add_argument("--json", action="store_true", help="one JSON object a sample, all of them, in data order")
+    inspect("--tokenizer PATH", "a tokenizer folder or a bare tokenizer.model")
+    inspect("--samples N", "random samples (default 3)", type=_whole(0), default=3)
+    inspect("--json", "one JSON object a sample, all of them, in data order")
 
     chat = verb("chat", _chat, "Talk to a run, an adapter or a model, with the template that training used.")
-    chat.add_argument("target", metavar="RUN[@STEP]|ADAPTER|MODEL")
-    chat.add_argument("--prompt", metavar="TEXT", help="one answer instead of a conversation")
-    chat.add_argument("--system", metavar="TEXT|NAME", help="a system message, or the map function whose own it is")
-    chat.add_argument("--compare", action="store_true", help="answers with the adapter off and on")
-    chat.add_argument("--model", metavar="PATH", help="the base model, where it moved")
-    chat.add_argument("--template", metavar="NAME", help="the prompt template, where an adapter doesn't say (XTuner's)")
-    chat.add_argument("--quantizer", metavar="NAME", help="how to store the base weights (default: as in training)")
-    chat.add_argument("--max-tokens", type=_whole(1), default=512, metavar="N", help="the longest answer (default 512)")
-    chat.add_argument("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda, cuda:1")
-    chat.add_argument(
-        "--temperature",
-        type=float,
-        metavar="X",
-        help="0: the most likely token, always (default; 1 with --top-k, --top-p, --seed)",
-    )
-    chat.add_argument("--top-k", type=int, metavar="N", help="sample from the N most likely tokens")
-    chat.add_argument("--top-p", type=float, metavar="P", help="sample from the most likely tokens that reach P")
-    chat.add_argument("--repetition-penalty", type=float, metavar="X", help="make what is there already less likely")
-    chat.add_argument("--seed", type=int, metavar="N", help="of the sampling")
-    chat.add_argument("--trust-remote-code", action="store_true", help="run the Python code in the model's folder")
+    chat("target RUN[@STEP]|ADAPTER|MODEL")
+    chat("--prompt TEXT", "one answer instead of a conversation")
+    chat("--system TEXT|NAME", "a system message, or the map function whose own it is")
+    chat("--compare", "answers with the adapter off and on")
+    chat("--model PATH", "the base model, where it moved")
+    chat("--template NAME", "the prompt template, where an adapter doesn't say (XTuner's)")
+    chat("--quantizer NAME", "how to store the base weights (default: as in training)")
+    chat("--max-tokens N", "the longest answer (default 512)", type=_whole(1), default=512)
+    chat("--device NAME", "auto (default), cpu, cuda, cuda:1", default="auto")
+    chat("--temperature X", "0: the most likely token, always (default; 1 with --top-k, --top-p, --seed)", type=float)
+    chat("--top-k N", "sample from the N most likely tokens", type=int)
+    chat("--top-p P", "sample from the most likely tokens that reach P", type=float)
+    chat("--repetition-penalty X", "make what is there already less likely", type=float)
+    chat("--seed N", "of the sampling", type=int)
+    chat("--trust-remote-code", "run the Python code in the model's folder")
 
     score = verb("eval", _eval, "Score a run, an adapter or a model on held-out records, with the adapter off and on.")
-    score.add_argument("target", metavar="RUN[@STEP]|ADAPTER|MODEL")
-    score.add_argument("--data", metavar="PATH", help="records to score on (default: what the run validated on)")
-    score.add_argument("--plugin", metavar="NAME", help="the map function of --data")
-    score.add_argument("--template", metavar="NAME", help="the prompt template (default: as in training)")
-    score.add_argument("--choices", metavar="FILE", help="multiple-choice rows: question, A to D, answer, subject")
-    score.add_argument(
-        "--generate", type=_whole(0), default=0, metavar="N", help="answer N records and compare with their own answers"
-    )
-    score.add_argument(
-        "--records", type=_whole(1), default=1000, metavar="N", help="most records of a source (default 1000)"
-    )
-    score.add_argument(
-        "--max-tokens", type=_whole(1), default=256, metavar="N", help="the longest answer of --generate (default 256)"
-    )
-    score.add_argument("--model", metavar="PATH", help="the base model, where it moved")
-    score.add_argument("--quantizer", metavar="NAME", help="how to store the base weights (default: as in training)")
-    score.add_argument("--out", metavar="FILE", help="write scores and answers, one JSON object a line")
-    score.add_argument(
-        "--set", dest="sets", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="any recipe key"
-    )
+    score("target RUN[@STEP]|ADAPTER|MODEL")
+    score("--data PATH", "records to score on (default: what the run validated on)")
+    score("--plugin NAME", "the map function of --data")
+    score("--template NAME", "the prompt template (default: as in training)")
+    score("--choices FILE", "multiple-choice rows: question, A to D, answer, subject")
+    score("--generate N", "answer N records and compare with their own answers", type=_whole(0), default=0)
+    score("--records N", "most records of a source (default 1000)", type=_whole(1), default=1000)
+    score("--max-tokens N", "the longest answer of --generate (default 256)", type=_whole(1), default=256)
+    score("--model PATH", "the base model, where it moved")
+    score("--quantizer NAME", "how to store the base weights (default: as in training)")
+    score("--out FILE", "write scores and answers, one JSON object a line")
+    score("--set SECTION.KEY=VALUE", "any recipe key", dest="sets", action="extend", nargs="+", default=[])
 
     merge = verb("merge", _merge, "Write base model and adapter as one plain Hugging Face folder.")
-    merge.add_argument("target", metavar="RUN[@STEP]|ADAPTER")
-    merge.add_argument("--out", required=True, metavar="DIR", help="the folder to write; must be new or empty")
-    merge.add_argument("--model", metavar="PATH", help="the base model, where it moved")
-    merge.add_argument(
-        "--template", metavar="NAME", help="the prompt template, where an adapter doesn't say (XTuner's)"
-    )
-    merge.add_argument(
+    merge("target RUN[@STEP]|ADAPTER")
+    merge("--out DIR", "the folder to write; must be new or empty", required=True)
+    merge("--model PATH", "the base model, where it moved")
+    merge("--template NAME", "the prompt template, where an adapter doesn't say (XTuner's)")
+    merge(
         "--base",
+        "merge into the base as it is stored (default), or as training's quantizer rounded it",
         choices=["stored", "dequantised"],
         default="stored",
-        help="merge into the base as it is stored (default), or as training's quantizer rounded it",
     )
 
     listed = verb("runs", _runs, "List the runs of a folder, whatever state they are in.")
-    listed.add_argument("folder", nargs="?", default="runs", metavar="DIR", help="default: runs")
+    listed("folder DIR", "default: runs", nargs="?", default="runs")
     keys = "started (default), run, state, model, data, steps or loss"
-    listed.add_argument("--sort", default="started", metavar="KEY", help=keys)
-    listed.add_argument("--json", action="store_true", help="one JSON object a run")
+    listed("--sort KEY", keys, default="started")
+    listed("--json", "one JSON object a run")
 
     report = verb("report", _report, "Write the page of a run, or one that compares two; it opens without a network.")
-    report.add_argument("target", metavar="RUN")
-    report.add_argument("other", nargs="?", metavar="RUN", help="the run to compare it with")
-    report.add_argument(
-        "--out", metavar="FILE", help="the page (default: report.html, or compare.html, in the first RUN)"
-    )
+    report("target RUN")
+    report("other RUN", "the run to compare it with", nargs="?")
+    report("--out FILE", "the page (default: report.html, or compare.html, in the first RUN)")
 
     tensors = verb(
         "safetensors",
         _safetensors,
         "Write pickled weights as safetensors. Nothing in them runs; they stay as they are.",
     )
-    tensors.add_argument("target", metavar="DIR|FILE", help="a model or adapter folder, or a .bin, .pt, .pth or .ckpt")
-    tensors.add_argument("--out", metavar="DIR", help="a new or empty folder (default: beside the pickles)")
-    tensors.add_argument("--config", metavar="CONFIG", help="what an XTuner .pth was trained with: --out is an adapter")
+    tensors("target DIR|FILE", "a model or adapter folder, or a .bin, .pt, .pth or .ckpt")
+    tensors("--out DIR", "a new or empty folder (default: beside the pickles)")
+    tensors("--config CONFIG", "what an XTuner .pth was trained with: --out is an adapter")
 
     recipes = verb("recipes", _recipes, "List the recipes.", aliases=["list-cfg"])
-    recipes.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name, or a glob")
-    recipes.add_argument("--all", action="store_true", help="also XTuner's names that are no recipe here, with why")
-    recipes.add_argument("-p", "--pattern", dest="p", metavar="PATTERN", help=argparse.SUPPRESS)
+    recipes("pattern PATTERN", "part of a name, or a glob", nargs="?")
+    recipes("--all", "also XTuner's names that are no recipe here, with why")
+    recipes("-p,--pattern PATTERN", argparse.SUPPRESS, dest="p")
 
     copy = verb("copy", _copy, "Copy a recipe, to edit it.", aliases=["copy-cfg"])
-    copy.add_argument("name", metavar="NAME")
-    copy.add_argument("dest", nargs="?", default=".", metavar="DEST", help="a folder or a file name (default: here)")
+    copy("name NAME")
+    copy("dest DEST", "a folder or a file name (default: here)", nargs="?", default=".")
 
     about = "List the prompt templates; show one on a sample conversation; show where two of them differ first."
     templates = verb("templates", _templates, about)
-    templates.add_argument("pattern", nargs="?", metavar="NAME|PATTERN", help="a template to show, or part of a name")
-    templates.add_argument("--diff", nargs=2, metavar=("A", "B"), help="two templates to compare")
-    templates.add_argument("--tokenizer", metavar="PATH", help="show tokens: a tokenizer folder or a tokenizer.model")
+    templates("pattern NAME|PATTERN", "a template to show, or part of a name", nargs="?")
+    templates("--diff A B", "two templates to compare", nargs=2)
+    templates("--tokenizer PATH", "show tokens: a tokenizer folder or a tokenizer.model")
 
     about = "Print another program's configuration as a recipe, and on standard error what was not taken over, and why."
     config = verb("import", _import, about)
-    config.add_argument("config", metavar="CONFIG", help="a file that a plugin reads: XTuner's .py; none of it is run")
-    config.add_argument("--cfg-options", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help=CFG_OPTIONS)
+    config("config CONFIG", "a file that a plugin reads: XTuner's .py; none of it is run")
+    config("--cfg-options KEY=VALUE", CFG_OPTIONS, action="extend", nargs="+", default=[])
 
     formats = verb("formats", _formats, "List the data formats that --plugin names.", aliases=["list-dataset-format"])
-    formats.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name")
+    formats("pattern PATTERN", "part of a name", nargs="?")
 
     verb("plugins", _plugins, "List every plugin: distribution, version, what it contributes, why it is broken.")
 
     about = (
         "Say what this machine has, what is broken and what will be slow; exit code 1 if something needed is broken."
     )
-    verb("doctor", _doctor, about).add_argument("--json", action="store_true", help="one JSON object")
+    verb("doctor", _doctor, about)("--json", "one JSON object")
 
     new = verb("new-plugin", _new_plugin, "Write a whole distribution to begin a plugin with: corefit-NAME, here.")
-    new.add_argument("name", metavar="NAME", help="of the plugin: small letters, digits and _")
+    new("name NAME", "of the plugin: small letters, digits and _")
     kinds = "dataset, template, quantizer, scheduler, reader, recipe-reader or reporter"
-    new.add_argument("--kind", required=True, metavar="KIND", help=kinds)
-    new.add_argument("--out", default=".", metavar="DIR", help="where the new folder goes (default: here)")
+    new("--kind KIND", kinds, required=True)
+    new("--out DIR", "where the new folder goes (default: here)", default=".")
 
     about = (
         "Try an installed plugin: ok or failed, with the reason, for everything it promises; exit code 1 if one fails."
     )
     check = verb("check", _check, about)
-    check.add_argument("name", metavar="PLUGIN", help="the name of its entry point, as `corefit plugins` lists it")
+    check("name PLUGIN", "the name of its entry point, as `corefit plugins` lists it")
 
     selftest = verb(
         "selftest",
         _selftest,
         "Measure on this machine the equalities that training rests on; exit code 1 if one fails.",
     )
-    selftest.add_argument("model", nargs="?", metavar="MODEL", help="a folder or hub name (default: a tiny model)")
-    selftest.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where (default: auto)")
+    selftest("model MODEL", "a folder or hub name (default: a tiny model)", nargs="?")
+    selftest("--device", "where (default: auto)", choices=["auto", "cpu", "cuda"], default="auto")
     for sub in {id(p): p for p in verbs.choices.values()}.values():
         sub.set_defaults(flags=tuple(s for a in sub._actions for s in a.option_strings))
     return parser
@@ -363,23 +343,27 @@ def _whole(least: int) -> Callable[[str], int]:
     return read
 
 
-def _recipe_and_flags(parser: argparse.ArgumentParser) -> None:
+def _add(parser: argparse.ArgumentParser, spec: str, about: str | None = None, **more: Any) -> None:  # noqa: ANN401
+    """Add an argument as ``COMMANDS.md`` shows it: ``--name,--alias WHAT``, ``--switch`` or ``position WHAT``."""
+    names, *what = spec.split()
+    if what:
+        more["metavar"] = what[0] if len(what) == 1 else tuple(what)
+    elif names.startswith("-") and not more:
+        more["action"] = "store_true"
+    parser.add_argument(*names.split(","), help=about, **more)
+
+
+def _recipe_and_flags(add: Callable[..., None]) -> None:
     words = "a .toml file, a name of `corefit recipes`, an XTuner config, a run folder"
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=words)
-    parser.add_argument(
-        "--plugin", metavar="NAME", help="the map function, with the reader of the same name if there is one"
-    )
-    parser.add_argument("--template", metavar="NAME", help="the prompt template (default: the tokenizer's own)")
-    parser.add_argument("--model", metavar="PATH", help="the base model: a local folder or a hub name")
-    parser.add_argument("--data", metavar="PATH", help="a file, a folder, a glob, or - for standard input")
-    parser.add_argument(
-        "--on-bad-record", metavar="WHAT", help="error (default): it ends the run; skip: it is counted and left out"
-    )
-    parser.add_argument("--seed", metavar="N", help="of the order of records, the adapter's first weights and dropout")
-    parser.add_argument(
-        "--set", dest="sets", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="any recipe key"
-    )
-    parser.add_argument("--cfg-options", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help=CFG_OPTIONS)
+    add("recipe RECIPE", words, nargs="?")
+    add("--plugin NAME", "the map function, with the reader of the same name if there is one")
+    add("--template NAME", "the prompt template (default: the tokenizer's own)")
+    add("--model PATH", "the base model: a local folder or a hub name")
+    add("--data PATH", "a file, a folder, a glob, or - for standard input")
+    add("--on-bad-record WHAT", "error (default): it ends the run; skip: it is counted and left out")
+    add("--seed N", "of the order of records, the adapter's first weights and dropout")
+    add("--set SECTION.KEY=VALUE", "any recipe key", dest="sets", action="extend", nargs="+", default=[])
+    add("--cfg-options KEY=VALUE", CFG_OPTIONS, action="extend", nargs="+", default=[])
 
 
 def _flags(args: argparse.Namespace, *names: str) -> dict[str, str]:
@@ -407,16 +391,15 @@ def _launch(args: argparse.Namespace) -> int:
     return launch(args.n, args.rest + args.more)
 
 
-def _inspect(args: argparse.Namespace) -> int:
+def _inspect(args: argparse.Namespace) -> None:
     from corefit.samples import inspect_from
 
     inspect_from(
         args.recipe, _flags(args), args.sets, tokenizer=args.tokenizer, samples=args.samples, as_json=args.json
     )
-    return 0
 
 
-def _plan(args: argparse.Namespace) -> int:
+def _plan(args: argparse.Namespace) -> None:
     from corefit.plan import plan_from
 
     flags = _flags(args, "quantizer")
@@ -427,17 +410,15 @@ def _plan(args: argparse.Namespace) -> int:
         from corefit.run import train_from
 
         train_from(args.recipe, flags, args.sets, dry_run=True, probe=True)
-    return 0
 
 
-def _pack(args: argparse.Namespace) -> int:
+def _pack(args: argparse.Namespace) -> None:
     from corefit.samples import pack_from
 
     pack_from(args.recipe, _flags(args), args.sets, out=args.out, tokenizer=args.tokenizer)
-    return 0
 
 
-def _chat(args: argparse.Namespace) -> int:
+def _chat(args: argparse.Namespace) -> None:
     from corefit.chat import chat_with
 
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
@@ -446,34 +427,30 @@ def _chat(args: argparse.Namespace) -> int:
         decoding.setdefault("temperature", 1.0)  # who sets these wants to sample
     more = "prompt system compare model template quantizer max_tokens device trust_remote_code".split()
     chat_with(args.target, decoding=decoding, **{name: getattr(args, name) for name in more})
-    return 0
 
 
-def _eval(args: argparse.Namespace) -> int:
+def _eval(args: argparse.Namespace) -> None:
     from corefit.score import evaluate
 
     flags = {n: v for n in ("data", "plugin", "template", "quantizer") if (v := getattr(args, n)) is not None}
     how = {n: getattr(args, n) for n in ("choices", "generate", "records", "max_tokens", "model", "out")}
     evaluate(args.target, flags, args.sets, **how)
-    return 0
 
 
-def _merge(args: argparse.Namespace) -> int:
+def _merge(args: argparse.Namespace) -> None:
     from corefit.merge import merge
 
     merged = merge(args.target, args.out, model=args.model, into=args.base, template=args.template)
     say(f"merged model: {merged}")
-    return 0
 
 
-def _report(args: argparse.Namespace) -> int:
+def _report(args: argparse.Namespace) -> None:
     from corefit.page import report
 
     say(f"page: {report(args.target, args.other, args.out)}")
-    return 0
 
 
-def _safetensors(args: argparse.Namespace) -> int:
+def _safetensors(args: argparse.Namespace) -> None:
     from corefit.pickles import convert, to_adapter
     from corefit.prepare import read_config
     from corefit.registry import Registry
@@ -487,12 +464,11 @@ def _safetensors(args: argparse.Namespace) -> int:
             args.target, args.out, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, base=base, template=template
         )
         say(f"adapter: {folder}   train on: --set adapter.start={folder}   talk to it: corefit chat {folder}")
-        return 0
+        return
     say(f"safetensors: {convert(args.target, args.out)}")
-    return 0
 
 
-def _recipes(args: argparse.Namespace) -> int:
+def _recipes(args: argparse.Namespace) -> None:
     from corefit import zoo
 
     pattern = args.pattern or args.p or ""
@@ -506,17 +482,15 @@ def _recipes(args: argparse.Namespace) -> int:
         say(f"{name}  can't run: {zoo.excluded()[name]}")
     if rest and not args.all:
         notice(f"{len(rest)} more names of XTuner's zoo are no recipes here; --all lists them, each with why")
-    return 0
 
 
-def _copy(args: argparse.Namespace) -> int:
+def _copy(args: argparse.Namespace) -> None:
     from corefit.zoo import copy_recipe
 
     say(copy_recipe(args.name, args.dest, "_copy" if args.verb == "copy-cfg" else ""))
-    return 0
 
 
-def _templates(args: argparse.Namespace) -> int:
+def _templates(args: argparse.Namespace) -> None:
     from corefit import show
     from corefit.registry import Registry
 
@@ -531,10 +505,9 @@ def _templates(args: argparse.Namespace) -> int:
     else:
         lines = [show.template_summary(registry.template(name)) for name in names]
     write("\n".join(lines))
-    return 0
 
 
-def _import(args: argparse.Namespace) -> int:
+def _import(args: argparse.Namespace) -> None:
     from corefit.prepare import read_config
     from corefit.recipe import toml_dumps
     from corefit.registry import Registry
@@ -545,19 +518,17 @@ def _import(args: argparse.Namespace) -> int:
         notice(note)
     if found.missing:
         raise UserError("\n".join(found.missing.values()))
-    return 0
 
 
-def _formats(args: argparse.Namespace) -> int:
+def _formats(args: argparse.Namespace) -> None:
     from corefit.registry import Registry
 
     for name, function in Registry.load().map_functions.items():
         if (args.pattern or "") in name:
             say(f"{name}  {function.summary}")
-    return 0
 
 
-def _plugins(args: argparse.Namespace) -> int:
+def _plugins(args: argparse.Namespace) -> None:
     from corefit.data import kernel
     from corefit.registry import Registry
 
@@ -573,10 +544,9 @@ def _plugins(args: argparse.Namespace) -> int:
                 say(f"    BROKEN: {trouble}")
     for name in registry.disabled:
         say(f"{name}  (disabled by COREFIT_DISABLE_PLUGINS)")
-    return 0
 
 
-def _new_plugin(args: argparse.Namespace) -> int:
+def _new_plugin(args: argparse.Namespace) -> None:
     from corefit.scaffold import new_plugin
 
     folder = new_plugin(args.name, args.kind, args.out)
@@ -585,7 +555,6 @@ def _new_plugin(args: argparse.Namespace) -> int:
         f"next: pip install -e '{folder}[test]'   corefit check {args.name}   "
         f"then edit {folder / f'corefit_{args.name}.py'}"
     )
-    return 0
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -600,10 +569,10 @@ def _doctor(args: argparse.Namespace) -> int:
     return doctor(as_json=args.json)
 
 
-def _runs(args: argparse.Namespace) -> int:
+def _runs(args: argparse.Namespace) -> None:
     from corefit.runs import runs
 
-    return runs(args.folder, sort=args.sort, as_json=args.json)
+    runs(args.folder, sort=args.sort, as_json=args.json)
 
 
 def _selftest(args: argparse.Namespace) -> int:

@@ -28,8 +28,6 @@ def forecast(estimate: Estimate, settings: Train) -> str:
     about = "" if estimate.exact else "about "
     line = f"{about}{estimate.records:,} records -> {estimate.packs:,} packs"
     steps = estimate.steps(settings.packs_per_step)
-    if steps is None and not settings.max_steps:
-        return f"{line} an epoch; no limit"
     if steps is None or estimate.total_packs is None or (settings.max_steps and settings.max_steps <= steps):
         return f"{line} an epoch -> {settings.max_steps:,} steps (train.max_steps)"
     line += f" -> {steps:,} steps in {settings.epochs} epochs"
@@ -39,19 +37,19 @@ def forecast(estimate: Estimate, settings: Train) -> str:
     return line + ("" if estimate.exact else " (estimated from the first records and the size of the files)")
 
 
-def probed(reports: Sequence[StepReport], steps: int | None, *, now: float) -> list[str]:
-    """Say how long a run of so many steps takes, and when one that starts now ends; None: it has no end."""
+def probed(reports: Sequence[StepReport], steps: int, *, now: float) -> list[str]:
+    """Say how long a run of so many steps takes, and when one that starts now ends."""
     if not reports:
         raise DataError("no step was made: no record became a sample")
     first, rest = reports[0].seconds, [report.seconds for report in reports[1:]] or [reports[0].seconds]
     each, size = sum(rest) / len(rest), max(report.memory_bytes or 0 for report in reports)
     took = ", ".join(f"{report.seconds:.3g}" for report in reports)
-    lines = [f"probe: {len(reports)} real steps took {took} s; the most memory was {gib(size)}; nothing is kept"]
-    if steps is None:
-        return [*lines, f"time: {each:.3g} s a step; the run has no end that is known"]
     whole = first + each * max(steps - 1, 0)
     end = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + whole))
-    return [*lines, f"time: {duration(whole)} for {steps:,} steps; started now, it ends at {end}, without validation"]
+    return [
+        f"probe: {len(reports)} real steps took {took} s; the most memory was {gib(size)}; nothing is kept",
+        f"time: {duration(whole)} for {steps:,} steps; started now, it ends at {end}, without validation",
+    ]
 
 
 def limits_before(changes: Sequence[tuple[str, str, str]], now: Train) -> Train:

@@ -104,13 +104,13 @@ def _plugins(plan: Prepared, kinds: Sequence[str]) -> dict[str, Any]:
         spec = importlib.util.find_spec(package)
         if package == "corefit" or spec is None:
             continue
-        folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-        codes = [_code(folder, ("**/*",)) for folder in folders]
         file = Path(spec.origin or "")
-        files = [path for folder in folders for path in folder.rglob("*.py")] or [file]
+        places = [(Path(folder), "**/*") for folder in spec.submodule_search_locations or ()]
+        places = places or [(file.parent, file.name)]
+        files = [path for folder, pattern in places for path in folder.glob(pattern) if path.suffix == ".py"]
         more = imported_by(files, also=_names_of(plugin.distribution) - {"corefit"})
-        codes = codes or [_code(file.parent, (file.name,))]
-        found[f"code of {kind} {name}"] = codes + [_code(path.parent, (path.name,)) for path in more]
+        places += [(path.parent, path.name) for path in more]
+        found[f"code of {kind} {name}"] = [_code(folder, (pattern,)) for folder, pattern in places]
     return found
 
 

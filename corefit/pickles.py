@@ -371,9 +371,7 @@ def convert(target: str | Path, out: str | Path | None = None, *, say: Callable[
         if out and target.is_dir():
             write_files(aside, base_files(target))
         for path in files:
-            checkpoint = Checkpoint(path)
-            for line in _notices(checkpoint):
-                say(line)
+            checkpoint = _opened(path, say)
             if not checkpoint.tensors:
                 continue
             entries = {name: {"dtype": t.dtype, "shape": list(t.size)} for name, t in checkpoint.tensors.items()}
@@ -425,9 +423,7 @@ def to_adapter(
     Raises:
         ModelError: other weights than LoRA's in it, another rank, or a checkpoint that can't be right.
     """
-    checkpoint = Checkpoint(Path(target))
-    for line in _notices(checkpoint):
-        say(line)
+    checkpoint = _opened(Path(target), say)
     names = {}
     for name in checkpoint.tensors:
         if (found := _LORA.fullmatch(name)) is None:
@@ -470,15 +466,18 @@ def _files(target: Path) -> list[Path]:
     return [path for path in found if path.name in _WEIGHTS] or found
 
 
-def _notices(checkpoint: Checkpoint) -> Iterator[str]:
-    name, inside = checkpoint.path.name, checkpoint.inside
+def _opened(path: Path, say: Callable[[str], None]) -> Checkpoint:
+    """Open a checkpoint, and say what of it is odd or stays behind."""
+    checkpoint = Checkpoint(path)
+    name, inside = path.name, checkpoint.inside
     if checkpoint.foreign:
         more = f" and {len(checkpoint.foreign) - 20:,} more" if len(checkpoint.foreign) > 20 else ""
-        yield f"{name}: foreign names, not run: {', '.join(path[:100] for path in checkpoint.foreign[:20])}{more}"
+        say(f"{name}: foreign names, not run: {', '.join(path[:100] for path in checkpoint.foreign[:20])}{more}")
     if inside:
-        yield f"{name}: the weights are those under {inside!r}"
+        say(f"{name}: the weights are those under {inside!r}")
     if checkpoint.left_out:
         place = f"outside {inside!r}" if inside else "in foreign objects"
-        yield f"{name}: {checkpoint.left_out:,} tensors {place} are left out"
+        say(f"{name}: {checkpoint.left_out:,} tensors {place} are left out")
     if not checkpoint.tensors:
-        yield f"{name}: no tensors in it"
+        say(f"{name}: no tensors in it")
+    return checkpoint

@@ -18,7 +18,7 @@ from corefit import zoo
 from corefit.engine import memory, model
 from corefit.engine.fused import fast_dtype
 from corefit.engine.memory import Setting, Shape
-from corefit.errors import ModelError, RecipeError, UserError, unknown
+from corefit.errors import ModelError, UserError, unknown
 from corefit.prepare import resolve
 from corefit.recipe import Recipe
 from corefit.registry import Registry
@@ -122,8 +122,6 @@ def plan_from(recipe_name: str | None, flags: Mapping[str, str], sets: Sequence[
             write(line)
         return
     recipe, _, _ = resolve(recipe_name, flags, sets, registry, need_data=False)
-    if recipe.model.base is None:
-        raise RecipeError("--model: name a local model folder or a hub name")
     registry.quantizer(recipe.model.quantizer)
     if gpu is None and recipe.run.device != "auto":
         device = model.choose_device(recipe.run.device)

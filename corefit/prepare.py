@@ -17,6 +17,7 @@ from typing import Any, cast
 from corefit.data.arena import Arena
 from corefit.data.encode import Encoder, make_encoder
 from corefit.data.files import STDIN_NAME, find_files, is_packed, spool
+from corefit.data.ledger import Ledger
 from corefit.data.source import (
     as_found,
     items_of,
@@ -24,7 +25,7 @@ from corefit.data.source import (
     read_by,
     refused,
 )
-from corefit.data.stream import Source, Stream
+from corefit.data.stream import Source, Stream, encode_validation
 from corefit.data.tokenizer import Tokenizer
 from corefit.durable import read_json
 from corefit.errors import CorefitError, DataError, ModelError, PluginError, RecipeError, in_words, unknown
@@ -47,6 +48,7 @@ from corefit.templates import PromptTemplate
 from corefit.terminal import secrets
 from corefit.types import (
     BadRecord,
+    Batch,
     DatasetReader,
     Document,
     Drop,
@@ -528,3 +530,12 @@ def make_stream(
         rank=rank,
         arena=Arena(Path(pack.arena), arena_key(plan)) if pack.arena else None,
     )
+
+
+def make_validation(
+    plan: Prepared, records: Sequence[tuple[Source, Record | BadRecord]], *, micro_batch: int, packed: bool = True
+) -> tuple[list[Batch], Ledger]:
+    """Give the micro-batches of records to validate on, and their ledger; see ``encode_validation``."""
+    pack, pad_id = plan.recipe.pack, plan.tokenizer.pad_id
+    how: dict[str, Any] = dict(max_length=pack.max_length, overlong=pack.overlong, pad_id=pad_id, packed=packed)
+    return encode_validation(records, plan.encoder, micro_batch=micro_batch, **how)

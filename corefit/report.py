@@ -49,7 +49,7 @@ class JsonLines:
 
     ``keep`` is how many bytes of an earlier run stay (a checkpoint says so); what lies behind them, also a torn line,
     is cut off. ``missing`` says how many of them are gone, should someone have shortened the file. What the disk
-    refuses is kept and written with a later line; ``trouble`` then says why, in words.
+    refuses is said once, kept and written with a later line; ``trouble`` then says why, in words.
     """
 
     def __init__(self, path: Path, *, keep: int = 0) -> None:
@@ -71,7 +71,9 @@ class JsonLines:
         try:
             self._flush()
         except OSError as error:
-            self.trouble = f"{self.path}: can't be written: {system_words(error)}"
+            before, self.trouble = self.trouble, f"{self.path}: can't be written: {system_words(error)}"
+            if not before:
+                terminal.notice(f"{self.trouble}; its lines are kept until they can be, the run goes on")
 
     def sync(self) -> int:
         """Wait until all lines are on the disk; give their length in bytes.

@@ -53,8 +53,8 @@ SORT: Mapping[str, Callable[[RunLine], Any]] = {
 """What ``--sort`` knows."""
 
 
-def runs(folder: str = "runs", *, sort: str = "started", as_json: bool = False) -> int:
-    """Print every run in a folder, or the one that the folder is; give the exit code.
+def runs(folder: str = "runs", *, sort: str = "started", as_json: bool = False) -> None:
+    """Print every run in a folder, or the one that the folder is.
 
     Raises:
         UserError: no such folder, or no such key to sort by.
@@ -69,10 +69,10 @@ def runs(folder: str = "runs", *, sort: str = "started", as_json: bool = False) 
     if as_json:
         for line in found:
             write(to_json(line._asdict()))
-        return 0
+        return
     if not found:
         say(f"{folder}: no runs")
-        return 0
+        return
     rows = [("run", "state", "started", "model", "data", "steps", "best loss")]
     for line in found:
         loss = "" if line.best_loss is None else f"{line.best_loss:.4f}{'' if line.best_of == 'validation' else ' *'}"
@@ -88,7 +88,6 @@ def runs(folder: str = "runs", *, sort: str = "started", as_json: bool = False) 
             say(f"{line.run}: {line.state}: {line.why}")
     if any(line.best_of == "training" for line in found):
         say("* of a training step: the run has no validation")
-    return 0
 
 
 def look(folder: Path) -> RunLine:

@@ -24,7 +24,7 @@ from corefit.errors import UserError
 from corefit.identity import arena_key
 from corefit.prepare import Prepared, encoding_threads, make_stream, prepare, resolve
 from corefit.registry import Registry
-from corefit.types import BadRecord, Item, Record, Sample
+from corefit.types import BadRecord, Record, Sample
 
 INSPECTED = 10_000
 """Samples that ``corefit inspect`` looks at for its histogram."""
@@ -48,12 +48,7 @@ def inspect(
     given = dict(model=model, data=data, plugin=plugin, template=template, seed=seed)
     flags = {name: str(value) for name, value in given.items() if value is not None}
     plan = _plan(None if recipe is None else str(recipe), flags, sets, None if tokenizer is None else str(tokenizer))
-    yield from _objects(plan)
-
-
-def _objects(plan: Prepared) -> Iterator[dict[str, Any]]:
-    for item, sample in walk(plan):
-        yield show.as_json(item, sample, plan.tokenizer.decode(sample.input_ids))
+    yield from walk(plan)
 
 
 def inspect_from(
@@ -68,7 +63,7 @@ def inspect_from(
     """Print what ``corefit inspect`` shows."""
     plan = _plan(recipe_name, flags, sets, tokenizer)
     if as_json:
-        for found in _objects(plan):
+        for found in walk(plan):
             terminal.write(json.dumps(found, ensure_ascii=sys.stdout.isatty()))
         return
     for line in plan.choices:
@@ -169,8 +164,8 @@ def _counted(blocks: Iterator[Block]) -> Iterator[Block]:
             bar.update(len(block.records))
 
 
-def walk(plan: Prepared) -> Iterator[tuple[Item, Sample]]:
-    """Yield every training sample with its item, in data order; a split conversation yields each of its parts.
+def walk(plan: Prepared) -> Iterator[dict[str, Any]]:
+    """Yield every training sample as ``inspect`` does; a split conversation yields each of its parts.
 
     Raises:
         DataError: a bad record where ``on_bad`` is ``"error"``; a map function that failed.
@@ -185,7 +180,9 @@ def walk(plan: Prepared) -> Iterator[tuple[Item, Sample]]:
             block, _ = encode_items(items, plan.encoder)
             block = fit(block, plan.recipe.pack.max_length, plan.recipe.pack.overlong)
             for i, number in enumerate(block.samples[:, RECORD].tolist()):
-                yield items[number][0], block.sample(i, items[number][1])
+                item, origin = items[number]
+                sample = block.sample(i, origin)
+                yield show.as_json(item, sample, plan.tokenizer.decode(sample.input_ids))
             if block.error is not None:
                 raise block.error
 

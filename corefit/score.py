@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from corefit import terminal
 from corefit.chat import Chatter
 from corefit.data.jsonl import read_jsonl
 from corefit.data.source import map_record
-from corefit.data.stream import Source, encode_validation, split_validation
+from corefit.data.stream import Source, split_validation
 from corefit.errors import DataError, IsolationError, UserError, system_words
-from corefit.prepare import Prepared, prepare, resolve
+from corefit.prepare import Prepared, make_validation, prepare, resolve
 from corefit.recipe import run_and_step
 from corefit.registry import Registry
 from corefit.report import columns, perplexity, to_json
@@ -28,6 +28,7 @@ from corefit.types import BadRecord, Conversation, Message, Record, Sample, Sour
 if TYPE_CHECKING:
     from corefit.engine.loss import CausalLoss
 
+T = TypeVar("T")
 LETTERS = "ABCDEFGHIJ"
 
 
@@ -51,7 +52,7 @@ class Score:
     """Supervised tokens; for multiple choice 0."""
     tuned: float
     """Nats per supervised token; for multiple choice the share of right answers."""
-    base: float | None
+    base: float | None = None
     """The same with the adapter off; None where there is no adapter."""
 
 
@@ -183,52 +184,35 @@ def _loss(
     chatter: Chatter, plan: Prepared, source: Source, rows: list[tuple[Source, Record | BadRecord]], *, packed: bool
 ) -> Score:
     from corefit.engine.evaluate import validation_loss
-    from corefit.engine.loss import CausalLoss
 
-    pack = plan.recipe.pack
-    batches, _ = encode_validation(
-        rows,
-        plan.encoder,
-        max_length=pack.max_length,
-        micro_batch=1,
-        overlong=pack.overlong,
-        pad_id=plan.tokenizer.pad_id,
-        packed=packed,
-    )
+    batches, _ = make_validation(plan, rows, micro_batch=1, packed=packed)
     what = _name(source)
     if not any(batch.n_supervised for batch in batches):
         raise DataError(f"{what}: no sample with a supervised token in {len(rows):,} records; corefit inspect says why")
-    loss_fn = CausalLoss(chatter.model)
     context: dict[str, Any] = dict(device=chatter.device, compute_dtype=chatter.precision.compute_dtype)
-    tuned, tokens = validation_loss(loss_fn, batches, **context)
-    base = None
-    if chatter.found.adapter is not None:
-        with chatter.model.disable_adapter():
-            base, _ = validation_loss(CausalLoss(chatter.model), batches, **context)
-    return Score(what, len(rows), tokens, tuned, base)
+    sides = _on_and_off(chatter, lambda loss_fn: validation_loss(loss_fn, batches, **context))
+    return Score(what, len(rows), sides[0][1], *(nats for nats, _ in sides))
 
 
 def _multiple_choice(chatter: Chatter, rows: Sequence[Choice]) -> list[Score]:
     """Choose, for every row, the letter that the model thinks likeliest; count by subject."""
+    sides = _on_and_off(chatter, lambda loss_fn: [_likeliest(chatter, loss_fn, row) == row.answer for row in rows])
+    scores = []
+    for what in sorted({row.subject for row in rows}):
+        at = [i for i, row in enumerate(rows) if row.subject == what]
+        scores.append(Score(what, len(at), 0, *(sum(side[i] for i in at) / len(at) for side in sides)))
+    return scores
+
+
+def _on_and_off(chatter: Chatter, measure: Callable[[CausalLoss], T]) -> list[T]:
+    """Give what is measured with the adapter on, and with it off where there is one."""
     from corefit.engine.loss import CausalLoss
 
-    loss, base_loss = CausalLoss(chatter.model), CausalLoss(chatter.model)  # a head may have an adapter
-    right: dict[str, list[tuple[bool, bool]]] = {}
-    adapter = chatter.found.adapter is not None
-    for row in rows:
-        lines = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, row.options, strict=False))
-        asked = Message("user", f"{row.question}\n{lines}\nAnswer with the letter of the right choice.")
-        tuned = _likeliest(chatter, loss, asked, len(row.options)) == row.answer
-        base = tuned
-        if adapter:
-            with chatter.model.disable_adapter():
-                base = _likeliest(chatter, base_loss, asked, len(row.options)) == row.answer
-        right.setdefault(row.subject, []).append((tuned, base))
-    scores = []
-    for what, pairs in sorted(right.items()):
-        shares = [sum(side) / len(pairs) for side in zip(*pairs, strict=True)]
-        scores.append(Score(what, len(pairs), tokens=0, tuned=shares[0], base=shares[1] if adapter else None))
-    return scores
+    found = [measure(CausalLoss(chatter.model))]
+    if chatter.found.adapter is not None:
+        with chatter.model.disable_adapter():
+            found.append(measure(CausalLoss(chatter.model)))  # one of its own: a head may have an adapter
+    return found
 
 
 def _rows(path: Path, most: int) -> list[Choice]:
@@ -261,15 +245,17 @@ def _row(record: Record, name: str) -> Choice:
     return Choice(str(record["question"]), options, answer, str(record.get("subject", name)))
 
 
-def _likeliest(chatter: Chatter, loss_fn: CausalLoss, asked: Message, n: int) -> int:
+def _likeliest(chatter: Chatter, loss_fn: CausalLoss, row: Choice) -> int:
     """Give the number of the answer, one letter and its stop, whose tokens have the least loss."""
     import torch
 
     from corefit.engine.loop import autocast
     from corefit.engine.model import evaluating
 
+    lines = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, row.options, strict=False))
+    asked = Message("user", f"{row.question}\n{lines}\nAnswer with the letter of the right choice.")
     losses = []
-    for letter in LETTERS[:n]:
+    for letter in LETTERS[: len(row.options)]:
         encoded = chatter.encoder.encode([(Conversation((asked, Message("assistant", letter))), "")])
         ids = torch.from_numpy(encoded.tokens).long()[None].to(chatter.device)
         answer = labels(Sample(encoded.tokens, encoded.spans.astype("int32"), ""))

@@ -24,7 +24,7 @@ from corefit import __version__, show
 from corefit.data.block import LENGTH, fit
 from corefit.data.ledger import Ledger
 from corefit.data.source import encode_items, items_of, map_record
-from corefit.data.stream import Source, Stream, encode_validation, packs_at_once, split_validation
+from corefit.data.stream import Source, Stream, packs_at_once, split_validation
 from corefit.durable import claimed, read_json, sync, write_whole
 from corefit.engine import adapter, attention, checkpoint, evaluate, export, memory, model
 from corefit.engine.loop import Every, LoopState, autocast, train, try_out
@@ -49,7 +49,7 @@ from corefit.identity import file_facts, strange_changes, used_entries, without_
 from corefit.interrupts import Interrupts
 from corefit.own import own_file
 from corefit.plan import gib, read_shape, setting_of
-from corefit.prepare import Prepared, encoding_threads, make_stream
+from corefit.prepare import Prepared, encoding_threads, make_stream, make_validation
 from corefit.proofs import Proof, data_proofs, first_records
 from corefit.recipe import flat, to_toml
 from corefit.report import JsonLines, answers_table, finite, objects, perplexity, summary
@@ -167,14 +167,7 @@ class Session:
             self.say(f"arena: samples come from {recipe.pack.arena}, nothing is encoded anew")
         while stream.notices:
             self.say(stream.notices.pop(0))
-        batches, self.val_ledger = encode_validation(
-            held_out,
-            plan.encoder,
-            max_length=recipe.pack.max_length,
-            micro_batch=recipe.train.micro_packs,
-            overlong=recipe.pack.overlong,
-            pad_id=plan.tokenizer.pad_id,
-        )
+        batches, self.val_ledger = make_validation(plan, held_out, micro_batch=recipe.train.micro_packs)
         asked = {"checkpoint.keep_best": recipe.checkpoint.keep_best, "val.patience": recipe.val.patience}
         unused = [key for key, on in asked.items() if on]
         if plan.val_sources and recipe.val.records and not any(batch.n_supervised for batch in batches):
@@ -304,11 +297,8 @@ class Session:
         )
         self.context: dict[str, Any] = {"device": self.device, "compute_dtype": self.precision.compute_dtype}
         self.setting = setting_of(recipe, cuda=self.device != "cpu", dtype=self.precision.compute_dtype)
-        how: dict[str, Any] = dict(
-            vocab_size=sizes["embeddings"],
-            device=self.device,
-            autocast=lambda: autocast(self.device, self.precision.compute_dtype),
-        )
+        cast = partial(autocast, self.device, self.precision.compute_dtype)
+        how: dict[str, Any] = dict(vocab_size=sizes["embeddings"], device=self.device, autocast=cast)
         self.say(self.loss_fn.within(partial(attention.choose_route, network, **how)))
         delta = self.loss_fn.within(partial(attention.isolation_canary, network, **how))
         line = f"isolation: documents of one pack don't see each other (max |delta| {delta:g})"
@@ -317,7 +307,7 @@ class Session:
             self.say("train.offload_activations: nothing to do on a CPU")
         elif settings.offload_activations:
             self.loss_fn.kept = partial(offloaded, list(network.parameters()))
-        with autocast(self.device, self.precision.compute_dtype):
+        with cast():
             why = self.loss_fn.within(self.loss_fn.probe)
         if why:
             self.say(f"loss: from full logits ({why})")
@@ -331,7 +321,8 @@ class Session:
         )
         if slower := optimizer_notice(settings.optimizer, self.device):
             self.say(slower)
-        self.scaler = make_scaler(self.device, enabled=self.precision.use_scaler)
+        scaler = make_scaler(self.device, enabled=self.precision.use_scaler)
+        self.trained: dict[str, Any] = dict(parameters=self.parameters, optimizer=self.optimizer, scaler=scaler)
         torch.manual_seed(settings.seed + self.ranks.rank)
         random.seed(settings.seed)
         np.random.seed(settings.seed % 2**32)
@@ -372,11 +363,11 @@ class Session:
             return
         estimate, settings = self.stream.estimate(), self.recipe.train
         steps = estimate.steps(settings.packs_per_step)
-        steps = min(filter(None, (steps, settings.max_steps)), default=None)
+        steps = min(filter(None, (steps, settings.max_steps)), default=0)
         self.recipe = replace(self.recipe, train=replace(settings, max_steps=self.state.step + PROBED))
         reports: list[StepReport] = []
         self._train(on_step=reports.append)
-        left = None if steps is None else max(steps - (self.state.step - len(reports)), 0)
+        left = max(steps - (self.state.step - len(reports)), 0)
         for line in probed(reports, left, now=time.time()):
             self.say(line)
 
@@ -481,9 +472,6 @@ class Session:
             return train(
                 loss_fn=self.loss_fn,
                 steps=self._steps(),
-                parameters=self.parameters,
-                optimizer=self.optimizer,
-                scaler=self.scaler,
                 lr_at=self._lr_at,
                 state=self.state,
                 clip=settings.clip,
@@ -494,6 +482,7 @@ class Session:
                 ranks=self.ranks,
                 **hooks,
                 **self.context,
+                **self.trained,
             )
 
     def _lr_at(self, progress: float) -> float:
@@ -527,8 +516,9 @@ class Session:
         looked = extra.get("looked", (False, False))
         self.validated, self.sampled = ({self.state.step} if done else set() for done in looked)
         self.say(f"resume: from step {self.state.step} ({newest})")
-        for line in other_versions(saved.state["versions"], checkpoint.versions()):
-            self.say(line)
+        old, new = saved.state["versions"], checkpoint.versions()
+        if changed := [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]:
+            self.say(f"resume: other versions: {', '.join(changed)}; bits may differ from a straight run's")
         try:
             self.stream.load_state_dict(saved.state["loop"]["stream"])
         except (CheckpointError, DataError) as error:
@@ -538,14 +528,13 @@ class Session:
             self.say(f"resume: {error}: so the records are read from the first on, and the ledger begins anew")
             self.stream = self._stream(self.stream.val_hashes)
             self.state.epoch = 0.0
-        if (old := limits_before(changes, self.recipe.train)) != self.recipe.train:
-            for line in new_curve(self._lr_at, self.state, old, self.recipe.train):
+        if (limits := limits_before(changes, self.recipe.train)) != self.recipe.train:
+            for line in new_curve(self._lr_at, self.state, limits, self.recipe.train):
                 self.say(line)
         return saved
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
-        what: dict[str, Any] = dict(parameters=self.parameters, optimizer=self.optimizer, scaler=self.scaler)
-        if said := checkpoint.restore(saved, **what):
+        if said := checkpoint.restore(saved, **self.trained):
             self.say(said)
 
     def _same_step(self) -> None:
@@ -582,11 +571,8 @@ class Session:
             if file.missing:
                 self.say(f"{file.path}: {file.missing:,} bytes that the checkpoint counts on are gone")
         if saved is not None:  # the line about this save came after it, so it was cut
-            self._write(
-                self.metrics,
-                {"step": saved.step, "save_seconds": None, "save_bytes": checkpoint.size_of(saved.path)},
-            )
-
+            size = checkpoint.size_of(saved.path)
+            self.metrics.write({"step": saved.step, "save_seconds": None, "save_bytes": size})
         self.reporters.start(
             StartReport(
                 folder=str(self.folder.resolve()),
@@ -626,15 +612,8 @@ class Session:
         for file in before:
             file.close()
 
-    def _write(self, file: JsonLines, value: object) -> None:
-        """Append a line; what the disk refuses is said once and written later."""
-        before = file.trouble
-        file.write(value)
-        if file.trouble and not before:
-            notice(f"{file.trouble}; its lines are kept until they can be, the run goes on")
-
     def _report(self, report: StepReport) -> None:
-        self._write(self.metrics, report)
+        self.metrics.write(report)
         if self.first_packs:
             self.reporters.tell(PacksReport(packs=self.first_packs))
             self.first_packs = []
@@ -648,7 +627,7 @@ class Session:
             return
         nats, tokens, better = scored
         ratio = perplexity(nats)
-        self._write(self.metrics, {"step": step, "val_loss": nats, "val_perplexity": ratio, "val_tokens": tokens})
+        self.metrics.write({"step": step, "val_loss": nats, "val_perplexity": ratio, "val_tokens": tokens})
         self.reporters.tell(ValidationReport(step=step, loss=nats, perplexity=finite(ratio), tokens=tokens))
         if better and step and self.recipe.checkpoint.keep_best:
             self.best, self.checkpoint.asked = step, True
@@ -691,7 +670,7 @@ class Session:
     def _sample(self, step: int) -> None:
         """Write and show the answers to the questions of the recipe."""
         for sample in self._answers(step):
-            self._write(self.samples, sample)
+            self.samples.write(sample)
             self.reporters.tell(sample)
 
     def _answers(self, step: int) -> Iterator[SampleReport]:
@@ -726,9 +705,6 @@ class Session:
             path = checkpoint.save(
                 self.folder / "checkpoints",
                 step,
-                parameters=self.parameters,
-                optimizer=self.optimizer,
-                scaler=self.scaler,
                 loop=self.state.as_dict(),
                 lengths=lambda: {"metrics.jsonl": self.metrics.sync(), "samples.jsonl": self.samples.sync()},
                 extra={
@@ -740,15 +716,16 @@ class Session:
                 keep=self.recipe.checkpoint.keep,
                 best=step == self.best,
                 ranks=self.ranks,
+                **self.trained,
             )
             if self.facts["identity"] != self.identity:
                 self.facts["identity"] = self.identity
                 self._write_run("running")
             seconds, size = time.perf_counter() - began, checkpoint.size_of(path)
-            self._write(self.metrics, {"step": step, "save_seconds": seconds, "save_bytes": size})
+            self.metrics.write({"step": step, "save_seconds": seconds, "save_bytes": size})
             self.reporters.tell(report(path=str(path), seconds=seconds, size_bytes=size))
         except (CheckpointError, OSError) as error:
-            self._write(self.metrics, {"step": step, "save_error": str(error)})
+            self.metrics.write({"step": step, "save_error": str(error)})
             notice(f"{error}; earlier checkpoints are whole, the run goes on")
             seconds = time.perf_counter() - began
             self.reporters.tell(report(path=None, seconds=seconds, size_bytes=None, error=str(error)))
@@ -772,9 +749,8 @@ class Session:
         if rows:
             self.say(answers_table(rows))
         lines = list(objects(self.folder / "metrics.jsonl"))
-        for line in summary(lines, reason=reason, skipped=self.state.skipped, balanced=not differences):
-            self.say(line)
-        for line in show.ledger_lines(facts):
+        said = summary(lines, reason=reason, skipped=self.state.skipped, balanced=not differences)
+        for line in (*said, *show.ledger_lines(facts)):
             self.say(line)
         self.say(f"run: {self.folder}   talk to it: corefit chat {shlex.quote(str(self.folder))}")
         if differences:
@@ -846,12 +822,6 @@ def often_collected() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------------------- words
-
-
-def other_versions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Say which software is not what it was, where any is: bits may then differ from a straight run's."""
-    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
-    return [f"resume: other versions: {', '.join(changed)}; bits may differ from a straight run's"] if changed else []
 
 
 def questions(records: Sequence[tuple[Source, Record | BadRecord]]) -> tuple[str, ...]:
