@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from corefit.durable import read_json, write_whole
-from corefit.errors import CorefitError, RecipeError, RunError, system_words
+from corefit.errors import CorefitError, RecipeError, system_words
 from corefit.recipe import flat, load_recipe
 from corefit.report import objects, to_json
 from corefit.terminal import notice
@@ -83,16 +83,16 @@ def report(run: str, other: str | None = None, out: str | None = None) -> Path:
     """Do what ``corefit report`` does; see ``write``.
 
     Raises:
-        RecipeError: there is no run, or ``out`` can't be written. RunError: the run's folder can't be.
+        RecipeError: there is no run, or the page can't be written.
     """
     if out is not None and Path(out).is_dir():
         raise RecipeError(f"--out {out}: a folder; expected the name of a file")
     try:
         return write(Path(run), None if other is None else Path(other), None if out is None else Path(out))
     except OSError as error:
-        if out is not None:
-            raise RecipeError(f"--out {out}: can't be written: {system_words(error)}") from error
-        raise RunError(f"{error.filename or run}: {system_words(error)}") from error
+        place = f"{run}: the page" if out is None else f"--out {out}:"
+        more = "; --out FILE puts it elsewhere" if out is None else ""
+        raise RecipeError(f"{place} can't be written: {system_words(error)}{more}") from error
 
 
 def collect(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from corefit import page
-from corefit.errors import RecipeError, RunError
+from corefit.errors import RecipeError
 from corefit.types import EndReport, PacksReport, StartReport, StepReport
 
 HOSTILE = (
@@ -151,7 +151,7 @@ def test_what_is_no_run_and_what_is_broken(tmp_path):
     assert data_of(page.report(str(run)))["runs"][0]["curves"]["points"] == {}
     (run / "report.html").unlink()
     (run / "report.html").mkdir()
-    with pytest.raises(RunError, match="report.html: is a directory"):
+    with pytest.raises(RecipeError, match="the page can.t be written: is a directory; --out FILE"):
         page.report(str(run))
 
 

@@ -73,6 +73,13 @@ def test_code_lines_counts_code() -> None:
     assert code_lines('"""Doc."""\n\n# why\nx = 1\ny = [\n    2,\n]\n') == 4
 
 
+def test_the_core_can_be_read_in_an_afternoon() -> None:
+    told = (ROOT / "CONTRIBUTING.md").read_text("utf-8").split("## The core, in an afternoon\n")[1].split("\n## ")[0]
+    files = re.findall(r"`(corefit/[\w/]+\.py)`", told)
+    assert f"in {len(set(files))} files" in told
+    assert sum(code_lines((ROOT / file).read_text("utf-8")) for file in files) < 6_000
+
+
 def test_the_engine_stays_within_its_budget() -> None:
     shipped = [path for path in (ROOT / "corefit").rglob("*.py") if path.name != "make.py"]
     assert len(shipped) > 20
