@@ -341,7 +341,7 @@ class _File(NamedTuple):
     def nothing(self) -> DataError:
         if self.first:
             return DataError(f"{self.path}: no records in it, expected JSON lines or one JSON list")
-        return DataError(f"{self.path}: changed while it was read: no record begins at byte {self.offset:,} any more")
+        return DataError(f"{self.path}: another file, or changed: no record begins at byte {self.offset:,} any more")
 
     def use(self, extents: Iterable[_Extent], use: Callable[[bytes, int, int, int], _T]) -> Iterator[_T | BadRecord]:
         """Give ``use(raw, offset, line, size)`` for every extent, or why it can't be used."""

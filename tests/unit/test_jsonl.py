@@ -414,10 +414,10 @@ def test_a_position_where_no_record_begins_any_more_is_an_error(tmp_path, either
             (bad,) = fetch_jsonl(where, None, [Position(0, 1, offset)])  # an element might begin here
             assert "broken JSON" in bad.reason
             continue
-        with pytest.raises(DataError, match=rf"{name}: changed while .* no record begins at byte {offset} any more"):
+        with pytest.raises(DataError, match=rf"{name}: another file, .* no record begins at byte {offset} any more"):
             fetch_jsonl(where, None, [Position(0, 1, begins[0]), Position(0, 1, offset)])
     for offset in (0, begins[1] + 1, len(data), len(data) + 9):
-        with pytest.raises(DataError, match="changed while it was read"):
+        with pytest.raises(DataError, match="another file, or changed"):
             list(read_jsonl(where, None, Position(0, 1, offset)))
     for read_there in (lambda at: fetch_jsonl(where, None, [at]), lambda at: list(read_jsonl(where, None, at))):
         with pytest.raises(DataError, match="record of file 3 is asked for, but the data is 2 files now"):
@@ -431,7 +431,7 @@ def test_a_long_record_that_is_gone_when_it_is_read_again_is_an_error(tmp_path, 
     path = write(tmp_path / "a.jsonl", json.dumps({"n": 0, "t": "x" * 1000}))
     plain = jsonl._line
     monkeypatch.setattr(jsonl, "_line", lambda *given: (plain(*given), path.write_text(left, encoding="utf-8"))[0])
-    with pytest.raises(DataError, match=r"a\.jsonl: changed while it was read: no record begins at byte 0 any more"):
+    with pytest.raises(DataError, match=r"a\.jsonl: another file, or changed: no record begins at byte 0 any more"):
         list(read_jsonl(Sources((path,), fields=fields)))
 
 
