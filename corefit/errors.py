@@ -98,7 +98,7 @@ def encoding_hint(raw: bytes) -> str:
     >>> encoding_hint("法国".encode()[:-1]) + encoding_hint("déjà vu".encode("latin-1"))
     ''
     """
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff") and b"\0" in raw:
         return "; it begins as UTF-16 does: iconv -f UTF-16 -t UTF-8 FILE > NEW"
     try:
         raw.decode()

@@ -146,12 +146,12 @@ def _messages(listed: Iterable[Any], role_key: str, content_key: str) -> Iterato
 
 
 def _items(
-    record: Mapping[str, Any], keys: tuple[str, ...], role_key: str, content_key: str
+    record: Mapping[str, Any], ways: Iterable[tuple[str, ...]], role_key: str, content_key: str
 ) -> Iterator[Conversation | Drop]:
     try:
-        found = next((record[key] for key in keys if record.get(key) is not None), None)
+        there = (way for way in ways if all(record.get(key) is not None for key in way))
         messages = list[Message]()
-        for listed in [found] if found is not None else [record.get(key) for key in _PAIR]:
+        for listed in [record[key] for key in next(there, ())] or [None]:
             listed = _json(listed, "not_a_list") if isinstance(listed, str) else listed
             if not isinstance(listed, list | tuple):
                 raise _Odd("not_a_list")
@@ -175,12 +175,12 @@ def openai(record: Mapping[str, Any], options: object = None) -> Iterator[Conver
     ``image`` (or the type of another part), ``odd_loss``, ``odd_weight``, ``odd_tool_calls``, ``odd_tools``,
     ``no_answer``, ``nothing_to_learn`` (every answer is masked).
     """
-    return _items(record, ("messages", "conversations"), "role", "content")
+    return _items(record, (("messages",), ("conversations",), _PAIR), "role", "content")
 
 
 def sharegpt(record: Mapping[str, Any], options: object = None) -> Iterator[Conversation | Drop]:
     """Give the conversation of ``{"conversations": [{"from", "value"}, ...]}``; a ``Drop`` as ``openai`` does."""
-    return _items(record, ("conversations", "conversation"), "from", "value")
+    return _items(record, (("conversations",), ("conversation",)), "from", "value")
 
 
 def _looks(listed: Any, *keys: str) -> bool:  # noqa: ANN401
