@@ -182,8 +182,8 @@ def _exported(saved: Checkpoint, base: Path) -> Path:
 
     made, facts = Path(tempfile.mkdtemp(prefix="corefit-")), saved.state["extra"]["provenance"]
     atexit.register(shutil.rmtree, made, ignore_errors=True)
-    written = "\n".join((facts.get("chat_template") or "", *facts.get("stop", ())))
-    files = Tokenizer.load(base, facts.get("add_tokens", ()), written).files()
+    added = facts.get("add_tokens", ())
+    files = Tokenizer.load(base, added, facts.get("special", added)).files()
     provenance = Provenance.from_dict(facts, base_folder=base, tokenizer_files=files)
     tensor_of = lambda name: saved.trainable[name] if name in saved.trainable else stored_tensor(base, name)  # noqa: E731
     return export(made / "at", saved.state["extra"]["layout"], tensor_of, provenance)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from corefit.data.arena import Arena
-from corefit.data.encode import Encoder, make_encoder
+from corefit.data.encode import Encoder, make_encoder, written
 from corefit.data.files import STDIN_NAME, find_files, is_packed, spool
 from corefit.data.ledger import Ledger
 from corefit.data.source import (
@@ -262,8 +262,8 @@ def prepare(
     choices.insert(0, f"template: {name}{why}")
     template_options = options_from(template.options, recipe.template.options, where="template.options")
     if recipe.model.add_tokens:
-        written = "\n".join((template.chat_template or "", *template.control, *template.stop))
-        tok = Tokenizer.load(tokenizer, recipe.model.add_tokens, written)
+        special = written(recipe.model.add_tokens, template, tok, template_options)
+        tok = Tokenizer.load(tokenizer, recipe.model.add_tokens, special)
     encoder = make_encoder(template, tok, template_options=template_options, supervise=recipe.template.supervise)
     return Prepared(
         recipe=dataclasses.replace(

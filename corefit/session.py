@@ -289,6 +289,7 @@ class Session:
             stop=encoder.stop,
             stop_ids=encoder.stop_ids,
             add_tokens=recipe.model.add_tokens,
+            special=tuple(t for t in recipe.model.add_tokens if tokenizer.token_id(t) in tokenizer.special_ids),
             system=self.system,
             supervise=recipe.template.supervise,
             quantizer=recipe.model.quantizer,

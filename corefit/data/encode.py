@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 
 from corefit.data import kernel
 from corefit.data.block import LENGTH, RECORD, SAMPLE_COLUMNS, SPAN, SPANS, START, STOP, SUPERVISED
-from corefit.errors import DataError, ModelError, PluginError, in_words
+from corefit.errors import CorefitError, DataError, ModelError, PluginError, in_words
 from corefit.templates import PromptTemplate, markers
 from corefit.types import Conversation, Document, Item, Message, Segment, Unrenderable
 
@@ -246,6 +247,20 @@ def _until_answered(segments: Sequence[Segment]) -> str:
 _PROBE = Conversation(
     tuple(Message(("user", "assistant")[i % 2], content) for i, content in enumerate(("q 1", "a 1", "q 2", "a 2")))
 )
+
+
+def written(tokens: Sequence[str], template: PromptTemplate, tokenizer: Tokenizer, options: object) -> tuple[str, ...]:
+    """Give those of some tokens that the template writes itself; the others are words of content.
+
+    They are in what it makes of simple conversations, or, as marks of tools may, in its Jinja alone (``role`` is none).
+    """
+    encoder = Encoder(template, tokenizer, options, "all", np.zeros(0, np.bool_))
+    made = [*template.control, *template.stop]
+    for probe in (_PROBE, Conversation((Message("system", "s 1"), *_PROBE.messages))):
+        with contextlib.suppress(Unrenderable, CorefitError):  # what is wrong with it, make_encoder says
+            made.append(_text(encoder.segments(probe, "start")))
+    text, jinja = "\n".join(made), template.chat_template or tokenizer.chat_template or ""
+    return tuple(token for token in tokens if token in text or (token in jinja and not token.isidentifier()))
 
 
 def make_encoder(

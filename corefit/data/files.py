@@ -36,12 +36,13 @@ BLOCK = 2**16
 
 _GZIP = b"\x1f\x8b"
 _NO_TEXT = {
-    b"BZh": "bzip2; bunzip2 unpacks it",
-    b"\x28\xb5\x2f\xfd": "zstd; unzstd unpacks it",
-    b"\xfd7zXZ": "xz; unxz unpacks it",
-    b"PK\x03\x04": "zip; unzip unpacks it",
-    b"PAR1": "Parquet; give it a name that ends in .parquet",
+    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": "bzip2; bunzip2 unpacks it",
+    rb"\x28\xb5\x2f\xfd": "zstd; unzstd unpacks it",
+    rb"\xfd7zXZ\x00": "xz; unxz unpacks it",
+    rb"PK\x03\x04": "zip; unzip unpacks it",
+    rb"PAR1\x15": "Parquet; give it a name that ends in .parquet",
 }
+"""How a file begins that holds something else -> what, and what to do."""
 _ENDS = 2**12  # bytes at either end of a file that its state remembers
 
 
@@ -100,9 +101,9 @@ def open_file(path: Path, buffering: int = BLOCK, end: int | None = None) -> Ite
         raw = _Raw(sys.stdin.fileno() if stdin else path, closefd=not stdin)
         raw.end = end
         with BufferedReader(raw, buffering) as file:
-            head = file.peek(len(_GZIP))
+            head = file.peek(10)
             for other, words in _NO_TEXT.items():
-                if head.startswith(other):
+                if re.match(other, head):
                     raise DataError(f"{path}: not text but {words}")
             if not head.startswith(_GZIP):
                 yield file, file.seekable() and not stdin
@@ -174,6 +175,9 @@ def find_files(spec: str | Sequence[str], *, base: Path) -> Found:
     train: list[Path] = []
     val: list[Path] = []
     for one in specs:
+        if address := re.search(r"(^|/)((https?|s3|gs|hf|ftp):/.*)", one):
+            where = re.sub(r":/+([^/@]*@)?", "://", address[2], count=1)  # of two slashes a path keeps one
+            raise DataError(f"{where}: an address; corefit downloads no data, fetch it and name the file")
         path = base / os.path.expanduser(one)
         try:
             if one == "-":
@@ -242,9 +246,6 @@ def _check(path: Path) -> None:
     except FileNotFoundError:
         if path.is_symlink():
             raise DataError(f"{path}: a link to {os.readlink(path)}, which is not there") from None
-        if address := re.search(r"[a-z0-9]+:/[^/].*", str(path)):  # of two slashes a path keeps one
-            where = address[0].replace(":/", "://")
-            raise DataError(f"{where}: an address; corefit downloads no data, fetch it and name the file") from None
         if not path.parent.is_dir():
             inside = path.is_relative_to(Path.cwd())  # ORGANISATION/NAME, and a folder of that
             whole = Path(*path.parts[: len(Path.cwd().parts) + 2]) if inside else path

@@ -74,7 +74,7 @@ __all__ = ["Estimate", "Source", "Split", "Stream", "encode_validation", "packs_
 
 GROUP_BYTES = 2**20
 """A group of records is encoded as soon as it has so many bytes, however few records these are."""
-PLAYED, PLAYED_PASSES = 10_000, 1_000
+PLAYED, PLAYED_PASSES = 50_000, 1_000
 """Records, and passes over sources, that are played through to count the packs of a small set; 3 s at most."""
 GROUPS_AHEAD = 2
 """Groups that each tokenising thread may be ahead of the training step, beside those that a step takes."""

@@ -88,12 +88,11 @@ class Tokenizer:
     # ------------------------------------------------------------------------------------------------- loading
 
     @classmethod
-    def load(cls, path: str | Path, add: Sequence[str] = (), written: str = "") -> Tokenizer:
+    def load(cls, path: str | Path, add: Sequence[str] = (), special: Sequence[str] = ()) -> Tokenizer:
         """Load a folder with ``tokenizer.json`` or ``tokenizer.model``, or a bare sentencepiece ``.model`` file.
 
-        ``add``: tokens that it is to have; those that are new come after all others, in this order. What the
-        tokenizer's own Jinja has of them, or ``written``, the text of another template, is special; the others are
-        words of content.
+        ``add``: tokens that it is to have; those that are new come after all others, in this order. Those that are not
+        ``special`` are words of content.
 
         Raises:
             ModelError: nothing there, a broken file, or a kind of sentencepiece model that is not supported.
@@ -121,7 +120,7 @@ class Tokenizer:
             raise ModelError(f"{path}: the tokenizer's files are broken: {in_words(error)}") from error
         new = [token for token in dict.fromkeys(add) if found.token_id(token) is None]
         if new:
-            found = cls._of(path, found._files_with(new, "\n".join((written, *found._templates.values()))))
+            found = cls._of(path, found._files_with(new, special))
             found.new_ids = tuple(id for token in new if (id := found.token_id(token)) is not None)
         return found
 
@@ -180,13 +179,13 @@ class Tokenizer:
             made["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
         return made | self._files
 
-    def _files_with(self, tokens: Sequence[str], written: str) -> dict[str, bytes]:
-        """Give the files of a tokenizer that has these tokens too, last, and special if they are in ``written``."""
+    def _files_with(self, tokens: Sequence[str], special: Sequence[str]) -> dict[str, bytes]:
+        """Give the files of a tokenizer that has these tokens too, last."""
         files = self.files()
         content, config = (_json(Path(self.name), files, name) for name in ("tokenizer.json", "tokenizer_config.json"))
         no = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         new = enumerate(tokens, self.vocab_size)
-        added = {id: {"content": token, **no, "special": token in written} for id, token in new}
+        added = {id: {"content": token, **no, "special": token in special} for id, token in new}
         content["added_tokens"] = [*(content.get("added_tokens") or ()), *({"id": id, **t} for id, t in added.items())]
         if config.get("added_tokens_decoder"):
             config["added_tokens_decoder"] |= {str(id): token for id, token in added.items()}

@@ -63,6 +63,8 @@ class Provenance:
     stop_ids: tuple[int, ...]
     add_tokens: tuple[str, ...] = ()
     """Tokens whose embeddings were trained; some of them the base's vocabulary lacks."""
+    special: tuple[str, ...] = ()
+    """Those of them that the template writes."""
     system: str = ""
     """The system message of all conversations; empty: there is none that all have."""
     supervise: str = "all"
@@ -90,7 +92,7 @@ class Provenance:
     ) -> Provenance:
         """Undo ``as_dict``; other keys, which ``corefit.json`` has too, are left out."""
         known: dict[str, Any] = {item.name: data[item.name] for item in fields(cls) if item.name in data}
-        known |= {name: tuple(known[name]) for name in ("stop", "stop_ids", "add_tokens") if name in known}
+        known |= {name: tuple(known[name]) for name in ("stop", "stop_ids", "add_tokens", "special") if name in known}
         return cls(**known, base_folder=base_folder, tokenizer_files=tokenizer_files)
 
 
@@ -170,7 +172,9 @@ def serving_files(facts: Provenance, kind: str) -> dict[str, bytes]:
     files["generation_config.json"] = with_keys(generation, {"eos_token_id": stops}) if stops != own else generation
     known = {"corefit": __version__, "kind": kind, "base": facts.name, "base_fingerprint": facts.fingerprint}
     for key, value in facts.as_dict().items():
-        if key not in ("base", "fingerprint", "chat_template") and (value or key not in ("add_tokens", "system")):
+        if key not in ("base", "fingerprint", "chat_template") and (
+            value or key not in ("add_tokens", "special", "system")
+        ):
             known[key] = value
     files["corefit.json"] = json_bytes(known)
     files["README.md"] = _readme(facts, kind, stops).encode()

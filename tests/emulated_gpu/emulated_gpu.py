@@ -7,9 +7,9 @@ imports this)::
     python -c "import pathlib, emulated_gpu; emulated_gpu.build(pathlib.Path('cuda.so'))"
     EMULATED_GPU=cuda.so corefit train --plugin oasst1 --template internlm_chat
 
-It shows that everything is where it should be and waits for nothing that it need not wait for; it shows
-nothing of speed, of CUDA's kernels and their rounding, of bitsandbytes' own (nf4 is what its Python makes of it; its
-optimizers and int8 are missing), or of anything that runs beside something else.
+It shows that everything is where it should be and waits for nothing that it need not wait for. It shows nothing of
+speed, of CUDA's kernels and their rounding, of the order of streams (there is one), of random states (they are the
+CPU's), or of bitsandbytes' own (nf4 is what its Python makes of it; its optimizers and int8 are missing).
 """
 
 from __future__ import annotations

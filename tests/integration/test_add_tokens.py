@@ -15,13 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import corefit
 from corefit.chat import find
-from corefit.data.encode import make_encoder
+from corefit.data.encode import make_encoder, written
 from corefit.data.tokenizer import Tokenizer
 from corefit.engine.adapter import AdapterSpec, add_rows, attach_adapter, with_adapter
 from corefit.engine.loss import CausalLoss
 from corefit.engine.model import load_base
 from corefit.errors import ModelError, RecipeError
 from corefit.merge import load, logits, merge
+from corefit.prepare import EMBEDDED
 from corefit.registry import Registry
 from corefit.score import evaluate
 from corefit.types import Conversation, Message
@@ -171,6 +172,20 @@ def test_what_the_template_does_not_write_is_a_word_of_content_to_all_who_read_i
         t for n, t in load_file(run / "adapter" / "adapter_model.safetensors").items() if "embed" in n or "tok_" in n
     )
     assert not torch.equal(rows[3], rows[1])  # it has learnt: new rows begin alike
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "chatml", "internlm_chat"])
+def test_what_the_template_writes_is_control_however_it_is_put_together(name: str) -> None:
+    found = Tokenizer.load(EMBEDDED / "model")
+    jinja = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '</s>' }}{% if m.tools %}<tool>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    template = Registry.load().template(name)
+    if name == "tokenizer":
+        found._templates = {"default": jinja}
+    marks = {"tokenizer": ["<|user|>", "<tool>"], "chatml": ["<|im_end|>"], "internlm_chat": ["<eoh>"]}[name]
+    assert written([*marks, "role", "<|other|>", "messages"], template, found, None) == (*marks,)
 
 
 def test_plain_peft_opens_it_as_its_readme_says(tmp_path: Path) -> None:

@@ -20,8 +20,10 @@ from tiny import CONTROL
 
 from corefit.cli import main
 from corefit.data.encode import make_encoder
+from corefit.data.files import open_file
 from corefit.data.stream import Stream
 from corefit.data.tokenizer import Tokenizer
+from corefit.errors import DataError
 from corefit.registry import Registry
 
 SMALL = [
@@ -252,6 +254,17 @@ def test_a_file_without_a_record_is_refused_by_name(train, content, words):
     assert words in (error := train(data=str(path)).error) and "rows" in error
 
 
+@pytest.mark.parametrize("text", ["BZhang is a name, ", "PAR1, PAR2, "])
+def test_text_that_begins_as_something_else_is_text(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text * 9, "utf-8")
+    with open_file(tmp_path / "a.txt") as (file, _):
+        assert file.read() == text.encode() * 9
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pytest.importorskip("pyarrow").table({"a": [1, 2]}), tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="not text but Parquet"), open_file(tmp_path / "a.jsonl"):
+        pass
+
+
 def test_a_folder_without_files_a_broken_link_a_loop_and_a_pipe(train):
     os.mkdir("empty")
     os.symlink("gone.jsonl", "link.jsonl")
@@ -263,7 +276,8 @@ def test_a_folder_without_files_a_broken_link_a_loop_and_a_pipe(train):
         ("loop.jsonl", "too many levels of symbolic links"),
         ("pipe.jsonl", "a pipe or a device, which can be read only once; send it to --data -"),
         ("/dev/null", "a pipe or a device"),
-        ("https://example.com/x.jsonl", "https://example.com/x.jsonl: an address; corefit downloads no data"),
+        ("https://a.com/x.jsonl?a=b", "https://a.com/x.jsonl?a=b: an address; corefit downloads no data"),
+        ("c:/x.jsonl", "no such folder"),
         ("x" * 300, "file name too long"),
         ("*.jsonl.gz", "no file matches"),
     ):
