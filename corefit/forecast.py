@@ -65,12 +65,12 @@ def new_curve(lr_at: Callable[[float], float], state: LoopState, old: Train, new
     def progress(train: Train) -> float:
         return progress_at(state.step, state.epoch, max_steps=train.max_steps, epochs=train.epochs)
 
+    if state.step >= (new.max_steps or math.inf) or state.epoch >= (new.epochs or math.inf):
+        return [f"{length(new)}: the run is beyond that ({length(old)} before), so it ends where it is"]
     here, before = progress(new), progress(old)
     rest = [lr_at(here + (1 - here) * i / (CURVE - 1)) for i in range(CURVE)]
     top = max(rest) or 1.0
     curve = "".join(BARS[round((len(BARS) - 1) * rate / top)] for rate in rest)
-    if state.step >= (new.max_steps or math.inf) or state.epoch >= (new.epochs or math.inf):
-        return [f"{length(new)}: the run is beyond that ({length(old)} before), so it ends where it is"]
     return [
         f"extended: at {100 * before:.0f} % of the run as it was ({length(old)}), {100 * here:.0f} % as it is now "
         f"({length(new)})",

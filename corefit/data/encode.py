@@ -249,6 +249,10 @@ _PROBE = Conversation(
 )
 
 
+_PROBES = (_PROBE, Conversation((Message("system", "s 1"), *_PROBE.messages)))
+"""Without a system message, and with one, which not every format has."""
+
+
 def written(tokens: Sequence[str], template: PromptTemplate, tokenizer: Tokenizer, options: object) -> tuple[str, ...]:
     """Give those of some tokens that the template writes itself; the others are words of content.
 
@@ -256,7 +260,7 @@ def written(tokens: Sequence[str], template: PromptTemplate, tokenizer: Tokenize
     """
     encoder = Encoder(template, tokenizer, options, "all", np.zeros(0, np.bool_))
     made = [*template.control, *template.stop]
-    for probe in (_PROBE, Conversation((Message("system", "s 1"), *_PROBE.messages))):
+    for probe in _PROBES:
         with contextlib.suppress(Unrenderable, CorefitError):  # what is wrong with it, make_encoder says
             made.append(_text(encoder.segments(probe, "start")))
     text, jinja = "\n".join(made), template.chat_template or tokenizer.chat_template or ""
@@ -287,9 +291,8 @@ def make_encoder(
     mask = np.zeros(tokenizer.vocab_size, np.bool_)
     mask[sorted(forbidden)] = True
     encoder = Encoder(template, tokenizer, template_options, supervise, mask)
-    system = Message("system", "s 1")
     reason = ""
-    for probe in (_PROBE, Conversation((system, *_PROBE.messages))):
+    for probe in _PROBES:
         try:
             segments = encoder.segments(probe, "start")
             break
@@ -317,7 +320,7 @@ def make_encoder(
         alone = []
     rewrites = not _text(segments).startswith(_until_answered(alone))
     plain = "\n".join(segment.text for segment in segments if not segment.control)
-    for message in (system, *_PROBE.messages):
+    for message in _PROBES[-1].messages:
         plain = plain.replace(message.content, "\n")
     forgeable = [m for m in template.forgeable or markers([plain]) if tokenizer.token_id(m) not in forbidden]
     return replace(encoder, stop=stop, forgeable=tuple(forgeable), rewrites=rewrites)

@@ -37,7 +37,11 @@ def losses(tmp_path: Path, model: Path, name: str, *more: str) -> list[float]:
     flags = ["--plugin", "oasst1", "--template", "chatml", "--model", model, "--data", "rows.jsonl", "--out", name]
     done = corefit("train", *flags, "--set", *SMALL, *more, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return losses_of(tmp_path / name)
+
+
+def losses_of(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
 
 
@@ -87,8 +91,7 @@ def test_a_run_on_the_gpu_goes_on_there_and_its_adapter_on_the_cpu(tmp_path: Pat
     flags = ["--plugin", "oasst1", "--template", "chatml", "--model", tiny_model, "--data", "rows.jsonl"]
     done = corefit("train", *flags, "--out", "halves", "--resume", "--set", *SMALL, *how, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "halves" / "metrics.jsonl").read_text("utf-8").splitlines()]
-    whole = [row["loss"] for row in rows if "loss" in row]
+    whole = losses_of(tmp_path / "halves")
     assert whole[:6] == half and whole == pytest.approx(straight, rel=1e-3)  # a GPU adds in any order
     said = [
         corefit("chat", "straight", "--prompt", "What is 3?", "--device", device, cwd=tmp_path)
