@@ -52,16 +52,31 @@ def write_whole(path: Path, data: bytes) -> None:
         raise
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a new file system, or a killed process that filled it, left there."""
+    return all(path.name == "lost+found" or path.name.startswith(".tmp-") for path in folder.iterdir())
+
+
+def place_beside(out: Path) -> Path:
+    """Give where the folder is to be filled that becomes ``out``, for ``take_place``.
+
+    Beside it, or in it where it is there and empty: it may be a mounted disk, which can't be renamed, or lie where
+    nothing else may be made, and it keeps its owner.
+    """
+    return out if out.is_dir() and (is_empty(out) or out.is_mount()) else out.parent
+
+
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """Give a folder beside ``out`` to fill; it becomes ``out`` when the block ends, and goes if the block raises.
+    """Give a folder to fill; it becomes ``out`` when the block ends, and goes if the block raises.
 
-    What was ``out`` stays until then. A killed process leaves ``.tmp-*`` behind.
+    What was ``out`` stays until then; a link stays one. A killed process leaves ``.tmp-*`` behind.
 
     Raises:
         OSError: the disk refuses.
     """
-    aside, old = out.with_name(f".tmp-{out.name}"), out.with_name(f".tmp-old-{out.name}")
+    out = Path(os.path.realpath(out))
+    aside, old = place_beside(out) / f".tmp-{out.name}", out.with_name(f".tmp-old-{out.name}")
     shutil.rmtree(aside, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     try:
@@ -71,14 +86,21 @@ def whole_folder(out: Path) -> Iterator[Path]:
             sync(path)
         sync(aside)
         take_place(aside, out, old)
-        sync(out.parent)
+        sync(aside.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def take_place(new: Path, out: Path, old: Path) -> None:
-    """Rename a folder to ``out``; what was ``out`` becomes ``old``, or stays where that fails or is interrupted."""
+    """Rename a folder to ``out``; what was ``out`` becomes ``old``, or stays where that fails or is interrupted.
+
+    What was filled in ``out`` itself goes there file by file.
+    """
+    if new.parent == out:
+        for path in sorted(new.iterdir()):
+            path.replace(out / path.name)
+        return
     try:
         if out.exists():
             out.rename(old)

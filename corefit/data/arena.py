@@ -37,7 +37,7 @@ from corefit.data.block import (
 )
 from corefit.data.files import changed
 from corefit.data.source import Size
-from corefit.durable import take_place
+from corefit.durable import is_empty, place_beside, take_place
 from corefit.errors import DataError, RecipeError, RunError, system_words
 
 if TYPE_CHECKING:
@@ -84,11 +84,11 @@ def write_arena(
     """
     folder = folder.resolve()
     try:
-        there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        there = {path.name for path in folder.iterdir()} if folder.exists() and not is_empty(folder) else set()
         if there and not (HEADER in there and there <= {HEADER, *(f"{name}.bin" for name in _SHAPES)}):
             raise RecipeError(f"--out {str(folder)!r} is there and no arena; name a new folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        aside = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=place_beside(folder)))
     except OSError as error:
         raise RecipeError(f"--out {str(folder)!r} can't be written: {system_words(error)}") from error
     old, names = aside.with_name(aside.name + "-old"), list[str]()

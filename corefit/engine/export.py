@@ -7,7 +7,6 @@ template and the stop ids. Weights are written under the base's names, order, dt
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from corefit import __version__
-from corefit.durable import whole_folder
+from corefit.durable import is_empty, whole_folder
 from corefit.engine import internlm
 from corefit.engine.model import INDEX, hub_name, read_header, stored_tensors, weight_files
 from corefit.errors import ModelError, system_words
@@ -121,13 +120,12 @@ def written_aside(out: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         ModelError: ``out`` holds something and ``replace`` is False, or it can't be written.
     """
-    if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(f"{out}: is not empty; name a new folder")
-    out = Path(os.path.abspath(out))  # "." and ".." have no name of their own
     try:
+        if not replace and out.exists() and (not out.is_dir() or not is_empty(out)):
+            raise ModelError(f"{out}: is {'not empty' if out.is_dir() else 'no folder'}; name a new one")
         with whole_folder(out) as aside:
             yield aside
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ModelError(f"{out}: can't be written: {system_words(error)}") from error
 
 

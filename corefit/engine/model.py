@@ -406,6 +406,8 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
                 raise ValueError("no safetensors header")
             header = json.loads(file.read(size))
         metadata = header.pop("__metadata__", {})
+        if path.stat().st_size != 8 + size + max((item["data_offsets"][1] for item in header.values()), default=0):
+            raise ValueError("of another length than its header says")
         return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"])), metadata
     except OSError as error:
         raise ModelError(f"{path}: can't be read: {system_words(error)}") from error

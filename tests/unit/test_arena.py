@@ -214,7 +214,7 @@ def test_it_is_written_whole_or_not_at_all(tmp_path, sources, monkeypatch):
     whole = Path.rename
 
     def interrupt(path, target):
-        if path.name.startswith(".arena-") and not path.name.endswith("-old"):
+        if path.name.startswith(".tmp-arena-") and not path.name.endswith("-old"):
             raise KeyboardInterrupt
         return whole(path, target)
 
@@ -253,6 +253,18 @@ def test_only_the_arena_itself_is_replaced_also_through_a_link(tmp_path, sources
     assert (tmp_path / "real" / HEADER).is_file() and (tmp_path / "link").is_symlink()
     names = ["a.jsonl", "b.jsonl", "link", "link.old", "real", "real.old", "real.part"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_a_mounted_disk_which_cannot_be_renamed_is_filled(tmp_path, sources, monkeypatch):
+    (tmp_path / "arena" / "lost+found").mkdir(parents=True)
+    monkeypatch.setattr(Path, "rename", lambda self, target: pytest.fail(f"{self} is renamed to {target}"))
+    write(tmp_path / "arena", *sources)
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "arena")
+    (tmp_path / "arena" / "lost+found").rmdir()
+    assert len(write(tmp_path / "arena", *sources[:1]).sizes) == 1  # an older one is replaced
+    Arena(tmp_path / "arena", {}).verify()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "arena", "b.jsonl"]
+    assert not [path.name for path in (tmp_path / "arena").iterdir() if path.name.startswith(".tmp")]
 
 
 def test_two_that_are_written_at_once_are_both_whole(tmp_path, sources):

@@ -180,6 +180,42 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
 
 
+@pytest.mark.parametrize("left", [(), ("lost+found",), (".tmp-out",)])
+def test_an_empty_folder_is_filled_and_stays_what_it_is(tmp_path, monkeypatch, left):
+    """It may be a mounted disk, which can't be renamed, or lie where nothing else may be made."""
+    out, link = tmp_path / "out", tmp_path / "link"
+    out.mkdir(mode=0o750)
+    link.symlink_to(out)
+    for name in left:
+        (out / name).mkdir()
+    before = out.stat()
+
+    def refused(self, target):
+        pytest.fail(f"{self} is renamed to {target}")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(RuntimeError), written_aside(link) as folder:
+        (folder / "half").write_text("x")
+        raise RuntimeError
+    assert {path.name for path in out.iterdir()} <= {"lost+found"}
+    with written_aside(link) as folder:
+        (folder / "whole").write_text("1")
+        assert not (out / "whole").exists()
+    assert {path.name for path in out.iterdir()} - {"lost+found"} == {"whole"}
+    assert link.is_symlink() and (out.stat().st_ino, out.stat().st_mode) == (before.st_ino, before.st_mode)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
+
+
+def test_a_folder_that_a_link_names_is_made(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    with written_aside(tmp_path / "link") as folder:
+        (folder / "whole").write_text("1")
+    assert (tmp_path / "there" / "whole").is_file() and (tmp_path / "link").is_symlink()
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelError, match="file: is no folder; name a new one"), written_aside(tmp_path / "file"):
+        pytest.fail("a file was taken for a folder")
+
+
 @pytest.mark.parametrize("at", [".tmp-out", "out"])
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
 def test_a_folder_that_cannot_get_its_name_leaves_the_old_one_in_place(tmp_path, monkeypatch, error, at):

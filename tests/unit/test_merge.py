@@ -452,3 +452,13 @@ def test_an_adapter_of_peft_that_names_its_tokens_in_a_list_opens_and_merges(tmp
     assert torch.equal(logits(with_adapter(load(base), tmp_path / "adapter").eval()), logits(model))
     out = merge(tmp_path / "adapter", tmp_path / "merged", model=str(base))
     assert (logits(load(out)) - logits(model)).abs().max() < 1e-5
+
+
+def test_a_base_that_is_not_whole_is_named_before_anything_is_written(tmp_path):
+    base = write_model(tmp_path / "base")
+    out = export_trained(adapted(base), tmp_path / "adapter", facts(base))
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(ModelError, match=r"model.safetensors: not a whole safetensors file .*; fetch it again"):
+        merge(out, tmp_path / "merged", model=str(base))
+    assert not (tmp_path / "merged").exists()
