@@ -6,8 +6,10 @@ import atexit
 import contextlib
 import json
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corefit.errors import ModelError, UserError, system_words
+from corefit.interrupts import SIGNALS
 from corefit.recipe import run_and_step
 from corefit.terminal import Say, answer, notice, say
 from corefit.types import Message, Unrenderable
@@ -180,13 +183,28 @@ def _exported(saved: Checkpoint, base: Path) -> Path:
     from corefit.engine.export import Provenance, export
     from corefit.engine.model import stored_tensor
 
-    made, facts = Path(tempfile.mkdtemp(prefix="corefit-")), saved.state["extra"]["provenance"]
-    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    made, facts = _passing_folder(), saved.state["extra"]["provenance"]
     added = facts.get("add_tokens", ())
     files = Tokenizer.load(base, added, facts.get("special", added)).files()
     provenance = Provenance.from_dict(facts, base_folder=base, tokenizer_files=files)
     tensor_of = lambda name: saved.trainable[name] if name in saved.trainable else stored_tensor(base, name)  # noqa: E731
     return export(made / "at", saved.state["extra"]["layout"], tensor_of, provenance)
+
+
+def _passing_folder() -> Path:
+    """Make a folder that goes when the process ends, by a signal too."""
+    made = Path(tempfile.mkdtemp(prefix="corefit-"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+
+    def end(number: int, _frame: object) -> None:
+        shutil.rmtree(made, ignore_errors=True)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    for number in SIGNALS:
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end)
+    return made
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -272,6 +290,8 @@ class Chatter:
             ids = self.encoder.prompt([Message(str(m["role"]), str(m["content"])) for m in messages], self._said)
         except Unrenderable as refusal:
             name = self.encoder.template.name
+            if refusal.reason == "lone_surrogate":
+                raise UserError("the message is not UTF-8 text") from None
             raise UserError(f"template {name!r} can't write this conversation ({refusal.reason})") from None
         return [int(id) for id in ids]
 
@@ -290,7 +310,7 @@ class Chatter:
         prompt = self.prompt_ids(messages)
         room = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
         if len(prompt) >= room:
-            raise UserError(f"the conversation has {len(prompt)} tokens, the model's context {room}; start a new one")
+            raise UserError(f"the conversation has {len(prompt)} tokens, the model's context {room}")
         off = not adapter and self.found.adapter is not None
         ids: list[int] = []
         shown, at = "", 0
@@ -358,6 +378,7 @@ def chat_loop(
     history, systems = _system(system), systems or {}
     sides = SIDES if compare else [(True, "")]
     while True:
+        line = ""
         try:
             line = read("> ").strip()
             if line.startswith('"""'):
@@ -365,7 +386,7 @@ def chat_loop(
                     line += "\n" + read(". ").rstrip()
                 line = line[3:-3].strip("\n")
         except (EOFError, KeyboardInterrupt):
-            write("\n")
+            write('\na message that no """ ended is left out\n' if line else "\n")
             return
         word, _, rest = line.partition(" ")
         if line in ("/exit", "/quit"):
@@ -398,7 +419,7 @@ def chat_loop(
                 if not adapter:
                     continue
             except UserError as error:
-                write(f"{error}: /new\n")
+                write(f"{error} (/new starts afresh)\n")
                 continue
             history += [question, {"role": "assistant", "content": said}]
 
@@ -423,6 +444,8 @@ def chat_with(
     chatter = Chatter(target, decoding=Decoding(**decoding or {}), **how)
     system = systems.get(system, system) if system is not None else chatter.found.facts.get("system")
     if prompt is None:
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a line that isn't UTF-8 doesn't take others along
         chat_loop(chatter, system=system, systems=systems, compare=compare)
         return
     messages = [*_system(system), {"role": "user", "content": prompt}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from corefit.engine.model import (
     weight_files,
 )
 from corefit.errors import ModelError, UserError, unknown
+from corefit.recipe import run_and_step
 from corefit.registry import Registry
 
 BASES = ("stored", "dequantised")
@@ -49,7 +51,7 @@ def merge(
     """Write base + adapter into the new folder ``out``: the base's files with W + scale * B A, computed in fp32.
 
     Args:
-        target: a run folder or an adapter folder.
+        target: a run folder, ``RUN@STEP`` or an adapter folder; a checkpoint of full fine-tuning is written as it is.
         out: a folder that is empty or not there.
         model: the base model, where it isn't where training found it.
         into: what W is: ``"stored"``, the base's weights; ``"dequantised"``, these weights as training's quantizer
@@ -67,7 +69,11 @@ def merge(
         raise ModelError(f"--base: {unknown('base', into, BASES)}")
     found = find(target, model=model, say=say)
     if found.adapter is None:
-        raise ModelError(f"{target}: a model, not an adapter: there is nothing to merge")
+        if run_and_step(str(target))[1] is None:
+            raise ModelError(f"{target}: a model, not an adapter: there is nothing to merge")
+        with export.written_aside(Path(out)) as folder:  # a checkpoint of full fine-tuning
+            shutil.copytree(found.folder, folder, dirs_exist_ok=True)
+        return Path(out)
     base, config = found.base, _adapter_config(found.adapter)
     base_config = json.loads((base / "config.json").read_bytes())
     if "quantization_config" in base_config:

@@ -841,12 +841,18 @@ def _value(value: object) -> str:
 def run_and_step(target: str) -> tuple[str, str | None]:
     """Take ``RUN@500``, ``RUN@best`` or ``RUN/checkpoints/step-00000500`` apart; anything else comes back with None.
 
+    Raises:
+        RecipeError: something else than a step behind the ``@`` of a run.
+
     >>> run_and_step("runs/mine-1@500"), run_and_step("runs/mine-1")
     (('runs/mine-1', '500'), ('runs/mine-1', None))
     """
     run, at, step = target.rpartition("@")
-    if at and (step.isdecimal() or step in ("best", "latest")) and not Path(target).exists():
-        return run, step
+    if at and not Path(target).exists():
+        if step.isdecimal() or step in ("best", "latest"):
+            return run, step
+        if (Path(run).expanduser() / "run.json").is_file():
+            raise RecipeError(f"{target}: {step!r} is no step of {run}; expected its number, best or latest")
     path = Path(target)
     if path.parent.name == "checkpoints" and path.name.removeprefix("step-").isdecimal():
         return str(path.parent.parent), path.name.removeprefix("step-")

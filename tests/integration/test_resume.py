@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM
 from corefit import durable
 from corefit.cli import main
 from corefit.engine import checkpoint, evaluate
-from corefit.errors import CheckpointError, CorefitError, DataError, RecipeError, RunError
+from corefit.errors import CheckpointError, CorefitError, DataError, ModelError, RecipeError, RunError
+from corefit.merge import merge
 from corefit.run import Run, train, train_from
 from corefit.session import Session
 
@@ -213,6 +214,38 @@ def test_a_step_of_full_fine_tuning_can_be_talked_to(here: Here):
     at_step, at_end = load_file(found.folder / "model.safetensors"), load_file(run / "model" / "model.safetensors")
     assert at_step.keys() == at_end.keys()
     assert all((at_step[name] == at_end[name]).all() for name in at_end)
+    merge("full@latest", here.folder / "written")
+    with pytest.raises(ModelError, match="full: a model, not an adapter: there is nothing to merge"):
+        merge("full", here.folder / "other")
+    names = [path.name for path in sorted((run / "model").iterdir())]
+    assert [path.name for path in sorted((here.folder / "written").iterdir())] == names
+    for name in names:
+        assert (here.folder / "written" / name).read_bytes() == (run / "model" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_copy_of_a_checkpoint_goes_with_the_chat(run: Path, number: int, tmp_path: Path):
+    env = environment({"TMPDIR": str(tmp_path)})
+    with subprocess.Popen(
+        [sys.executable, "-m", "corefit", "chat", f"{run}@latest"],
+        cwd=run.parent, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout
+        while process.stdout.read(1) != ">":
+            assert process.poll() is None
+        assert list(tmp_path.glob("corefit-*/at"))
+        until = time.monotonic() + 20
+        while process.poll() is None and time.monotonic() < until:
+            process.send_signal(number)  # one that comes just before it waits for a line is seen with the next
+            time.sleep(0.2)
+        assert process.poll() == -number
+    assert not list(tmp_path.glob("corefit-*"))
+
+
+def test_what_is_no_step_of_a_run_is_not_taken_for_a_name_of_the_hub(run: Path, tmp_path: Path):
+    for verb in (["chat", f"{run}@x", "--prompt", "hi"], ["train", "--resume", f"{run}@x"]):
+        done = corefit(*verb, cwd=tmp_path)
+        assert done.returncode == 2 and f"@x: 'x' is no step of {run}; expected its number" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------- what changed

@@ -296,7 +296,15 @@ def test_commands_of_the_loop():
     ]
     assert "system: none\npirate: Talk like a pirate.\npoet: Rhyme.\n" in written
     assert "no command /nwe" in written
-    assert talk(['"""never ended', EOFError()])[0] == []
+    asked, written = talk(['"""never ended', EOFError()])
+    assert not asked and 'a message that no """ ended is left out' in written
+
+
+def test_what_the_model_cannot_be_asked_is_said_and_the_chat_goes_on(adapter):
+    written, said = [], iter(["caf\udce9", "hi", "/exit"])
+    chat_loop(adapter, read=lambda prompt: next(said), write=written.append)
+    first, *more = "".join(written).splitlines()
+    assert first == "the message is not UTF-8 text (/new starts afresh)" and more
 
 
 def test_ctrl_c_ends_the_answer_then_the_chat():
