@@ -34,6 +34,6 @@ def launch(processes: str, words: Sequence[str]) -> int:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
-            raise RunError(f"rank {rank} was ended by {name}; --resume goes on from the newest checkpoint") from None
+            raise RunError(f"rank {rank} was ended by {name}; --resume goes on from what is saved") from None
         return failure.exitcode
     return 0

@@ -375,8 +375,7 @@ def _follow(ranks: Ranks, own_process: bool) -> Run:
     with Interrupts(say, own_process=own_process) as interrupts:
         nobody = Reporters((), {}, registry)
         session = Session(plan, folder, base, nobody, interrupts, say, ranks, **told["how"])
-        session.follow(resuming=told["resuming"], changes=told["changes"])
-    return Run(folder)
+        return Run(folder, session.follow(resuming=told["resuming"], changes=told["changes"]))
 
 
 def _named(target: object) -> tuple[Path | None, str | None]:

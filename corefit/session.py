@@ -408,7 +408,7 @@ class Session:
                     self.say(f"{reason}: stopped before step 1, nothing was trained")
                     self._write_run("interrupted", ended_by=reason, steps=0)
                     self._end("interrupted", reason)
-                    return self.interrupts.exit_code or 1
+                    return self._code(reason)
                 raise DataError(f"no step was made ({reason}): no record became a sample")
             self._export()
             if reason in ENDS:
@@ -438,8 +438,8 @@ class Session:
                 self.first_packs = show.first_packs(batches, self.plan.tokenizer, self.plan.tokenizer.pad_id)
             yield batches
 
-    def follow(self, *, resuming: bool, changes: Sequence[tuple[str, str, str]]) -> None:
-        """Compute this rank's share of a run that rank 0 plays, at the same steps; write nothing."""
+    def follow(self, *, resuming: bool, changes: Sequence[tuple[str, str, str]]) -> int:
+        """Compute this rank's share of a run that rank 0 plays; write nothing, and give the exit code."""
         saved = self._saved(changes) if resuming else None
         self._same_step()
 
@@ -466,6 +466,7 @@ class Session:
                 self._score(self.state.step)
                 answer(self.state.step)
                 self._as_stored()
+        return self._code(reason)
 
     def _train(self, **hooks: Any) -> str:  # noqa: ANN401, those of train
         settings = self.recipe.train
@@ -742,8 +743,8 @@ class Session:
         differences = ledger.differences()
         facts = {**ledger.as_dict(), "proofs": {proof.name: proof.facts for proof in self.proofs}}
         write_json(self.folder / "ledger.json", facts)
-        interrupted = self.interrupts.exit_code or int(reason not in ENDS)  # 1: another rank was told to stop
-        status = "interrupted" if interrupted else "complete"
+        code = self._code(reason)
+        status = "interrupted" if code else "complete"
         self._write_run(status, ended_by=reason, steps=self.state.step)
         self._end(status, reason, facts)
         rows = before_after(list(objects(self.folder / "samples.jsonl")), self.state.step)
@@ -756,7 +757,11 @@ class Session:
         self.say(f"run: {self.folder}   talk to it: corefit chat {shlex.quote(str(self.folder))}")
         if differences:
             raise LedgerError(f"{self.folder / 'ledger.json'}: {'; '.join(differences)}; the weights are saved")
-        return interrupted
+        return code
+
+    def _code(self, reason: str) -> int:
+        """Give the exit code of a rank; 1 where another one was told to stop."""
+        return self.interrupts.exit_code or int(reason not in ENDS)
 
     def _end(self, status: str, reason: str, ledger: Mapping[str, Any] | None = None) -> None:
         """Tell the reporters that the run is over, once."""

@@ -94,9 +94,10 @@ def packs_at_once(packs_per_step: int, micro_batch: int, world: int) -> int:
     """
     at_once = micro_batch * world
     if at_once < 1 or packs_per_step < 1 or packs_per_step % at_once:
+        more = max(-(-packs_per_step // max(at_once, 1)), 1) * at_once
         raise RecipeError(
             f"train.packs_per_step: {packs_per_step} is not a multiple of "
-            f"train.micro_batch {micro_batch} x {world} ranks; set one of the two"
+            f"train.micro_batch {micro_batch} x {world} ranks; --set train.packs_per_step={more} is"
         )
     return at_once
 

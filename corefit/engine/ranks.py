@@ -12,7 +12,9 @@ adapter is whole on every rank; in full fine-tuning gradients and optimizer stat
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import signal
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,8 @@ from corefit.engine.model import replaced
 from corefit.errors import RecipeError, RunError, UserError
 from corefit.types import IGNORE_INDEX, Batch
 
+_PR_SET_PDEATHSIG = 1
+"""Source: linux/prctl.h."""
 BUCKET = 2**25
 """Numbers that are added up at a time."""
 IDLE = (1, 8)
@@ -164,6 +168,9 @@ def joined() -> Iterator[Ranks]:
     if not all(said.values()) or not 0 <= counts[0] < counts[1]:
         words = ", ".join(f"{name}={value}" if value else f"no {name}" for name, value in said.items())
         raise UserError(f"{words}: nobody sets these so; start with corefit launch or torchrun, or unset WORLD_SIZE")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with contextlib.suppress(AttributeError, OSError):  # Linux alone has it
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # where torchrun is killed, nobody else ends it
     with together():
         store, rank, world = next(rendezvous("env://"))
         while isinstance(store, PrefixStore):

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 
-def one_rank(rank: int, world: int, port: int, words: list[str], where: str, full_disk: bool = False) -> None:
+def one_rank(rank: int, world: int, port: int, words: list[str], where: str, at_checkpoint: str = "") -> None:
     """What torchrun does, from a process that has imported torch already.
 
-    ``full_disk``: the first checkpoint can't be written.
+    ``at_checkpoint``: what happens to rank 0 at its first: ``"full disk"``, or a signal.
     """
     from corefit import durable
     from corefit.cli import main
 
-    refusals = [OSError(28, "No space left on device")] if full_disk else []
+    troubles = [at_checkpoint] if at_checkpoint else []
     really = durable.sync
 
     def sync(path: Path) -> None:
-        if refusals and ".tmp-step" in str(path):
-            raise refusals.pop()
+        if troubles and ".tmp-step" in str(path):
+            if (trouble := troubles.pop()) == "full disk":
+                raise OSError(28, "No space left on device")
+            signal.raise_signal(getattr(signal, trouble))
         really(path)
 
     durable.sync = sync
