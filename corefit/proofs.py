@@ -85,7 +85,10 @@ def data_proofs(
     looked_at = [(i, want) for i, want in wanted.items() if len(want.ids) <= long]
     kept = set(fitted.samples[:, RECORD].tolist())
     without = [want.origin for i, want in looked_at if i not in kept]
-    total = sum(len(want.ids) for _, want in looked_at)
+    most = (
+        pack.max_length if pack.overlong == "truncate" else np.inf
+    )  # what is cut off, supervised or not, trains nothing
+    total = sum(int(min(len(want.ids), most)) for _, want in looked_at)
     share = mask.facts["supervised"] / max(total, 1)
     none = f"{len(without):,} of {len(looked_at):,} samples have no supervised token"
     floor = plan.recipe.template.min_supervised

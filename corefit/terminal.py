@@ -19,11 +19,16 @@ _OBEYED = re.compile(
 Say = Callable[[str], None]
 """Takes lines, one at a time."""
 _SECRET = re.compile("(?i)token(?!iz)|secret|passw|credential|api_?key|access_?key|private_?key")
+_PLACE = re.compile("(?i)_(path|file|dir|home)$")
 
 
 def secrets() -> dict[str, str]:
-    """Give the environment variables whose names look like those of secrets: nothing that is written holds a value."""
-    return {name: value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= 8}
+    """Give the environment variables whose names look like those of secrets: nothing that is written holds a value.
+
+    Some only say where a secret lies, as HF_TOKEN_PATH does.
+    """
+    named = {name: value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= 8}
+    return {name: value for name, value in named.items() if not (_PLACE.search(name) or os.path.exists(value))}
 
 
 def without_secrets(text: str) -> str:

@@ -18,6 +18,7 @@ from hostile import HOSTILE, obeyed
 from safetensors.torch import load_file
 from tiny import write_model
 
+from corefit import terminal
 from corefit.errors import RecipeError
 from corefit.prepare import resolve
 from corefit.registry import Registry
@@ -141,6 +142,11 @@ def test_a_secret_in_a_flag_is_refused_before_anything_is_written(tmp_path: Path
     assert "hf_0123" not in str(refusal.value)
     done = corefit("train", "--plugin", "identity", "--set", flag, cwd=tmp_path)
     assert done.returncode == 2 and not list(tmp_path.iterdir())
+    monkeypatch.setenv("HF_TOKEN_PATH", flag)  # where a secret lies is none
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path))
+    monkeypatch.delenv("HF_TOKEN")
+    assert not terminal.secrets().keys() & {"HF_TOKEN_PATH", "GOOGLE_APPLICATION_CREDENTIALS"}
+    resolve(None, {"plugin": "identity"}, [flag], Registry.load())
 
 
 def test_a_secret_that_toml_escapes_is_refused_too(monkeypatch) -> None:

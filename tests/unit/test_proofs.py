@@ -465,6 +465,13 @@ def test_a_share_below_the_floor_is_refused_with_share_floor_count_and_what_to_d
     assert line.endswith("1 of 2 samples have no supervised token")
 
 
+def test_what_is_cut_off_does_not_count(tiny_tokenizer):
+    long = [["user", "hi"], ["assistant", "word " * 40_000]]
+    how = ["pack.max_length=64", "pack.overlong=truncate", "template.min_supervised=0.3"]
+    line = lines(tiny_tokenizer, CHATML, *how, items=[long, *[TURNS] * 3])["supervised"]
+    assert float(line.split()[1].rstrip("%")) > 30, line  # 0.2 % of all that is there
+
+
 def test_answers_cut_off_by_long_questions_are_refused(tiny_tokenizer):
     long = [["user", "word " * 100], ["assistant", "y"]]
     said = second(tiny_tokenizer, "pack.max_length=64", items=[long] * 3)
