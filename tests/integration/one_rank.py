@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 
 
-def one_rank(rank: int, world: int, port: int, words: list[str], where: str, at_checkpoint: str = "") -> None:
+def one_rank(rank: int, world: int, port: int, words: list[str], where: str, full_disk: bool = False) -> None:
     """What torchrun does, from a process that has imported torch already.
 
-    ``at_checkpoint``: what happens to rank 0 at its first: ``"full disk"``, or a signal.
+    ``full_disk``: the first checkpoint can't be written.
     """
     from corefit import durable
     from corefit.cli import main
 
-    troubles = [at_checkpoint] if at_checkpoint else []
+    refusals = [OSError(28, "No space left on device")] if full_disk else []
     really = durable.sync
 
     def sync(path: Path) -> None:
-        if troubles and ".tmp-step" in str(path):
-            if (trouble := troubles.pop()) == "full disk":
-                raise OSError(28, "No space left on device")
-            signal.raise_signal(getattr(signal, trouble))
+        if refusals and ".tmp-step" in str(path):
+            raise refusals.pop()
         really(path)
 
     durable.sync = sync
