@@ -190,6 +190,7 @@ def measure(out: Path, *words: object) -> list[tuple[str, float, float]]:
     return [(row["setting"], row["planned MiB"], row["measured MiB"]) for row in json.loads(out.read_text())["rows"]]
 
 
+@pytest.mark.full
 @pytest.mark.measured
 @pytest.mark.skipif(sys.platform != "linux", reason="measured where glibc gives memory back")
 def test_what_is_planned_is_what_a_small_run_takes(tmp_path: Path, shared: Path) -> None:

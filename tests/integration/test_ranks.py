@@ -297,6 +297,7 @@ def test_a_killed_rank_ends_all_within_30_seconds_and_the_run_goes_on(
     assert "resume: from step" in said(tmp_path)
 
 
+@pytest.mark.full
 def test_torchrun_starts_a_run_again_and_it_goes_on(flags: list[str], tmp_path: Path) -> None:
     words = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "corefit", "train", "--out", "run", *flags]
     process = subprocess.Popen(

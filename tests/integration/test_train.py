@@ -122,7 +122,7 @@ def test_a_run_folder_holds_what_is_promised_and_repeats(tmp_path: Path, base: l
 
 
 def test_killed_and_resumed_is_the_straight_run(tmp_path: Path, base: list[object]) -> None:
-    command = [*base, "--set", *SMALL, "train.epochs=8", "checkpoint.every_steps=2", "val.every_steps=3"]
+    command = [*base, "--set", *SMALL, "train.epochs=4", "checkpoint.every_steps=2", "val.every_steps=3"]
     assert corefit(*command, "--out", "straight", cwd=tmp_path).returncode == 0
     arguments = [sys.executable, "-m", "corefit", *map(str, command), "--out", "killed", "--resume"]
     process = subprocess.Popen(
