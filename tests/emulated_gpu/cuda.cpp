@@ -2,7 +2,8 @@
 //
 // What a GPU refuses, it refuses: operations on tensors of both devices, and, in the search for waits
 // (torch.cuda.set_sync_debug_mode), whatever makes the CPU wait. It counts bytes as torch's allocator does,
-// in blocks of 512. There is one device with one stream; nothing runs beside anything else.
+// in blocks of 512. A process has one device, the LOCAL_RANK-th of EMULATED_GPUS, and may use no other, as
+// well-behaved ranks do; the device has one stream, and nothing runs beside anything else.
 // Source: torch's own example of a device of one's own (test/cpp_extensions/open_registration_extension).
 
 #include <ATen/ATen.h>
@@ -34,12 +35,32 @@ using c10::Stream;
 
 // ---------------------------------------------------------------------------------------------- device and memory
 
-const Device gpu(DeviceType::CUDA, 0);
+int number_in(const char* variable, int otherwise) {
+  const char* text = std::getenv(variable);
+  return text && *text ? std::atoi(text) : otherwise;
+}
+
+const DeviceIndex devices = number_in("EMULATED_GPUS", 1);
+const Device gpu(DeviceType::CUDA, number_in("LOCAL_RANK", 0));
 const Stream only(Stream::DEFAULT, gpu);
+thread_local DeviceIndex current = 0;
+
+DeviceIndex exchange(DeviceIndex other) {
+  DeviceIndex before = current;
+  if (other >= 0) current = other;
+  return before;
+}
+
+void mine(DeviceIndex wanted) {
+  TORCH_CHECK(wanted == gpu.index(), "memory on cuda:", int(wanted), ", which is not this rank's");
+}
 
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
-  Device exchangeDevice(Device) const override { return gpu; }
-  Device getDevice() const override { return gpu; }
+  Device exchangeDevice(Device other) const override { return {DeviceType::CUDA, exchange(other.index())}; }
+  Device getDevice() const override { return {DeviceType::CUDA, current}; }
+  void setDevice(Device other) const override { exchange(other.index()); }
+  void uncheckedSetDevice(Device other) const noexcept override { exchange(other.index()); }
+  DeviceIndex deviceCount() const noexcept override { return devices; }
   Stream getStream(Device) const noexcept override { return only; }
   Stream getNewStream(Device, int) const override { return only; }
   Stream getDefaultStream(Device) const override { return only; }
@@ -60,13 +81,13 @@ struct CUDAHooks final : at::CUDAHooksInterface {  // torch asks for this name
   bool isAvailable() const override { return true; }
   bool hasCUDA() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  DeviceIndex deviceCount() const override { return 1; }
-  int getNumGPUs() const override { return 1; }
-  DeviceIndex current_device() const override { return 0; }
-  DeviceIndex getCurrentDevice() const override { return 0; }
-  void setCurrentDevice(DeviceIndex) const override {}
-  DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
-  DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
+  DeviceIndex deviceCount() const override { return devices; }
+  int getNumGPUs() const override { return devices; }
+  DeviceIndex current_device() const override { return current; }
+  DeviceIndex getCurrentDevice() const override { return current; }
+  void setCurrentDevice(DeviceIndex other) const override { exchange(other); }
+  DeviceIndex exchangeDevice(DeviceIndex other) const override { return exchange(other); }
+  DeviceIndex maybeExchangeDevice(DeviceIndex other) const override { return exchange(other); }
   void deviceSynchronize(DeviceIndex) const override {}
   const at::Generator& getDefaultGenerator(DeviceIndex) const override { return at::detail::getDefaultCPUGenerator(); }
   at::Generator getNewGenerator(DeviceIndex) const override { return at::detail::createCPUGenerator(); }
@@ -132,13 +153,15 @@ Tensor on_cpu(const Tensor& tensor) {  // the same memory
   return tensor.is_neg() ? same._neg_view() : same;
 }
 
-Tensor empty(IntArrayRef size, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout>, std::optional<Device>,
-             std::optional<bool>, std::optional<c10::MemoryFormat> format) {
+Tensor empty(IntArrayRef size, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout>,
+             std::optional<Device> device, std::optional<bool>, std::optional<c10::MemoryFormat> format) {
+  mine(device && device->has_index() ? device->index() : current);
   return at::detail::empty_generic(size, &memory, KEYS, c10::dtype_or_default(dtype), format);
 }
 
 Tensor empty_strided(IntArrayRef size, IntArrayRef stride, std::optional<c10::ScalarType> dtype,
-                     std::optional<c10::Layout>, std::optional<Device>, std::optional<bool>) {
+                     std::optional<c10::Layout>, std::optional<Device> device, std::optional<bool>) {
+  mine(device && device->has_index() ? device->index() : current);
   return at::detail::empty_strided_generic(size, stride, &memory, KEYS, c10::dtype_or_default(dtype));
 }
 
@@ -159,15 +182,18 @@ Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
   return copy_from(from, to, false);
 }
 
+void resize_storage(const Tensor& self, int64_t size) {
+  auto* storage = self.storage().unsafeGetStorageImpl();
+  size_t bytes = size;
+  auto other = memory.allocate(bytes);
+  if (size_t kept = std::min(bytes, storage->nbytes())) std::memcpy(other.get(), storage->data(), kept);
+  storage->set_data_ptr_noswap(std::move(other));
+  storage->set_nbytes(bytes);
+}
+
 const Tensor& resize_(const Tensor& self, IntArrayRef size, std::optional<c10::MemoryFormat>) {
   size_t bytes = (c10::multiply_integers(size) + self.storage_offset()) * self.itemsize();
-  auto* storage = self.storage().unsafeGetStorageImpl();
-  if (storage->nbytes() < bytes) {
-    auto larger = memory.allocate(bytes);
-    if (storage->nbytes()) std::memcpy(larger.get(), storage->data(), storage->nbytes());
-    storage->set_data_ptr_noswap(std::move(larger));
-    storage->set_nbytes(bytes);
-  }
+  if (self.storage().nbytes() < bytes) resize_storage(self, bytes);
   self.unsafeGetTensorImpl()->set_sizes_contiguous(size);
   return self;
 }
@@ -274,6 +300,8 @@ void by_the_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&by_the_cpu>()); }
 
+TORCH_LIBRARY(emulated, m) { m.def("resize_storage(Tensor self, int size) -> ()", resize_storage); }
+
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("empty.memory_format", empty);
   m.impl("empty_strided", empty_strided);
@@ -305,6 +333,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
 }  // namespace
 
 extern "C" {
+int current_device() { return current; }
+int exchange_device(int other) { return exchange(other); }
 int64_t bytes_held() { return held; }
 int64_t bytes_at_most() { return most; }
 void forget_the_most() { most = held.load(); }

@@ -30,6 +30,7 @@ def test_what_needs_a_gpu_passes_on_an_emulated_one(tmp_path: Path) -> None:
     code = "import sys, pathlib, emulated_gpu; emulated_gpu.build(pathlib.Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, library], check=True, env={**os.environ, "PYTHONPATH": str(folder)})
     environment = {**os.environ, "PYTHONPATH": str(folder), "EMULATED_GPU": str(library), "OMP_NUM_THREADS": "1"}
+    environment["EMULATED_GPUS"] = "2"
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
     left_out = " or ".join(name for names in MISSING.values() for name in names)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "-k", f"not ({left_out})", "tests/gpu"]

@@ -32,17 +32,21 @@ ROWS = "".join(
 SMALL = ["pack.max_length=128", "train.packs_per_step=2", "train.max_steps=12", "sample.max_tokens=4", "train.lr=5e-3"]
 
 
-def losses(tmp_path: Path, model: Path, name: str, *more: str) -> list[float]:
+several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+
+
+def losses(tmp_path: Path, model: Path, name: str, *more: str, gpus: int = 1, resume: bool = False) -> list[float]:
     (tmp_path / "rows.jsonl").write_text(ROWS, "utf-8")
     flags = ["--plugin", "oasst1", "--template", "chatml", "--model", model, "--data", "rows.jsonl", "--out", name]
-    done = corefit("train", *flags, "--set", *SMALL, *more, cwd=tmp_path)
+    verb = ["launch", "-n", gpus] if gpus > 1 else ["train"]
+    done = corefit(*verb, *flags, *["--resume"] * resume, "--set", *SMALL, *more, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     return losses_of(tmp_path / name)
 
 
-def losses_of(run: Path) -> list[float]:
+def losses_of(run: Path, key: str = "loss") -> list[float]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
+    return [row[key] for row in rows if key in row]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -105,6 +109,40 @@ def test_a_run_on_the_gpu_goes_on_there_and_its_adapter_on_the_cpu(tmp_path: Pat
     ):
         done = corefit(*verb, cwd=tmp_path)
         assert done.returncode == 0, (verb, done.stdout + done.stderr)
+
+
+SEVERAL = {
+    "copies of nf4": ["model.quantizer=nf4", "train.precision=fp16"],
+    "shares of nf4": ["model.quantizer=nf4", "train.precision=fp16", "run.sharding=full", "adapter.dora=true"],
+    "shares of bf16, with trained rows": [
+        *["model.quantizer=none", "train.precision=bf16", "run.sharding=full", "train.gradient_checkpointing=true"],
+        *['model.add_tokens=["<a>"]', 'adapter.modules_to_save=["lm_head"]'],
+    ],
+    "full, shares of fp16": ["adapter.kind=none", "model.quantizer=none", "train.precision=fp16", "run.sharding=full"],
+}
+
+
+@several
+@pytest.mark.parametrize("how", SEVERAL.values(), ids=SEVERAL)
+def test_two_gpus_are_one_also_where_a_run_goes_on_with_another_number(
+    how: list[str], tmp_path: Path, tiny_model: Path
+) -> None:
+    lora = [] if "adapter.kind=none" in how else ["adapter.dropout=0.0"]
+    same = [*how, *lora, "train.packs_per_step=4", "train.max_steps=6", "train.scheduler=constant", "train.lr=1e-3"]
+    same += ["val.share=0.2", "val.every_steps=2", "sample.every_steps=3"]
+    alone = [word for word in same if word != "run.sharding=full"]
+    straight = losses(tmp_path, tiny_model, "one", *alone, "run.device=cuda:0")
+    assert straight[-1] < straight[0]
+    two = losses(tmp_path, tiny_model, "two", *same, gpus=2)
+    assert two == pytest.approx(straight, rel=2e-3)
+    norms = [losses_of(tmp_path / name, "grad_norm") for name in ("one", "two")]
+    assert norms[1] == pytest.approx(norms[0], rel=2e-2)  # which Adam's steps don't show
+    for gpus, n in ((2, 2), (1, 4), (2, 6)):
+        words = [*(same if gpus > 1 else alone), f"train.max_steps={n}"]
+        turns = losses(tmp_path, tiny_model, "turns", *words, gpus=gpus, resume=n > 2)
+    assert turns == pytest.approx(straight, rel=2e-3)
+    said = corefit("chat", "turns", "--prompt", "What is 3?", cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
 
 
 def test_activations_in_the_computers_memory_change_no_loss(tmp_path: Path) -> None:
