@@ -33,6 +33,7 @@ LOOKED_AT, LOOKED_AT_BYTES = 64, 2**18
 """Records of each source that are looked at, and about how many bytes, so that proofs take no time on any data."""
 NOT, EITHER, MUST = range(3)
 """Whether a character or a token is to be supervised."""
+_THOUGHT = re.compile(r"(\s*<think>\s*)(?:(\s*</think>\s*)|(.*?</think>\s*))", re.DOTALL)
 TURN = (Message("user", "q 1"), Message("assistant", "a 1"), Message("user", "q 2"), Message("assistant", "a 2"))
 CHATS = {"with a system message": (Message("system", "s 1"), *TURN), "without a system message": TURN}
 
@@ -161,10 +162,12 @@ class _Wanted:
             self.located = False
             return state + EITHER
         for (i, begin, end), (_, after, _) in zip(places, [*places, (0, len(self.text), 0)][1:], strict=True):
-            message = item.messages[i]
+            message, (opening, thought, _) = item.messages[i], _apart(item.messages[i])
             if message.role == "assistant" and (i in ruled if message.supervised is None else message.supervised):
-                if message.reasoning or message.tool_calls:  # the assistant's own too, wherever the format writes them
+                if message.reasoning or message.tool_calls or thought:  # the assistant's own, wherever it stands
                     state[before:begin] = EITHER
+                if thought and self.text.endswith(opening + thought, before, begin):  # as the data has it
+                    state[begin - len(thought) : begin] = MUST
                 stop, closing = self._closing(self.text[end:after])
                 if not stop:
                     raise self.error(f"no stop follows an answer: {_short(self.text[begin:after])}")
@@ -193,7 +196,8 @@ class _Wanted:
         no answer is left out, since templates may write nothing at all for it.
         """
         text, at = self.text, 0
-        for role, content, *_ in item.messages:
+        contents = [_apart(message)[2] for message in item.messages]
+        for (role, *_), content in zip(item.messages, contents, strict=True):
             found = text.find(content.strip(), at)
             if found < 0:
                 name = self.encoder.template.name
@@ -203,7 +207,10 @@ class _Wanted:
             at = found + len(content.strip())
         key = next(key for n in count() if (key := f"proof{n}x") not in text)
         chosen = {i: m for i, m in enumerate(item.messages) if m.content or m.role == "assistant"}
-        marked = (m._replace(content=f"{key}{i}x") if i in chosen else m for i, m in enumerate(item.messages))
+        marked = (
+            m._replace(content="".join((*_apart(m)[:2], f"{key}{i}x"))) if i in chosen else m
+            for i, m in enumerate(item.messages)
+        )
         try:
             segments = self.encoder.segments(item._replace(messages=tuple(marked)))
         except (CorefitError, Unrenderable):
@@ -212,7 +219,8 @@ class _Wanted:
         if list(map(int, parts[1::2])) != list(chosen) or not text.startswith(parts[0]):
             return None
         places, at = [], len(parts[0])
-        for (i, (_, content, *_)), literal in zip(chosen.items(), parts[2::2], strict=True):
+        for i, literal in zip(chosen, parts[2::2], strict=True):
+            content = contents[i]
             forms = (content, content.strip(), content.lstrip(), content.rstrip())
             form = next((form for form in forms if text.startswith(form + literal, at)), None)
             if form is None:
@@ -282,6 +290,19 @@ class _Wanted:
             at, tokens = int(wrong[0]), _tokens(ids, self.encoder)
             what = "is supervised and lies in no answer" if target[at] else "lies in an answer and is masked"
             raise self.error(f"{when}token {at}, {tokens[at]!r}, {what}: {_shown(tokens, at)}")
+
+
+def _apart(message: Message) -> tuple[str, str, str]:
+    """Give the tag that opens the thought with which an answer begins, the rest of that block, and what follows it.
+
+    Templates may write the block otherwise, or leave it out of earlier turns. One that holds nothing is no part of an
+    answer: all of it is in the first text.
+    """
+    found = _THOUGHT.match(message.content) if message.role == "assistant" and not message.reasoning else None
+    if found is None:
+        return "", "", message.content
+    opening, empty, thought = found.groups(default="")
+    return opening + empty, thought, message.content[found.end() :]
 
 
 def _mask(wanted: dict[int, _Wanted], block: Block, fitted: Block) -> Proof:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from chat_shapes import write_shape
 from corefit_chatml import corefit_prompt_templates as chatml
 from corefit_internlm_chat import corefit_prompt_templates as internlm_chat
 from corefit_tokenizer import corefit_prompt_templates as own_template
@@ -129,6 +130,49 @@ def test_white_space_that_a_template_leaves_out_is_said(tiny_tokenizer):
     assert lines(tiny_tokenizer, CHATML, items=items)["mask"].find("white space") < 0
     found = lines(tiny_tokenizer, template, items=items)["mask"]
     assert said in found
+
+
+EMPTY = "<think>\n\n</think>\n\nyo"
+THOUGHTS = ["<think>\nwhy\n</think>\n\nno", "<think>why</think>no", "  <think>\nwhy</think>\n no ", EMPTY]
+
+
+@pytest.mark.parametrize(
+    ("shape", "thought"),  # DeepSeek's leaves every thought out: an answer that has one is a counted drop
+    [*((shape, thought) for shape in ("", "qwen3", "qwen3_5") for thought in THOUGHTS), ("deepseek_r1", EMPTY)],
+)
+def test_answers_that_begin_with_a_thought_are_proved_however_it_is_written(tiny_tokenizer, tmp_path, shape, thought):
+    folder = write_shape(tmp_path / shape, shape) if shape else tiny_tokenizer
+    two = [["user", "hi"], ["assistant", thought], ["user", "and"], ["assistant", "no, it isn't"]]
+    for template in (OWN,) if shape == "deepseek_r1" else (CHATML, OWN):
+        for supervise, items in (("all", [two[:2]]), ("last", [two]), ("unroll", [two])):
+            plan, records = plan_of(folder, template, f"template.supervise={supervise}", items=items)
+            mask = next(proved(plan, records))
+            assert mask.facts["samples"] == (2 if supervise == "unroll" else 1), (template.name, supervise)
+            assert not mask.facts["unlocated"]
+
+
+def test_a_thought_that_is_masked_and_an_empty_one_that_is_not_are_found(tiny_tokenizer):
+    def masked(item, tokenizer, options=None):
+        for segment in CHATML.render(item, tokenizer):
+            head, tag, rest = segment.text.partition("</think>")
+            if tag:
+                yield segment._replace(text=head + tag, supervised=False)
+            yield segment._replace(text=rest) if tag else segment
+
+    def learnt(item, tokenizer, options=None):  # in two parts, of which neither is a block that holds nothing
+        for segment in CHATML.render(item, tokenizer):
+            head, tag, rest = segment.text.partition("<think>")
+            if tag:
+                yield segment._replace(text=head + tag)
+            yield segment._replace(text=rest) if tag else segment
+
+    for render, thought, words in (
+        (masked, THOUGHTS[0], "lies in an answer and is masked"),
+        (learnt, EMPTY, "an answer and what is around it are one segment"),
+    ):
+        template = dataclasses.replace(CHATML, render=render)
+        items = [[["user", "hi"], ["assistant", thought]]]
+        assert words in fails_first(tiny_tokenizer, template, MaskError, items=items)
 
 
 def test_records_without_samples_prove_nothing_and_say_so(tiny_tokenizer):
