@@ -78,14 +78,17 @@ def merge(
     base_config = json.loads((base / "config.json").read_bytes())
     if "quantization_config" in base_config:
         raise ModelError(f"{base}: its weights are stored quantised; merging needs the unquantised base, --model PATH")
+    if base_config.get("model_type") in ("gpt2", "openai-gpt"):
+        raise ModelError(f"{base}: its weights lie the other way round (Conv1D); peft's merge_and_unload merges them")
     factors: dict[str, dict[str, torch.Tensor]] = {}
     whole: dict[str, torch.Tensor] = {}
     tokens: dict[str, torch.Tensor] = {}
     with safe_open(found.adapter / "adapter_model.safetensors", framework="pt") as file:
         for key in file.keys():  # noqa: SIM118, not a mapping
-            if ".original_module." in key:  # peft writes whole modules three times where embeddings were resized
+            # peft writes whole modules three times where embeddings were resized, and the base's where they have LoRA
+            if ".original_module." in key or key.endswith(".base_layer.weight"):
                 continue
-            name = key.removeprefix("base_model.model.").replace(".modules_to_save.", ".")
+            name = key.removeprefix("base_model.model.").replace(".modules_to_save.", ".").replace(".base_layer.", ".")
             module, _, factor = name.partition(".lora_")
             if ".token_adapter." in name:
                 tokens[f"{name.partition('.token_adapter.')[0]}.weight"] = file.get_tensor(key)
@@ -158,8 +161,9 @@ def merge(
         rank = down.shape[0]
         alpha = _alpha(config, name.removesuffix(".weight"))
         weight.add_(delta, alpha=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-        if "magnitude_vector" in pair:  # DoRA: every row has a length of its own
-            weight *= (pair["magnitude_vector"].float() / weight.norm(dim=1))[:, None]
+        if "magnitude_vector" in pair:  # DoRA: every row, of embeddings every column, has a length of its own
+            length = weight.norm(dim=0 if embedding else 1, keepdim=True)
+            weight *= pair["magnitude_vector"].float().view_as(length) / length
         return weight
 
     tokenizer = found.tokenizer()

@@ -125,6 +125,8 @@ def _attach_lora(model: PreTrainedModel, spec: AdapterSpec, *, seed: int) -> Any
             fuse_norm(module.float())
         elif hasattr(module, "act_fn"):
             fuse_mlp(module)
+        elif getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D":  # quantised it looks like one
+            raise ModelError("adapter: this decoder has no linear layers (nn.Linear) but Conv1D, as GPT-2 has")
     _check_dora(model, spec.dora)
     targets, saved = internlm.llama_modules(model, spec.targets), internlm.llama_modules(model, spec.modules_to_save)
     targets = targets or sorted({*(everything := decoder_targets(model))} - _taken_for_experts(model, everything))

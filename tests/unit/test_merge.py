@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import write_model
+from tiny import write_model, write_tokenizer
 from tiny_export import IDS, adapted, facts, load
 from tiny_families import FAMILIES, Family, write_family
 
@@ -119,6 +119,45 @@ def test_dora_and_rslora_merge_as_peft_computes_them(tmp_path, spec):
     plain = logits(adapted(base))
     assert (want - plain).abs().max() > 0.01
     assert (logits(load(merge(run, tmp_path / "merged"))) - want).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("where", ["embed_tokens", "lm_head", "q_proj"])
+def test_what_pefts_own_saving_adds_to_an_adapter_merges(tmp_path, where, dora):
+    """It writes the base's matrix where embeddings or head have LoRA, and with ``bias`` the base's biases."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base = write_family(tmp_path / "base", next(family for family in FAMILIES if family.kind == "qwen2"))
+    how = {"target_modules": [where], "use_dora": dora, "bias": "none" if where == "embed_tokens" else "all"}
+    model = get_peft_model(load(base), LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **how))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or (name.endswith(".bias") and "none" not in how["bias"]):
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    want = logits(PeftModel.from_pretrained(load(base), tmp_path / "adapter").eval())
+    assert (want - logits(load(base))).abs().max() > 0.01
+    merged = merge(tmp_path / "adapter", tmp_path / "merged", model=str(base), template="chatml", say=lambda line: None)
+    assert (logits(load(merged)) - want).abs().max() < 1e-4
+
+
+def test_a_base_whose_weights_lie_the_other_way_round_is_neither_adapted_nor_merged(tmp_path):
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    write_tokenizer(tmp_path / "base")
+    config = GPT2Config(vocab_size=600, n_embd=64, n_layer=1, n_head=2, n_positions=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    for quantizer in ("none", "nf4"):
+        how = {"quantizer": Registry.load().quantizer(quantizer), "compute_dtype": "float32", "device": "cpu"}
+        model = load_base(str(tmp_path / "base"), **how)
+        for targets in ((), ("c_proj",)):
+            with pytest.raises(ModelError, match="no linear layers|no layer 'c_proj'"):
+                attach_adapter(model, AdapterSpec(r=4, alpha=8, dropout=0.0, targets=targets), seed=0)
+    base = write_model(tmp_path / "other")
+    out = export_trained(adapted(base), tmp_path / "adapter", facts(base))
+    with pytest.raises(ModelError, match="lie the other way round"):
+        merge(out, tmp_path / "merged", model=str(tmp_path / "base"), say=lambda line: None)
 
 
 def test_modules_trained_whole_replace_the_bases(tmp_path):
