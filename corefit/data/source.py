@@ -345,7 +345,7 @@ class Size(NamedTuple):
     total: int
     """About how many bytes one pass reads; records where the reader says no sizes."""
     weighed: bool
-    """The reader says sizes."""
+    """The reader says sizes, of records that are in files."""
     known: bool
     """``total`` is good enough to say how long a run will be."""
     records: int | None
@@ -404,7 +404,7 @@ class Input:
         source, reader, files = self.source, self.source.reader, self.source.sources
         began = time.monotonic()
         head = list(islice(source.read(), ESTIMATE_RECORDS if source.first else 1))
-        weighed = bool(head) and all(record.size for record in head)
+        weighed = bool(files.states and head) and all(record.size for record in head)
         total = sum(state.size for state in files.states)
         if source.first and head:
             total = min(total, source.first * sum(record.size for record in head) // len(head))

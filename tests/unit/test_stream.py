@@ -358,11 +358,14 @@ def test_progress_never_falls_where_the_first_guess_was_too_small(tmp_path):
     assert [batch.epoch for batch in batches(resumed)] == epochs[2:]
 
 
-def test_progress_where_the_reader_says_no_sizes(tmp_path):
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("size", [0, 50])
+def test_progress_where_there_are_no_files_or_no_sizes(shuffle, size):
     def read(sources, options):
-        return (Record({"id": i, "parts": [32]}, path="x", line=i + 1, offset=0) for i in range(8))
+        return (Record({"id": i, "parts": [32]}, path="x", line=i + 1, offset=0, size=size) for i in range(8))
 
-    made = stream(source(reader=DatasetReader(name="made", summary="", read=read, needs_path=False)), epochs=2)
+    reader = DatasetReader(name="made", summary="", read=read, needs_path=False)
+    made = stream(source(reader=reader, shuffle=shuffle), epochs=2)
     assert made.total_bytes == 8
     assert [batch.epoch for batch in batches(made)] == [i / 8 for i in range(1, 17)]
 
