@@ -96,6 +96,9 @@ def read_by(
         for record in reader.read(sources, options) if start is None else reader.read(sources, options, start=start):
             if not isinstance(record, Record | BadRecord):
                 raise TypeError(f"gave a {type(record).__name__}, expected Record or BadRecord")
+            if start is not None:
+                _check_place([record], [start])
+                start = None
             yield record
 
 
@@ -109,6 +112,15 @@ def _at_work(reader: DatasetReader, sources: Sources) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename in map(str, sources.paths):
             raise DataError(f"{error.filename}: can't be read: {system_words(error)}") from error
         raise PluginError(f"reader {reader.name!r} failed: {in_words(error)}") from error
+
+
+def _check_place(found: Sequence[Record | BadRecord], positions: Sequence[Position]) -> None:
+    """Refuse what a reader gives for positions where it isn't what lies there: the run would train on it for ever."""
+    if len(found) != len(positions):
+        raise ValueError(f"gave {len(found):,} records for {len(positions):,} positions")
+    for record, (_, *place) in zip(found[:1], positions, strict=False):
+        if [record.line, record.offset] != place:
+            raise ValueError(f"gave line {record.line}, offset {record.offset} for line {place[0]}, offset {place[1]}")
 
 
 def as_found(files: Sources) -> Sources:
@@ -412,7 +424,7 @@ class Input:
         known = not any(is_packed(path) for path in files.paths)
         if source.shuffle and reader.seekable and reader.index is not None:
             with _at_work(reader, source.sources):
-                self.table = reader.index(source.sources, source.reader_options)[: source.first]
+                self.table = reader.index(source.sources, source.reader_options)[: source.first].reshape(-1, 3)
         elif source.shuffle or not weighed:
             if source.shuffle and not reader.seekable:
                 kept = list(source.read())
@@ -476,7 +488,9 @@ class Input:
             return [self.kept[index] for index in indices]
         if reader.fetch is not None:
             with _at_work(reader, source.sources):
-                return reader.fetch(source.sources, source.reader_options, positions)
+                fetched = reader.fetch(source.sources, source.reader_options, positions)
+                _check_place(fetched, positions)
+            return fetched
         if reader.seekable:
             return [self._one(position) for position in positions]
         wanted = set(indices)

@@ -753,6 +753,37 @@ def test_a_reader_that_fails_is_named(what, words, shuffle, tmp_path):
         list(Stream([one], FakeEncoder(), max_length=32, held=1, algorithm="first_fit", epochs=1).steps(1, 1))
 
 
+def always_from_the_start(sources, options, *, start=None):
+    return JSONL.read(sources, options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"read": always_from_the_start}, "ValueError: gave line 1, offset 0 for line "),
+        ({"read": always_from_the_start, "index": None}, "ValueError: gave line 1, offset 0 for line "),
+        ({"fetch": lambda sources, options, positions: []}, "ValueError: gave 0 records for 4 positions"),
+        ({"index": lambda sources, options: [(0, 1, 0)]}, "AttributeError: 'list' object has no attribute 'reshape'"),
+    ],
+)
+def test_a_reader_that_gives_another_record_than_was_asked_for_is_named(changes, words, tmp_path):
+    reader = replace(JSONL, name="mine", **changes)
+    one = source(write_records(tmp_path / "f", [(1,), (2,), (3,), (4,)]), reader=reader, shuffle=True)
+    with pytest.raises(PluginError, match=re.escape(f"reader 'mine' failed: {words}")):
+        list(Stream([one], FakeEncoder(), max_length=32, held=1, algorithm="first_fit", epochs=1).steps(1, 1))
+
+
+def test_a_reader_that_ignores_where_a_run_goes_on_is_named(tmp_path):
+    path = write_records(tmp_path / "f", [(9,)] * 40)
+    how = {"max_length": 32, "held": 1, "algorithm": "first_fit", "epochs": 1}
+    reader = replace(JSONL, name="mine", read=always_from_the_start, index=None)
+    at = next(Stream([source(path, reader=reader)], FakeEncoder(), **how).steps(4, 1))[-1].state()
+    resumed = Stream([source(path, reader=reader)], FakeEncoder(), **how)
+    with pytest.raises(PluginError, match="reader 'mine' failed: ValueError: gave line 1, offset 0 for line "):
+        resumed.load_state_dict(at)
+        list(resumed.steps(4, 1))
+
+
 def test_a_file_that_a_disk_refuses_is_named_and_the_steps_before_can_be_saved(tmp_path):
     path = write_records(tmp_path / "f", [(1,), (2,)])
     one = source(path, reader=failing(OSError(5, "Input/output error", str(path))))
