@@ -432,8 +432,26 @@ class Session:
             self.reporters.close()
 
     def _steps(self) -> Iterator[tuple[Batch, ...]]:
-        """Yield the batches of each step; rank 0 keeps what the first packs of a new run look like."""
-        for batches in self.stream.steps(self.recipe.train.packs_per_step, self.recipe.train.micro_packs):
+        """Yield the batches of each step; rank 0 keeps what the first packs of a new run look like.
+
+        Raises:
+            RunError: another rank has other samples, from which each would take its stride.
+        """
+        steps = self.stream.steps(self.recipe.train.packs_per_step, self.recipe.train.micro_packs)
+        while True:
+            try:
+                batches = next(steps, None)
+            except CorefitError:
+                self.ranks.sum(0.0, 1.0)
+                raise
+            digests, broken = self.ranks.sum(self.stream.digest, 0.0)
+            if not broken and digests != self.ranks.world * self.stream.digest:
+                raise RunError(
+                    f"step {self.state.step + 1}: not the samples that another rank has: what reads, maps or encodes a "
+                    "record must give the same in every process (no clock, no unseeded random numbers, no rank)"
+                )
+            if batches is None:
+                return
             if not self.state.step and not self.ranks.rank:
                 self.first_packs = show.first_packs(batches, self.plan.tokenizer, self.plan.tokenizer.pad_id)
             yield batches

@@ -286,6 +286,8 @@ class Stream:
         self._names: dict[str, int] = {}
         self._known: Arena | _Known | None = arena
         self._groups_a_step = 0
+        self.digest = 0
+        """Of all that the step given last holds on all ranks, where there are several; 0 after the last step."""
         self._reset()
 
     def _reset(self) -> None:
@@ -612,7 +614,11 @@ class Stream:
         while step := list(islice(packs, packs_per_step)):
             self._groups_a_step = len(_by_block(step))
             self._check_known()
+            if self.world > 1:
+                sums = [_checksum(taken.pack(k), taken.window[0]) for taken, k in step]
+                self.digest = zlib.crc32(repr(sums).encode()) + 1
             yield tuple(self._step([step[i : i + at_once] for i in range(0, len(step), at_once)]))
+        self.digest = 0
 
     def _step(self, rounds: list[list[tuple[_Taken, int]]]) -> Iterator[Batch]:
         """Give the batches of this rank; a round is one micro-batch on every rank."""

@@ -337,6 +337,28 @@ def test_ranks_save_and_end_where_torchrun_is_killed(flags: list[str], tmp_path:
     assert (tmp_path / "run" / "checkpoints" / "latest").is_file()
 
 
+@pytest.mark.parametrize("what", ["other", "fewer"])
+def test_ranks_that_make_other_samples_of_the_data_stop_before_they_train_on_them(
+    what: str, flags: list[str], tmp_path: Path
+) -> None:
+    last = "'?' * int(os.environ['RANK'])" if what == "other" else "''"
+    rule = "not int(os.environ['RANK']) or len(record['output']) % 3" if what == "fewer" else "True"
+    (tmp_path / "impure.py").write_text(
+        "import os\n\ndef chat(record):\n"
+        f"    if {rule}:\n"
+        "        return {'messages': [{'role': 'user', 'content': record['instruction'] + " + last + "},\n"
+        "                             {'role': 'assistant', 'content': record['output']}]}\n"
+        "    return None\n",
+        "utf-8",
+    )
+    words = ["impure.py:chat" if word == "alpaca" else word for word in flags]
+    assert together(2, ["--out", "run", *words, "val.records=0"], tmp_path) == [1, 1], said(tmp_path)
+    for rank in (0, 1):
+        error = f"rank {rank}: error: step [1-4]: not the samples that another rank has"
+        assert re.search(error, said(tmp_path, rank)), said(tmp_path, rank)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
 def test_a_start_again_shares_nothing_with_the_one_before() -> None:
     import torch.distributed as dist
 
