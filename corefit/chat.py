@@ -73,6 +73,11 @@ class Found:
         known, jinja = registry.templates.get(str(self.facts.get("template"))), tokenizer.chat_template
         if known and (not self.carries_tokenizer or known.chat_template in (None, jinja)):
             return known
+        if self.facts.get("form"):
+            raise ModelError(
+                f"{self.folder}: trained with template {self.facts['template']!r}, which no installed plugin has "
+                "and no Jinja says: install its plugin; --template NAME takes another"
+            )
         if not tokenizer.chat_template:
             raise ModelError(
                 f"{self.folder}: no chat template: nothing says how to write a conversation; --template NAME does"
@@ -260,6 +265,8 @@ class Chatter:
         self.tokenizer = self.found.tokenizer()
         registry = Registry.load()
         self.encoder = make_encoder(self.found.template(self.tokenizer, registry, template), self.tokenizer)
+        if template is None and self.found.facts.get("form", "") not in ("", self.encoder.form()):
+            say(f"template {self.encoder.template.name!r} writes something else than in training: answers may differ")
         unknown = template or not self.found.carries_tokenizer
         self.stop_ids = frozenset(self.found.stop_ids(self.tokenizer, self.encoder if unknown else None))
         self.max_tokens, self.decoding = max_tokens, decoding or GREEDY

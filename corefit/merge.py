@@ -172,7 +172,7 @@ def merge(
     if template or (found.facts.get("template") and not found.carries_tokenizer):
         encoder = make_encoder(found.template(tokenizer, Registry.load(), template), tokenizer)
         here |= {"chat_template": encoder.template.chat_template or tokenizer.chat_template}
-        here |= {"template": encoder.template.name, "stop": encoder.stop}
+        here |= {"template": encoder.template.name, "stop": encoder.stop, "form": encoder.form()}
         here |= {"stop_ids": found.stop_ids(tokenizer, encoder)}
     facts = export.Provenance.from_dict(
         {"template": "tokenizer", "stop": (), **found.facts, **here},

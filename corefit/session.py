@@ -292,6 +292,7 @@ class Session:
             special=tuple(t for t in recipe.model.add_tokens if tokenizer.token_id(t) in tokenizer.special_ids),
             system=self.system,
             supervise=recipe.template.supervise,
+            form=encoder.form(),
             quantizer=recipe.model.quantizer,
             compute_dtype=str(self.precision.compute_dtype).removeprefix("torch."),
             device=self.device.partition(":")[0],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -157,6 +158,17 @@ class Encoder:
         parts = np.split(ids, np.cumsum(sizes)[:-1])
         said = [None if c or not known else known.get(s.text) for s, c in zip(segments, control, strict=False)]
         return np.concatenate([p if s is None else np.array(s, np.int32) for p, s in zip(parts, said, strict=True)])
+
+    def form(self) -> str:
+        """Give what tells whether a template that no Jinja says still writes the same; empty: a Jinja says it."""
+        if self.template.chat_template is not None:
+            return ""
+        talk = tuple(Message(role, text) for text in "12" for role in ("user", "assistant"))
+        try:
+            written = [(segment.text, segment.control) for segment in self.segments(Conversation(talk))]
+        except Unrenderable:
+            return ""
+        return f"{zlib.crc32(repr(written).encode()):08x}"
 
     def _document(self, item: Document) -> list[Segment]:
         if not item.text:

@@ -67,6 +67,8 @@ class Provenance:
     system: str = ""
     """The system message of all conversations; empty: there is none that all have."""
     supervise: str = "all"
+    form: str = ""
+    """``Encoder.form`` of the template."""
     quantizer: str = "none"
     """How training stored the base's weights; with the next two ``as_stored`` stores them so again."""
     compute_dtype: str = ""
@@ -171,7 +173,7 @@ def serving_files(facts: Provenance, kind: str) -> dict[str, bytes]:
     known = {"corefit": __version__, "kind": kind, "base": facts.name, "base_fingerprint": facts.fingerprint}
     for key, value in facts.as_dict().items():
         if key not in ("base", "fingerprint", "chat_template") and (
-            value or key not in ("add_tokens", "special", "system")
+            value or key not in ("add_tokens", "special", "system", "form")
         ):
             known[key] = value
     files["corefit.json"] = json_bytes(known)
