@@ -155,12 +155,12 @@ class PromptTemplate:
                     round += 1
                     runs += fill(user_runs, content, round)
                 else:
-                    segments += join_runs(runs + opening_runs, turn=new_turn)
+                    segments += (asked := join_runs(runs + opening_runs, turn=new_turn))
                     answer = [(content, False), *suffix_runs]
                     if eos and not tokenizer.eos_token:
                         raise Unrenderable("no_eos_token")
                     answer += [(tokenizer.eos_token or "", True)] if eos else []
-                    segments += join_runs(answer, supervised=supervised is not False)
+                    segments += join_runs(answer, supervised=supervised is not False, turn=new_turn and not asked)
                     segments += join_runs(separator_runs)
                     runs, new_turn = [], False
                 before = role

@@ -211,3 +211,10 @@ def test_xtuner_formats(shared, tokenizer):
             needs_bos = eos
             messages += [Message("user", f"q{i}"), Message("assistant", f"a{i}")]
         assert joined(template, tuple(messages), tokenizer) == wanted, name
+
+
+def test_an_empty_question_begins_a_turn_where_the_template_writes_nothing_for_it(tokenizer):
+    bare = PromptTemplate.from_strings(**ODD, user="{content}", assistant="", suffix="\n")
+    messages = (Message("user", "q"), Message("assistant", "a"), Message("user", ""), Message("assistant", "b"))
+    turns = [segment.text for segment in bare.render(Conversation(messages), tokenizer) if segment.turn]
+    assert turns == ["q", "b\n"]
