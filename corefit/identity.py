@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,17 @@ def identity(plan: Prepared, base_fingerprint: str) -> dict[str, str]:
                 found[f"file {i} of {word} {number}"] = f"{path.name}, {facts['bytes']:,} bytes, {facts['sha256'][:16]}"
     kinds = ("reader", "map function", "template", "quantizer", "scheduler")
     return found | {key: str(value) for key, value in _plugins(plan, kinds).items()}
+
+
+def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """Give (key, old, new) for every key whose value changed."""
+    keys = sorted({*old, *new})
+    return [(k, old.get(k, "nothing"), new.get(k, "nothing")) for k in keys if old.get(k) != new.get(k)]
+
+
+def words(changes: Iterable[tuple[str, str, str]]) -> str:
+    """Give changes on one line."""
+    return "; ".join(f"{key}: {old} -> {new}" for key, old, new in changes)
 
 
 def strange_changes(changes: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, str]]:

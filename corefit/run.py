@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from corefit import __version__, terminal
 from corefit.durable import check_place, make_folder, read_json, write_whole
 from corefit.errors import RecipeError, RunError, system_words
-from corefit.identity import LIMITS, identity, strange_changes, without_out
+from corefit.identity import LIMITS, differences, identity, strange_changes, without_out, words
 from corefit.interrupts import Interrupts
 from corefit.prepare import Prepared, prepare, resolve
 from corefit.recipe import Recipe, flat, load_recipe, parse_recipe, run_and_step, to_toml
@@ -142,17 +142,6 @@ def _fork(source: Path, which: str | None, folder: Path) -> None:
         os.replace(folder / FORKING, folder / "run.json")  # last: with it the folder is a run
     except OSError as error:
         raise RecipeError(f"--out {folder}: can't be written: {system_words(error)}") from error
-
-
-def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    """Give (key, old, new) for every key whose value changed."""
-    keys = sorted({*old, *new})
-    return [(k, old.get(k, "nothing"), new.get(k, "nothing")) for k in keys if old.get(k) != new.get(k)]
-
-
-def words(changes: Iterable[tuple[str, str, str]]) -> str:
-    """Give changes on one line."""
-    return "; ".join(f"{key}: {old} -> {new}" for key, old, new in changes)
 
 
 # --------------------------------------------------------------------------------------------------------- training

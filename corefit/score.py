@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from corefit.chat import Chatter
 from corefit.data.jsonl import read_jsonl
 from corefit.data.source import map_record
 from corefit.data.stream import Source, split_validation
+from corefit.durable import read_json
 from corefit.errors import DataError, IsolationError, UserError, system_words
+from corefit.identity import differences, identity, strange_changes, words
 from corefit.prepare import Prepared, make_validation, prepare, resolve
 from corefit.recipe import run_and_step
 from corefit.registry import Registry
@@ -104,6 +107,8 @@ def evaluate(
     if choices is None or "data" in flags or generate:
         with tempfile.TemporaryDirectory(prefix="corefit-") as aside:
             plan = _plan(chatter, target, flags, sets, Path(aside))
+            if "data" not in flags and (changes := _changed(target, plan)):
+                say(f"changed since training: {words(changes)}; some of these records may have been trained on")
             held_out = _held_out(plan, use_all="data" in flags, records=records, say=say)
         packed = _isolated(chatter, say)
         losses = [_loss(chatter, plan, source, rows, packed=packed) for source, rows in held_out]
@@ -140,6 +145,14 @@ def _plan(chatter: Chatter, target: str, flags: Mapping[str, str], sets: Sequenc
     recipe, _, _ = resolve(run if known else None, given, sets, registry, need_model=False)
     spool_to, again = (aside, False) if "data" in flags else (Path(run) / "data", True)
     return prepare(recipe, registry, tokenizer=chatter.found.tokenizer_folder, spool_to=spool_to, again=again)
+
+
+def _changed(target: str, plan: Prepared) -> list[tuple[str, str, str]]:
+    """Give what the records to score on depend on and is not as training had it."""
+    before = read_json(Path(run_and_step(target)[0]) / "run.json").get("identity", {})
+    looked_at = re.compile("file |map function |reader |template ")
+    then, now = ({k: v for k, v in has.items() if looked_at.match(k)} for has in (before, identity(plan, "")))
+    return strange_changes(differences(then, now)) if before else []
 
 
 def _held_out(

@@ -71,6 +71,19 @@ def test_a_run_is_scored_on_what_it_validated_on_with_the_adapter_off_and_on(run
     assert at_step.tuned == pytest.approx(score.tuned, rel=1e-6)
 
 
+def test_data_that_changed_since_training_is_named(run: Path):
+    _, table = said(str(run), {})
+    assert "changed since training" not in table
+    rows = run.parent / "rows.jsonl"
+    try:
+        rows.write_text(ROWS.replace("really", "truly"), "utf-8")
+        _, table = said(str(run), {})
+    finally:
+        rows.write_text(ROWS, "utf-8")
+    assert "changed since training: file 0 of data 0: rows.jsonl, " in table
+    assert "some of these records may have been trained on" in table
+
+
 def test_a_run_without_validation_and_a_source_without_any_are_said(run: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"the run had no validation \(val.share = 0.05, val.records = 0\)"):
         said(str(run), {}, ["val.records=0"])
