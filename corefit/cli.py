@@ -246,7 +246,14 @@ def _parser() -> _Parser:
     score("--model PATH", "the base model, where it moved")
     score("--quantizer NAME", "how to store the base weights (default: as in training)")
     score("--out FILE", "write scores and answers, one JSON object a line")
-    score("--set SECTION.KEY=VALUE", "any recipe key; SECTION.KEY= is its default", dest="sets", action="extend", nargs="+", default=[])
+    score(
+        "--set SECTION.KEY=VALUE",
+        "any recipe key; SECTION.KEY= is its default",
+        dest="sets",
+        action="extend",
+        nargs="+",
+        default=[],
+    )
 
     merge = verb("merge", _merge, "Write base model and adapter as one plain Hugging Face folder.")
     merge("target RUN[@STEP]|ADAPTER")
@@ -362,7 +369,14 @@ def _recipe_and_flags(add: Callable[..., None]) -> None:
     add("--data PATH", "a file, a folder, a glob, or - for standard input")
     add("--on-bad-record WHAT", "error (default): it ends the run; skip: it is counted and left out")
     add("--seed N", "of the order of records, the adapter's first weights and dropout")
-    add("--set SECTION.KEY=VALUE", "any recipe key; SECTION.KEY= is its default", dest="sets", action="extend", nargs="+", default=[])
+    add(
+        "--set SECTION.KEY=VALUE",
+        "any recipe key; SECTION.KEY= is its default",
+        dest="sets",
+        action="extend",
+        nargs="+",
+        default=[],
+    )
     add("--cfg-options KEY=VALUE", CFG_OPTIONS, action="extend", nargs="+", default=[])
 
 
