@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -439,7 +438,9 @@ def _recognised(records: Sequence[Record], registry: Registry) -> tuple[list[str
     for name, function in registry.map_functions.items():
         try:
             fits += [name] if function.sniff is not None and all(map(function.sniff, records)) else []
-        except Exception as error:  # harms nobody who doesn't ask for it
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # also SystemExit: harms nobody who doesn't ask for it
             lines.append(f"map function {name!r} failed at {records[0].origin}: {in_words(error)}")
     return fits, lines
 
@@ -447,11 +448,16 @@ def _recognised(records: Sequence[Record], registry: Registry) -> tuple[list[str
 def _fitting(records: Sequence[Record], registry: Registry) -> str:
     """Give words about what could read the first record: what recognises it, else what makes something of it."""
     fits = _recognised(records[:1], registry)[0]
+    words = "" if fits else registry.clashes("map function")
     for name, function in () if fits else registry.map_functions.items():
-        with contextlib.suppress(Exception):  # one that says what somebody's assistant is fits nobody else
-            items = [] if function.system else list(function.map(records[0], None))
+        try:  # one that says what somebody's assistant is fits nobody else; another may never come to an end
+            items = () if function.system else islice(function.map(records[0], None), SNIFFED)
             fits += [name] if any(not isinstance(item, Drop) for item in items) else []
-    words = f"--plugin {' or '.join(fits)} fits; " if fits else ""
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            continue
+    words += f"--plugin {' or '.join(fits)} fits; " if fits else ""
     user, assistant = (next((key for key in keys if key in records[0]), "KEY") for keys in (ASKED, ANSWERED))
     how = f"--set data.fields.user={user} data.fields.assistant={assistant}"
     return f"{words}[data.fields] says which field is what ({how}); "

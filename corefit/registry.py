@@ -222,15 +222,21 @@ class Registry:
         self._get(kind, name)
         return next(info for info in self.plugins if name in info.entries.get(kind, ()))
 
+    def clashes(self, kind: str) -> str:
+        """Give words about every name of this kind that belongs to nobody, because several plugins claim it."""
+        names = {name for info in self.plugins for name in info.entries.get(kind, ())} - {*self.entries[kind]}
+        return "".join(f"{self._clash(kind, name)}; " for name in sorted(names))
+
+    def _clash(self, kind: str, name: str) -> str:
+        claimants = [str(info) for info in self.plugins if name in info.entries.get(kind, ())]
+        words = f"{kind} {name!r} is claimed by plugin {' and by plugin '.join(claimants)}; "
+        return f"{words}uninstall one of them, or leave one out with {DISABLE}=NAME" if len(claimants) > 1 else ""
+
     def _get(self, kind: str, name: str) -> Entry:
         """Give the entry, or raise why it can't be used. A broken plugin of that name may have meant to claim it."""
         entries = self.entries[kind]
-        claimants = [str(info) for info in self.plugins if name in info.entries.get(kind, ())]
-        if len(claimants) > 1:
-            raise PluginError(
-                f"{kind} {name!r} is claimed by plugin {' and by plugin '.join(claimants)}; "
-                f"uninstall one of them, or leave one out with {DISABLE}=NAME"
-            )
+        if clash := self._clash(kind, name):
+            raise PluginError(clash)
         broken = [info for info in self.plugins if info.error]
         for info in broken:
             if info.name == name:
