@@ -138,11 +138,11 @@ def resolve(
         if entry.map is not None:
             registry.map_function(entry.map)  # a typo or a broken plugin first, whatever else is missing
     has_path = any(d.path for d in resolved.data)
-    pathless = all(d.map is not None and not _reader(d.reader, d.map, registry).needs_path for d in resolved.data)
+    pathless = all(not _reader(d.reader, d.map, registry).needs_path for d in resolved.data)
     if resolved.model.base is None and not has_path and recipe is None and need_model:
         embedded = load_recipe(EMBEDDED / "recipe.toml")
         if pathless:  # its data and questions belong to another format
-            data = tuple(dataclasses.replace(d, path=None) for d in embedded.data)
+            data = tuple(dataclasses.replace(d, path=None, map=None) for d in embedded.data)
             sample = dataclasses.replace(embedded.sample, prompts=())
             embedded = dataclasses.replace(embedded, data=data, sample=sample)
         elif flags.get("plugin") not in (None, embedded.data[0].map):

@@ -168,3 +168,15 @@ def test_a_format_that_two_plugins_claim_is_named_where_nobody_recognises_the_da
     (line,) = done.stderr.splitlines()
     assert "no installed plugin knows this format" in line
     assert "map function 'alpaca' is claimed by plugin 'other' (corefit-other 1.0) and by plugin 'xtuner" in line
+
+
+def test_a_reader_that_needs_no_path_takes_fields_for_a_map_function(installed: Path, tmp_path: Path) -> None:
+    recipe = '[[data]]\nreader = "example"\nfields = {user = "question", assistant = "answer"}\n'
+    (tmp_path / "r.toml").write_text(recipe, encoding="utf-8")
+    env, base = {"PYTHONPATH": str(installed)}, EMBEDDED / "model"
+    done = corefit("inspect", "r.toml", "--model", base, "--template", "chatml", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    sets = ("data.reader=example", "data.fields.user=question", "data.fields.assistant=answer")
+    done = corefit("inspect", "--set", *sets, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "map function fields, reader example" in done.stdout + done.stderr
