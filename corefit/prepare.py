@@ -177,9 +177,9 @@ def read_config(file: Path, overrides: Sequence[str], registry: Registry) -> tup
         found = reader.read(file, overrides)
         if not isinstance(found, ImportedRecipe):
             raise TypeError(f"gave a {type(found).__name__}, expected an ImportedRecipe")
-    except CorefitError:
+    except (CorefitError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # whatever it does, a plugin doesn't end the process
         source = registry.provider("recipe reader", reader.name)
         raise PluginError(
             f"{file}: recipe reader {reader.name!r} of plugin {source} failed: {in_words(error)}"

@@ -719,7 +719,11 @@ def fails(path, overrides):
 
 @pytest.mark.parametrize(
     ("read", "words"),
-    [(fails, "KeyError"), (lambda path, overrides: None, "TypeError: gave a NoneType, expected an ImportedRecipe")],
+    [
+        (fails, "KeyError"),
+        (lambda *_: sys.exit("a\nb"), "SystemExit: a b"),
+        (lambda path, overrides: None, "TypeError: gave a NoneType, expected an ImportedRecipe"),
+    ],
 )
 def test_a_reader_that_fails_is_named_with_its_plugin(registry, tmp_path, monkeypatch, read, words):
     from corefit.types import RecipeReader
