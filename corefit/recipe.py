@@ -243,7 +243,7 @@ class RunSettings:
 
     out: Text | None = None
     """Run folder; None: the next free runs/NAME-N."""
-    threads: Annotated[Count, Unit("threads")] | None = None
+    threads: Annotated[int, Is(">= 1 and <= 1024", lambda n: 1 <= n <= 1024), Unit("threads")] | None = None
     """CPU threads of torch, and threads that encode records; None: torch's choice, and one for each CPU up to 8."""
     device: Text = "auto"
     """``auto``, ``cpu``, ``cuda``, ``cuda:1``."""

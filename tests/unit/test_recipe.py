@@ -195,6 +195,7 @@ def test_a_key_of_another_section_is_pointed_out():
         "model.base = ''",
         "model.base = ['a']",
         "run.threads = 0",
+        "run.threads = 1025",
         "run.device = 2020-01-01",
         "template.options = 3",
     ],
