@@ -139,6 +139,12 @@ def test_4_bit_layers_are_protected_from_repacking_and_counted_whole(own, tmp_pa
     assert count_parameters(model).total == count_parameters(load(folder)).total
     with pytest.raises(ModelError, match="full fine-tuning"):
         attach_adapter(model, None, seed=0)
+    for whole, name in (("q_proj", "self_attn.q_proj"), ("mlp", "mlp")):
+        words = (
+            f"adapter.modules_to_save: model.layers.0.{name} is stored quantised, and such weights can't train; --qu"
+        )
+        with pytest.raises(ModelError, match=re.escape(words)):
+            attach_adapter(model, AdapterSpec(r=2, alpha=4, dropout=0.0, modules_to_save=(whole,)), seed=0)
 
 
 @pytest.mark.parametrize("hook", ["config", "after_load"])
