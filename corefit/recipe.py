@@ -520,6 +520,8 @@ def _recipe(raw: Mapping[str, Any], places: Mapping[str, str], *, name: str, bas
         taken = {}
         for key, value in table.items():
             try:
+                if value is None:  # which TOML has not, but a reader of other files may give
+                    raise RecipeError(_mismatch(f"{title}.{key}", _hint(title, key), value))
                 taken[key] = _setting(f"{title}.{key}", value, base)
                 for inner in [key, *(f"{key}.{option}" for option in (value if isinstance(value, dict) else ()))]:
                     origins[f"{path}.{inner}"] = at(f"{path}.{inner}")

@@ -21,12 +21,14 @@ from corefit.recipe import (
     Data,
     Recipe,
     apply_overrides,
+    imported_recipe,
     load_recipe,
     option_keys,
     options_from,
     parse_recipe,
     to_toml,
 )
+from corefit.types import ImportedRecipe
 
 
 def parse(text: str, base: Path = Path("/base")) -> Recipe:
@@ -251,6 +253,15 @@ def test_what_is_no_recipe(text, words):
 def test_contradictions(text, words):
     (line,) = refusals(parse, text)
     assert line.startswith(words)
+
+
+def test_a_reader_of_other_files_that_gives_none_is_told_so_at_the_line():
+    tables = {"model": {"base": None}, "data": [{"map": None}], "train": {"lr": 1e-4}}
+    found = ImportedRecipe(tables=tables, lines={"model.base": "x.cfg:7"})
+    assert refusals(imported_recipe, found, name="x.cfg", base=Path()) == [
+        "x.cfg:1: data.map: found None; expected text that is not empty",
+        "x.cfg:7: model.base: found None; expected text that is not empty",
+    ]
 
 
 def test_contradictions_are_looked_for_after_all_flags():
