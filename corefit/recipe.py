@@ -72,7 +72,7 @@ class Adapter:
 
     kind: Literal["lora", "none"] = "lora"
     """``none``: full fine-tuning."""
-    r: Annotated[Count, Unit("dimensions")] = 64
+    r: Annotated[int, Is(">= 1 and <= 2^16", lambda n: 1 <= n <= 2**16), Unit("dimensions")] = 64
     """Rank."""
     alpha: Annotated[Count, Unit("")] = 16
     """The update is scaled by alpha / r."""
@@ -389,7 +389,8 @@ def _mismatch(key: str, hint: Any, value: object) -> str:  # noqa: ANN401
         found = _value(value)
     except RecipeError:
         found = ascii(value)
-    return f"{key}: found {found if len(found) <= 80 else found[:77] + '...'}; expected {_expected(hint)}"
+    more = " (and < 2^63)" if type(value) is int and value >= 2**63 else ""
+    return f"{key}: found {found if len(found) <= 80 else found[:77] + '...'}; expected {_expected(hint)}{more}"
 
 
 def option_keys(cls: type | None) -> list[str]:
@@ -515,7 +516,8 @@ def _recipe(raw: Mapping[str, Any], places: Mapping[str, str], *, name: str, bas
 
     def section(title: str, table: object, path: str) -> Any:  # noqa: ANN401
         if not isinstance(table, dict):
-            problem(path, f"{title} is a value; write a table, [{title}]")
+            what = "a list" if isinstance(table, list) else "a value"
+            problem(f"{path}.0", f"{title} is {what}; write a table, [{title}]")
             return SECTIONS[title]()
         taken = {}
         for key, value in table.items():
