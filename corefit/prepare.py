@@ -113,7 +113,7 @@ def resolve(
     else:
         folder, _ = run_and_step(recipe)
         file = Path(folder) / "recipe.toml" if Path(folder).is_dir() else Path(recipe)
-        if file.suffix in (".toml", "") or not file.is_file():
+        if file.suffix.lower() in (".toml", "") or not file.is_file():
             read = named_recipe(str(file))
         else:
             found, read = read_config(file, overrides, registry)

@@ -294,6 +294,7 @@ def test_closed_standard_streams_end_no_command(tmp_path: Path) -> None:
         ("my-run-12@latest", "my-run"),
         ("my-project/recipe.toml", "recipe"),
         ("my-project/other.toml", "other"),
+        ("my-project/UP.TOML", "UP"),
     ],
 )
 def test_a_new_run_is_named_after_its_recipe(
@@ -304,7 +305,7 @@ def test_a_new_run_is_named_after_its_recipe(
         Path(folder).mkdir(exist_ok=True)
         if "run" in folder:
             Path(folder, "run.json").write_text("{}", "utf-8")
-        for file in ("recipe.toml", "other.toml"):
+        for file in ("recipe.toml", "other.toml", "UP.TOML"):
             Path(folder, file).write_text("[model]\nbase = 'm'\n[[data]]\nmap = 'identity'\n", "utf-8")
     assert resolve(typed, {}, (), Registry.load())[1] == name
     monkeypatch.chdir("my-run-12")
