@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTHON_LINES, C_LINES = 14_789, 955
+PYTHON_LINES, C_LINES = 14_826, 955
 """The budget of the engine in lines of code: without blank lines, comments and docstrings.
 
 The design asks for 6,000 lines of Python and 900 of C in all. What took more, in lines of Python: the first version
@@ -32,7 +32,7 @@ processes as one run 190; the contract kit that plugins are tried with 680, new 
 reporters and what they are told 350, the page of a run 205; the memory of a run by arithmetic, `corefit plan` and
 micro-batches by themselves 500, a step without memory 40; attention by document 180, norms, gates and LoRA in one
 operation each 110; shares of weights over ranks 220; thoughts, slips and what templates show 80; products of 16 bits
-in fp32 60; changes that are allowed where a run goes on, and what else a hostile user met, 50. The C kernel packs,
+in fp32 60; changes that are allowed where a run goes on, and what else a hostile user met, 90. The C kernel packs,
 writes rows and reads JSON in 950 lines. A change that needs more than this raises the number here, openly; one that
 needs less lowers it.
 """
