@@ -59,11 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         say(USAGE)
         return 0
-    if arguments[0] in ("--version", "-V"):
-        from corefit.data import kernel
-
-        say(f"corefit {__version__} ({kernel.NAME} kernel)")
-        return 0
     before = gc.get_threshold()
     gc.set_threshold(50_000, 20, 20)  # imports leave no garbage: looking for it was 0.9 of 4.2 s
     debug = "--debug" in arguments
@@ -73,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
+        if arguments[0] in ("--version", "-V"):
+            from corefit.data import kernel
+
+            say(f"corefit {__version__} ({kernel.NAME} kernel)")
+            return 0
         args = _parsed([a for a in arguments if a != "--debug"])
         args.more = ["--debug"] * debug  # for the processes that are started
         code = args.run(args) or 0

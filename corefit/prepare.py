@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -114,7 +113,7 @@ def resolve(
     else:
         folder, _ = run_and_step(recipe)
         file = Path(folder) / "recipe.toml" if Path(folder).is_dir() else Path(recipe)
-        if file.suffix in (".toml", "") or not file.is_file():
+        if file.suffix.lower() in (".toml", "") or not file.is_file():
             read = named_recipe(str(file))
         else:
             found, read = read_config(file, overrides, registry)
@@ -139,11 +138,11 @@ def resolve(
         if entry.map is not None:
             registry.map_function(entry.map)  # a typo or a broken plugin first, whatever else is missing
     has_path = any(d.path for d in resolved.data)
-    pathless = all(d.map is not None and not _reader(d.reader, d.map, registry).needs_path for d in resolved.data)
+    pathless = all(not _reader(d.reader, d.map, registry).needs_path for d in resolved.data)
     if resolved.model.base is None and not has_path and recipe is None and need_model:
         embedded = load_recipe(EMBEDDED / "recipe.toml")
         if pathless:  # its data and questions belong to another format
-            data = tuple(dataclasses.replace(d, path=None) for d in embedded.data)
+            data = tuple(dataclasses.replace(d, path=None, map=None) for d in embedded.data)
             sample = dataclasses.replace(embedded.sample, prompts=())
             embedded = dataclasses.replace(embedded, data=data, sample=sample)
         elif flags.get("plugin") not in (None, embedded.data[0].map):
@@ -178,9 +177,9 @@ def read_config(file: Path, overrides: Sequence[str], registry: Registry) -> tup
         found = reader.read(file, overrides)
         if not isinstance(found, ImportedRecipe):
             raise TypeError(f"gave a {type(found).__name__}, expected an ImportedRecipe")
-    except CorefitError:
+    except (CorefitError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # whatever it does, a plugin doesn't end the process
         source = registry.provider("recipe reader", reader.name)
         raise PluginError(
             f"{file}: recipe reader {reader.name!r} of plugin {source} failed: {in_words(error)}"
@@ -439,7 +438,9 @@ def _recognised(records: Sequence[Record], registry: Registry) -> tuple[list[str
     for name, function in registry.map_functions.items():
         try:
             fits += [name] if function.sniff is not None and all(map(function.sniff, records)) else []
-        except Exception as error:  # harms nobody who doesn't ask for it
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # also SystemExit: harms nobody who doesn't ask for it
             lines.append(f"map function {name!r} failed at {records[0].origin}: {in_words(error)}")
     return fits, lines
 
@@ -447,11 +448,16 @@ def _recognised(records: Sequence[Record], registry: Registry) -> tuple[list[str
 def _fitting(records: Sequence[Record], registry: Registry) -> str:
     """Give words about what could read the first record: what recognises it, else what makes something of it."""
     fits = _recognised(records[:1], registry)[0]
+    words = "" if fits else registry.clashes("map function")
     for name, function in () if fits else registry.map_functions.items():
-        with contextlib.suppress(Exception):  # one that says what somebody's assistant is fits nobody else
-            items = [] if function.system else list(function.map(records[0], None))
+        try:  # one that says what somebody's assistant is fits nobody else; another may never come to an end
+            items = () if function.system else islice(function.map(records[0], None), SNIFFED)
             fits += [name] if any(not isinstance(item, Drop) for item in items) else []
-    words = f"--plugin {' or '.join(fits)} fits; " if fits else ""
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            continue
+    words += f"--plugin {' or '.join(fits)} fits; " if fits else ""
     user, assistant = (next((key for key in keys if key in records[0]), "KEY") for keys in (ASKED, ANSWERED))
     how = f"--set data.fields.user={user} data.fields.assistant={assistant}"
     return f"{words}[data.fields] says which field is what ({how}); "

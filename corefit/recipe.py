@@ -72,7 +72,7 @@ class Adapter:
 
     kind: Literal["lora", "none"] = "lora"
     """``none``: full fine-tuning."""
-    r: Annotated[Count, Unit("dimensions")] = 64
+    r: Annotated[int, Is(">= 1 and <= 2^16", lambda n: 1 <= n <= 2**16), Unit("dimensions")] = 64
     """Rank."""
     alpha: Annotated[Count, Unit("")] = 16
     """The update is scaled by alpha / r."""
@@ -243,7 +243,7 @@ class RunSettings:
 
     out: Text | None = None
     """Run folder; None: the next free runs/NAME-N."""
-    threads: Annotated[Count, Unit("threads")] | None = None
+    threads: Annotated[int, Is(">= 1 and <= 1024", lambda n: 1 <= n <= 1024), Unit("threads")] | None = None
     """CPU threads of torch, and threads that encode records; None: torch's choice, and one for each CPU up to 8."""
     device: Text = "auto"
     """``auto``, ``cpu``, ``cuda``, ``cuda:1``."""
@@ -389,7 +389,8 @@ def _mismatch(key: str, hint: Any, value: object) -> str:  # noqa: ANN401
         found = _value(value)
     except RecipeError:
         found = ascii(value)
-    return f"{key}: found {found if len(found) <= 80 else found[:77] + '...'}; expected {_expected(hint)}"
+    more = " (and < 2^63)" if type(value) is int and value >= 2**63 else ""
+    return f"{key}: found {found if len(found) <= 80 else found[:77] + '...'}; expected {_expected(hint)}{more}"
 
 
 def option_keys(cls: type | None) -> list[str]:
@@ -515,11 +516,14 @@ def _recipe(raw: Mapping[str, Any], places: Mapping[str, str], *, name: str, bas
 
     def section(title: str, table: object, path: str) -> Any:  # noqa: ANN401
         if not isinstance(table, dict):
-            problem(path, f"{title} is a value; write a table, [{title}]")
+            what = "a list" if isinstance(table, list) else "a value"
+            problem(f"{path}.0", f"{title} is {what}; write a table, [{title}]")
             return SECTIONS[title]()
         taken = {}
         for key, value in table.items():
             try:
+                if value is None:  # which TOML has not, but a reader of other files may give
+                    raise RecipeError(_mismatch(f"{title}.{key}", _hint(title, key), value))
                 taken[key] = _setting(f"{title}.{key}", value, base)
                 for inner in [key, *(f"{key}.{option}" for option in (value if isinstance(value, dict) else ()))]:
                     origins[f"{path}.{inner}"] = at(f"{path}.{inner}")

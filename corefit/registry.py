@@ -10,9 +10,10 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
@@ -42,24 +43,34 @@ DISABLE = "COREFIT_DISABLE_PLUGINS"
 class _Kind(NamedTuple):
     hook: str
     type: type[Any]
-    function: str
-    """The field that must be callable."""
 
 
 KINDS: Mapping[str, _Kind] = MappingProxyType(
     {
-        "reader": _Kind("corefit_dataset_readers", DatasetReader, "read"),
-        "map function": _Kind("corefit_map_functions", MapFunction, "map"),
-        "template": _Kind("corefit_prompt_templates", PromptTemplate, "render"),
-        "quantizer": _Kind("corefit_quantizers", Quantizer, "config"),
-        "scheduler": _Kind("corefit_schedulers", Scheduler, "factor"),
-        "recipe reader": _Kind("corefit_recipe_readers", RecipeReader, "read"),
-        "reporter": _Kind("corefit_reporters", Reporter, "open"),
+        "reader": _Kind("corefit_dataset_readers", DatasetReader),
+        "map function": _Kind("corefit_map_functions", MapFunction),
+        "template": _Kind("corefit_prompt_templates", PromptTemplate),
+        "quantizer": _Kind("corefit_quantizers", Quantizer),
+        "scheduler": _Kind("corefit_schedulers", Scheduler),
+        "recipe reader": _Kind("corefit_recipe_readers", RecipeReader),
+        "reporter": _Kind("corefit_reporters", Reporter),
     }
 )
 """The words for the seven kinds of entry, as they stand in errors and in ``PluginInfo.entries``."""
 
 _HOOKS = tuple(kind.hook for kind in KINDS.values())
+_SIMPLE: Mapping[str, tuple[Any, str]] = {
+    "str": (str, "text"),
+    "bool": (bool, "True or False"),
+    "bytes": (bytes, "bytes"),
+    "Path": (Path, "a Path"),
+    "tuple": ((tuple, list), "a tuple of text"),
+    "Mapping": (Mapping, "a mapping from text"),
+    "Callable": (Callable, "a function"),
+    "type": (type, "a frozen dataclass"),
+    "None": (type(None), "None"),
+}
+"""What fields of entries are annotated with -> the type, and how errors say it."""
 
 
 @dataclass(frozen=True)
@@ -222,15 +233,21 @@ class Registry:
         self._get(kind, name)
         return next(info for info in self.plugins if name in info.entries.get(kind, ()))
 
+    def clashes(self, kind: str) -> str:
+        """Give words about every name of this kind that belongs to nobody, because several plugins claim it."""
+        names = {name for info in self.plugins for name in info.entries.get(kind, ())} - {*self.entries[kind]}
+        return "".join(f"{self._clash(kind, name)}; " for name in sorted(names))
+
+    def _clash(self, kind: str, name: str) -> str:
+        claimants = [str(info) for info in self.plugins if name in info.entries.get(kind, ())]
+        words = f"{kind} {name!r} is claimed by plugin {' and by plugin '.join(claimants)}; "
+        return f"{words}uninstall one of them, or leave one out with {DISABLE}=NAME" if len(claimants) > 1 else ""
+
     def _get(self, kind: str, name: str) -> Entry:
         """Give the entry, or raise why it can't be used. A broken plugin of that name may have meant to claim it."""
         entries = self.entries[kind]
-        claimants = [str(info) for info in self.plugins if name in info.entries.get(kind, ())]
-        if len(claimants) > 1:
-            raise PluginError(
-                f"{kind} {name!r} is claimed by plugin {' and by plugin '.join(claimants)}; "
-                f"uninstall one of them, or leave one out with {DISABLE}=NAME"
-            )
+        if clash := self._clash(kind, name):
+            raise PluginError(clash)
         broken = [info for info in self.plugins if info.error]
         for info in broken:
             if info.name == name:
@@ -321,14 +338,14 @@ def _load(info: PluginInfo, point: metadata.EntryPoint | None) -> tuple[PluginIn
         manager.info = info
         manager.add_hookspecs(hookspecs)
         manager.register(plugin, info.name)
-        for kind, (hook, type_, function) in KINDS.items():
+        for kind, (hook, type_) in KINDS.items():
             doing = f"{hook}()"
             for implementation in getattr(manager.hook, hook).get_hookimpls():
                 result = implementation.function()
                 if not isinstance(result, Iterable):  # None too: pluggy would skip it without a word
                     raise PluginError(f"{doing} gives {_short(result)}; expected to yield {type_.__name__}s")
                 for entry in result:
-                    _check(entry, hook, type_, function)
+                    _check(entry, hook, type_)
                     if any(kind == other and entry.name == before.name for other, before in entries):
                         raise PluginError(f"{doing} yields {kind} {entry.name!r} twice")
                     entries.append((kind, entry))
@@ -363,7 +380,7 @@ def _numbers(version: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", version)]
 
 
-def _check(entry: object, hook: str, type_: type[Any], function: str) -> None:
+def _check(entry: object, hook: str, type_: type[Any]) -> None:
     if not isinstance(entry, type_):
         raise PluginError(f"{hook}() yields {_short(entry)}, a {type(entry).__name__}; expected {type_.__name__}")
     name: object = getattr(entry, "name", None)
@@ -371,17 +388,13 @@ def _check(entry: object, hook: str, type_: type[Any], function: str) -> None:
         raise PluginError(f"{hook}() yields the name {_short(name)}; expected letters, digits or one of '_-.+@'")
     if not isinstance(entry.summary, str) or "\n" in entry.summary:
         raise PluginError(f"{hook}() yields {name!r} with summary {_short(entry.summary)}; expected one line of text")
-    if not callable(getattr(entry, function)):
-        raise PluginError(f"{hook}() yields {name!r} with {function} {_short(getattr(entry, function))}; not callable")
-    for field_ in ("fields", "suffixes", "stop", "control", "forgeable"):
-        texts: object = getattr(entry, field_, ())
-        if texts is None and field_ == "fields":
-            continue
-        if not (isinstance(texts, tuple | list) and all(isinstance(each, str) for each in texts)):
-            raise PluginError(f"{hook}() yields {name!r} with {field_} {_short(texts)}; expected a tuple of text")
-    for field_ in ("sniff", "index", "fetch", "after_load"):
-        if (given := getattr(entry, field_, None)) is not None and not callable(given):
-            raise PluginError(f"{hook}() yields {name!r} with {field_} {_short(given)}; not callable")
+    for item in dataclasses.fields(type_):
+        value: object = getattr(entry, item.name)
+        kinds = [_SIMPLE[word] for word in re.sub(r"\[.*]", "", str(item.type)).split(" | ")]
+        texts = value if isinstance(value, (tuple, list, Mapping)) else ()
+        if not any(isinstance(value, kind) for kind, _ in kinds) or not all(isinstance(text, str) for text in texts):
+            expected = " or ".join(words for _, words in kinds)
+            raise PluginError(f"{hook}() yields {name!r} with {item.name} {_short(value)}; expected {expected}")
     options: Any = getattr(entry, "options", None)
     if options is None:
         return

@@ -110,24 +110,26 @@ class Encoder:
         """
         if isinstance(item, Document):
             segments: Sequence[Segment] = self._document(item)
+            text = item.text
         else:
             conversation = Conversation(self._supervision(item.messages), *item[1:])
             try:
                 rendered = self.template.render(conversation, self.tokenizer, self.options)
                 segments = list(_without_empty_thoughts(rendered))
-            except (Unrenderable, ModelError):
+                text = _text(segments)
+                if self.rewrites:
+                    self._check_turns(conversation.messages, text)
+            except (Unrenderable, ModelError, KeyboardInterrupt):
                 raise
             except DataError as error:
                 raise DataError(f"{origin}: {error}") from error
-            except Exception as error:
+            except BaseException as error:  # whatever it does, a plugin doesn't end the process
                 what = f"template {self.template.name!r} failed with {in_words(error)}"
                 raise PluginError(f"{origin}: {what}") from error
             if segments and not any(segment.turn for segment in segments):
                 segments[0] = segments[0]._replace(turn=True)  # without a turn it would be a document
-            if self.rewrites:
-                self._check_turns(conversation.messages, segments, origin)
         try:
-            _text(segments).encode()
+            text.encode()
         except UnicodeEncodeError:
             raise Unrenderable("lone_surrogate") from None
         return segments
@@ -145,7 +147,7 @@ class Encoder:
                 token.
         """
         asked = [m._replace(supervised=False if m.role == "assistant" else None) for m in messages]
-        segments = self.segments(Conversation((*asked, Message("assistant", "x", supervised=True))))
+        segments = self.segments(Conversation((*asked, Message("assistant", "x", supervised=True))), "prompt")
         answer = next((i for i, segment in enumerate(segments) if segment.supervised), None)
         if answer is None:
             raise Unrenderable("nothing_supervised")
@@ -193,9 +195,9 @@ class Encoder:
                 made[i] = Message(*messages[i][:-1], i in ruled)  # its last field
         return tuple(made)
 
-    def _check_turns(self, messages: Sequence[Message], segments: Sequence[Segment], origin: str) -> None:
+    def _check_turns(self, messages: Sequence[Message], whole: str) -> None:
         """Refuse an answer to learn that stands behind another text than the one in which it will be asked for."""
-        asked, whole = [i for i, message in enumerate(messages) if message.role == "user"], _text(segments)
+        asked = [i for i, message in enumerate(messages) if message.role == "user"]
         for i, message in enumerate(messages):
             if not message.supervised or not asked or i > asked[-1]:
                 continue
@@ -203,7 +205,7 @@ class Encoder:
             if not whole.startswith(_until_answered(alone)):
                 turn = sum(j < i for j in asked)
                 raise DataError(
-                    f"{origin}: turn {turn}: template {self.template.name!r} writes it otherwise because turn "
+                    f"turn {turn}: template {self.template.name!r} writes it otherwise because turn "
                     f'{turn + 1} follows; set template.supervise to "unroll" (a sample of every turn) or "last"'
                 )
 

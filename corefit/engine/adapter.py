@@ -140,6 +140,12 @@ def _attach_lora(model: PreTrainedModel, spec: AdapterSpec, *, seed: int) -> Any
                 raise ModelError(
                     f"adapter.{where}: {unknown('layer', wanted, {end for end in ends if not end.isdigit()})}"
                 )
+    for name, module in model.named_modules():
+        if _is_named(name, saved) and is_quantized(module):
+            raise ModelError(
+                f"adapter.modules_to_save: {name} is stored quantised, and such weights can't train; "
+                "--quantizer none, or LoRA on it (adapter.targets)"
+            )
     tables = vocabulary(model) if spec.tokens else {}
     for name in tables:
         if _is_named(name, targets):

@@ -28,7 +28,7 @@ from torch import nn
 
 from corefit.engine import internlm, rope
 from corefit.engine.fused import cpu_has_bf16, fast_dtype
-from corefit.errors import ModelError, UserError, system_words, unknown
+from corefit.errors import CorefitError, ModelError, PluginError, UserError, in_words, system_words, unknown
 from corefit.terminal import notice
 
 if TYPE_CHECKING:
@@ -521,10 +521,7 @@ def load_base(
         say(f"model.trust_remote_code: runs Python code from {base}: {files or 'there is none'}")
     # some 20 MB that a base as it is stored does without
     has_bitsandbytes = (quantizer.name != "none" or "quantization_config" in config) and import_bitsandbytes()
-    try:
-        quantization = quantizer.config(compute_dtype)
-    except ImportError as error:
-        raise ModelError(f"quantizer {quantizer.name!r}: {first_line(error)}") from error
+    quantization = _asked(quantizer, quantizer.config, compute_dtype)
     if quantization is not None and "quantization_config" in config:
         raise ModelError(
             f"{base}: stored quantised already; --quantizer none uses it as it is, or give the unquantised base"
@@ -577,7 +574,7 @@ def load_base(
     _protect_8bit(model)
     rope.follow_documents(model)
     if quantizer.after_load is not None:
-        quantizer.after_load(model)
+        _asked(quantizer, quantizer.after_load, model)
     if getattr(model.config, "output_router_logits", False):
         model.config.output_router_logits = False  # what they are for is made by code that knows no packs
         say(f"{base}: the loss that balances experts (output_router_logits) is left out")
@@ -585,6 +582,22 @@ def load_base(
     model.name_or_path = model.config._name_or_path = base  # what peft writes down; not where the hub's copy lies
     model.requires_grad_(False)
     return model.eval()
+
+
+def _asked(quantizer: Quantizer, hook: Callable[[Any], Any], argument: object) -> Any:  # noqa: ANN401
+    """Call a hook of a quantizer's.
+
+    Raises:
+        ModelError: it lacks a module. PluginError: it failed otherwise.
+    """
+    try:
+        return hook(argument)
+    except ImportError as error:
+        raise ModelError(f"quantizer {quantizer.name!r}: {first_line(error)}") from error
+    except (CorefitError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # whatever it does, a plugin doesn't end the process
+        raise PluginError(f"quantizer {quantizer.name!r} failed with {in_words(error)}") from error
 
 
 def _skeleton(config: Mapping[str, Any], base: str, quantization: Any) -> tuple[Any, Any, list[str]]:  # noqa: ANN401
@@ -641,7 +654,7 @@ def as_stored(
         ModelError: bitsandbytes isn't there, or it isn't what stores these weights, or the model has its own code.
     """
     quiet()
-    quantization = quantizer.config(compute_dtype)
+    quantization = _asked(quantizer, quantizer.config, compute_dtype)
     if not import_bitsandbytes() or type(quantization).__name__ != "BitsAndBytesConfig":
         raise ModelError(f"quantizer {quantizer.name!r}: bitsandbytes dequantises what it stored itself, nothing else")
     from peft.utils.integrations import dequantize_bnb_weight

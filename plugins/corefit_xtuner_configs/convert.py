@@ -111,7 +111,7 @@ LEFT: Sequence[tuple[str, tuple[Any, ...], str]] = (
     ("param_scheduler*.end_factor", (1, 1.0), "a warm-up ends at the rate"),
     *((f"param_scheduler*.{key}", (ALL,), "") for key in ("begin", "end", "T_max", "by_epoch", "verbose")),
     *((f"param_scheduler*.{key}", (ALL,), "") for key in ("start_factor", "convert_to_iter_based", "last_step")),
-    ("param_scheduler", (None,), ""),
+    ("param_scheduler", (None, []), ""),
     ("train_cfg.by_epoch", (ALL,), ""),
     ("train_cfg.val_interval", (ALL,), ""),
     ("*EvaluateChatHook.tokenizer**", (ALL,), ""),
@@ -291,11 +291,12 @@ class _Reading:
         self.use(value)
         for inside in value.inside():
             self.use(inside)
+        how = f"write the value, or --set {re.sub('^data[.][0-9]+', 'data', key)}=VALUE"
         if (lost := value.unknown()) is not None:
-            self.lack(key, lost.where, f"{key} is {in_words(lost)}; write the value, or --set {key}=VALUE")
+            self.lack(key, lost.where, f"{key} is {in_words(lost)}; {how}")
             return
         if not named and (symbol := next((v for v in (value, *value.inside()) if isinstance(v.data, Symbol)), None)):
-            words = f"{key} is {symbol.data.path!r}, which is never imported; write the value, or --set {key}=VALUE"
+            words = f"{key} is {symbol.data.path!r}, which is never imported; {how}"
             self.lack(key, symbol.where, words)
             return
         data = value.plain()
@@ -303,7 +304,10 @@ class _Reading:
             data = into(data)
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
             pass  # the recipe says what it expected
-        self.set(key, data, value.where)
+        if data is None:
+            self.lack(key, value.where, f"{key}: found None; {how}")
+        else:
+            self.set(key, data, value.where)
 
     def set(self, key: str, data: Any, where: str) -> None:  # noqa: ANN401
         """Set a recipe key to a value that is worked out."""
@@ -356,7 +360,7 @@ class _Reading:
             datasets = loader.get("dataset")
         self.data(datasets, loader)
         self.hooks()
-        self.put("run.out", self.names.get("work_dir"))
+        self.put("run.out", self.given(Value(self.names, str(self.config.path)), "work_dir"))
         self.put("train.seed", self.given(self.names.get("randomness"), "seed"))
         self.rest()
         tables = {title: table for title, table in self.tables.items() if table}
@@ -598,7 +602,7 @@ class _Reading:
     def data(self, datasets: Value | None, loader: Value) -> None:
         """Read the sources, and what all of them share: template and length."""
         if datasets is None or not isinstance(datasets.data, dict):
-            what = f"the data set is {in_words(datasets)}" if datasets else "no data set"
+            what = f"the data set is {in_words(datasets.unknown() or datasets)}" if datasets else "no data set"
             self.tables["data"].append({})
             self.lack("data.0.path", (datasets or loader).where, f"{what}; --data and --plugin name it")
             return
@@ -652,7 +656,7 @@ class _Reading:
             self.set("template.name", "moss_sft", source.where)
             return
         if kind not in ("process_hf_dataset", "process_ms_dataset"):
-            what = kind or in_words(source)
+            what = kind or in_words(source.unknown() or source)
             self.lack(f"{key}.path", source.where, f"the data set is {what}; --data and --plugin name it")
             return
         if (encode := source.get("do_dataset_tokenization")) and encode.data is not True:
@@ -768,7 +772,7 @@ class _Reading:
                 continue
             questions = hook.get("evaluation_inputs")
             self.put("sample.prompts", questions, lambda asked: [asked] if isinstance(asked, str) else asked)
-            self.steps("sample.every_steps", hook.get("every_n_iters"))
+            self.steps("sample.every_steps", self.given(hook, "every_n_iters"))
             self.put("sample.max_tokens", hook.get("max_new_tokens"))
         default = self.names.get("default_hooks")
         checkpoint = (default and default.get("checkpoint")) or Value({}, "")

@@ -284,6 +284,15 @@ def test_closed_standard_streams_end_no_command(tmp_path: Path) -> None:
         assert subprocess.run(["sh", "-c", words], cwd=tmp_path, check=False).returncode == 0, closed
 
 
+@pytest.mark.parametrize("arguments", [["--version"], ["plugins"], ["inspect"]])
+def test_a_kernel_that_there_is_not_is_refused(arguments: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "corefit", *arguments]
+    env = {**os.environ, "COREFIT_KERNEL": "rust"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    said = "corefit: error: COREFIT_KERNEL: no kernel 'rust'; known: c, python\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
 @pytest.mark.parametrize(
     ("typed", "name"),
     [
@@ -294,6 +303,7 @@ def test_closed_standard_streams_end_no_command(tmp_path: Path) -> None:
         ("my-run-12@latest", "my-run"),
         ("my-project/recipe.toml", "recipe"),
         ("my-project/other.toml", "other"),
+        ("my-project/UP.TOML", "UP"),
     ],
 )
 def test_a_new_run_is_named_after_its_recipe(
@@ -304,7 +314,7 @@ def test_a_new_run_is_named_after_its_recipe(
         Path(folder).mkdir(exist_ok=True)
         if "run" in folder:
             Path(folder, "run.json").write_text("{}", "utf-8")
-        for file in ("recipe.toml", "other.toml"):
+        for file in ("recipe.toml", "other.toml", "UP.TOML"):
             Path(folder, file).write_text("[model]\nbase = 'm'\n[[data]]\nmap = 'identity'\n", "utf-8")
     assert resolve(typed, {}, (), Registry.load())[1] == name
     monkeypatch.chdir("my-run-12")

@@ -12,6 +12,7 @@ import pytest
 from cli import corefit
 from fake_plugins import scheduler, write_plugin
 
+EMBEDDED = Path(__file__).resolve().parents[2] / "corefit" / "embedded"
 EXAMPLE = Path(__file__).resolve().parents[1] / "plugin_example"
 
 
@@ -119,3 +120,63 @@ def test_a_misspelt_hook_names_the_nearest(tmp_path: Path) -> None:
     done = corefit("plugins", cwd=tmp_path, env={"PYTHONPATH": str(site)})
     assert done.returncode == 0
     assert "did you mean 'corefit_" in done.stdout
+
+
+UNASKED = """
+    from itertools import repeat
+    from corefit import Document, MapFunction
+
+    def sniff(record):
+        raise {error}
+
+    def corefit_map_functions():
+        yield MapFunction(name="rude", summary="", map=lambda record, options: sniff(record), sniff=sniff)
+        yield MapFunction(name="endless", summary="", map=lambda record, options: repeat(Document("x")))
+"""
+
+
+@pytest.mark.parametrize("error", ["SystemExit(0)", "GeneratorExit", "BaseException('a\\nb')"])
+def test_a_map_function_that_nobody_asked_for_ends_nothing(error: str, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    write_plugin(site, "corefit-rude", UNASKED.format(error=error))
+    env, model = {"PYTHONPATH": str(site)}, ("--model", EMBEDDED / "model", "--template", "chatml")
+    (tmp_path / "known.jsonl").write_text('{"instruction": "a", "input": "", "output": "b"}\n', encoding="utf-8")
+    done = corefit("inspect", "--data", "known.jsonl", *model, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "map function 'rude' failed at " in done.stdout + done.stderr
+    (tmp_path / "odd.jsonl").write_text('{"a": 1}\n', encoding="utf-8")
+    done = corefit("inspect", "--data", "odd.jsonl", *model, cwd=tmp_path, env=env)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "no installed plugin knows this format (keys: a)" in line
+    assert "--plugin endless fits" in line
+
+
+def test_a_format_that_two_plugins_claim_is_named_where_nobody_recognises_the_data(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    code = """
+        from corefit import MapFunction
+
+        def corefit_map_functions():
+            yield MapFunction(name="alpaca", summary="", map=lambda record, options: [])
+    """
+    write_plugin(site, "corefit-other", code)
+    (tmp_path / "a.jsonl").write_text('{"instruction": "a", "input": "", "output": "b"}\n', encoding="utf-8")
+    asked = ["inspect", "--data", "a.jsonl", "--model", EMBEDDED / "model"]
+    done = corefit(*asked, cwd=tmp_path, env={"PYTHONPATH": str(site)})
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "no installed plugin knows this format" in line
+    assert "map function 'alpaca' is claimed by plugin 'other' (corefit-other 1.0) and by plugin 'xtuner" in line
+
+
+def test_a_reader_that_needs_no_path_takes_fields_for_a_map_function(installed: Path, tmp_path: Path) -> None:
+    recipe = '[[data]]\nreader = "example"\nfields = {user = "question", assistant = "answer"}\n'
+    (tmp_path / "r.toml").write_text(recipe, encoding="utf-8")
+    env, base = {"PYTHONPATH": str(installed)}, EMBEDDED / "model"
+    done = corefit("inspect", "r.toml", "--model", base, "--template", "chatml", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    sets = ("data.reader=example", "data.fields.user=question", "data.fields.assistant=answer")
+    done = corefit("inspect", "--set", *sets, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "map function fields, reader example" in done.stdout + done.stderr

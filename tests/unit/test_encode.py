@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -276,6 +277,43 @@ class TestStart:
         template = PromptTemplate(name="bad", summary="", render=render)
         with pytest.raises(PluginError, match="template 'bad' failed with KeyError: 'weights'"):
             make_encoder(template, tokenizer)
+
+    @pytest.mark.parametrize(
+        ("odd", "words"),
+        [
+            (lambda: sys.exit("a\nb"), "SystemExit: a b"),
+            (lambda: [][0], "IndexError: list index out of range"),
+            (lambda: Segment(None), "TypeError: sequence item 0: expected str instance, NoneType found"),
+        ],
+    )
+    @pytest.mark.parametrize("messages", [4, 2])  # the first probe; the part of it that ends with the first answer
+    def test_whatever_a_template_does_it_is_named(self, tokenizer, odd, words, messages):
+        def render(item, tokenizer, options):
+            if len(item.messages) == messages:
+                yield odd()
+            yield from CHATML.render(item, tokenizer, options)
+
+        template = PromptTemplate(name="bad", summary="", render=render, stop=CHATML.stop, control=CHATML.control)
+        with pytest.raises(PluginError) as raised:
+            make_encoder(template, tokenizer)
+        assert str(raised.value) == f"start: template 'bad' failed with {words}"
+
+    def test_a_template_that_fails_where_turns_are_compared_is_named(self, tokenizer):
+        """It is asked for the conversation up to each answer, where it writes one otherwise as another turn follows."""
+
+        def render(item, tokenizer, options):
+            yield Segment(f"{len(item.messages)}", turn=True)
+            if len(item.messages) == 2 and item.messages[0].content == "sad":
+                raise KeyError("x")
+            yield Segment("a", supervised=True)
+            yield Segment("<|im_end|>", supervised=True, control=True)
+
+        encoder = make_encoder(PromptTemplate(name="bad", summary="", render=render), tokenizer)
+        assert encoder.rewrites
+        with pytest.raises(PluginError, match=r"^here:1: template 'bad' failed with KeyError: 'x'$"):
+            encoder.segments(talk("sad", "b", "c", "d"), "here:1")
+        with pytest.raises(DataError, match=r"^here:1: turn 1: template 'bad' writes it otherwise"):
+            encoder.segments(talk("a", "b", "c", "d"), "here:1")
 
 
 class TestPrompt:

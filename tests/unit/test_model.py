@@ -40,7 +40,7 @@ from corefit.engine.model import (
     quiet,
     resolve_base,
 )
-from corefit.errors import ModelError, UserError
+from corefit.errors import ModelError, PluginError, UserError
 from corefit.registry import Registry
 from corefit.types import Quantizer
 
@@ -139,6 +139,32 @@ def test_4_bit_layers_are_protected_from_repacking_and_counted_whole(own, tmp_pa
     assert count_parameters(model).total == count_parameters(load(folder)).total
     with pytest.raises(ModelError, match="full fine-tuning"):
         attach_adapter(model, None, seed=0)
+    for whole, name in (("q_proj", "self_attn.q_proj"), ("mlp", "mlp")):
+        words = (
+            f"adapter.modules_to_save: model.layers.0.{name} is stored quantised, and such weights can't train; --qu"
+        )
+        with pytest.raises(ModelError, match=re.escape(words)):
+            attach_adapter(model, AdapterSpec(r=2, alpha=4, dropout=0.0, modules_to_save=(whole,)), seed=0)
+
+
+@pytest.mark.parametrize("hook", ["config", "after_load"])
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (SystemExit("a\nb"), PluginError, "quantizer 'sad' failed with SystemExit: a b"),
+        (KeyError("x"), PluginError, "quantizer 'sad' failed with KeyError: 'x'"),
+        (ImportError("no hqq"), ModelError, "quantizer 'sad': no hqq"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    ],
+)
+def test_a_quantizer_that_fails_is_named(hook, error, kind, words, tmp_path):
+    def sad(_):
+        raise error
+
+    hooks = {"config": lambda dtype: None, hook: sad}
+    with pytest.raises(kind) as raised:
+        load(write_model(tmp_path), Quantizer(name="sad", summary="", **hooks), "float32")
+    assert str(raised.value) == words
 
 
 def test_a_class_without_sdpa_gets_eager_attention_and_says_so(tiny_model, monkeypatch):
@@ -280,7 +306,7 @@ PROMPTS = """
 import json, sys
 from pathlib import Path
 from corefit.engine.model import load_base
-from corefit.errors import ModelError
+from corefit.errors import ModelError, PluginError
 from corefit.registry import Registry
 from huggingface_hub import constants
 assert constants.HF_HUB_DISABLE_TELEMETRY

@@ -21,12 +21,14 @@ from corefit.recipe import (
     Data,
     Recipe,
     apply_overrides,
+    imported_recipe,
     load_recipe,
     option_keys,
     options_from,
     parse_recipe,
     to_toml,
 )
+from corefit.types import ImportedRecipe
 
 
 def parse(text: str, base: Path = Path("/base")) -> Recipe:
@@ -195,6 +197,8 @@ def test_a_key_of_another_section_is_pointed_out():
         "model.base = ''",
         "model.base = ['a']",
         "run.threads = 0",
+        "run.threads = 1025",
+        "adapter.r = 65537",
         "run.device = 2020-01-01",
         "template.options = 3",
     ],
@@ -213,6 +217,8 @@ def test_out_of_range_or_of_another_type(text):
         ("\n[data]\nmap = 'x'", "my.toml:2: data is a list of tables; write [[data]]"),
         ("data = [3]", "my.toml:1: data is a list of tables; write [[data]]"),
         ("train = 3", "my.toml:1: train is a value; write a table, [train]"),
+        ("\n\n[[train]]\nlr = 1", "my.toml:3: train is a list; write a table, [train]"),
+        (f"[pack]\nheld = {2**63}", "expected a whole number >= 1 (and < 2^63)"),
         ("[train]\nlr 1", "my.toml:2:4: not TOML: Expected '=' after a key in a key/value pair"),
         ("[train]\nlr = 1\nlr = 2", "my.toml:3: not TOML: Cannot overwrite a value"),
         ("[train]\nlr = 'a", "not TOML: "),
@@ -250,6 +256,15 @@ def test_what_is_no_recipe(text, words):
 def test_contradictions(text, words):
     (line,) = refusals(parse, text)
     assert line.startswith(words)
+
+
+def test_a_reader_of_other_files_that_gives_none_is_told_so_at_the_line():
+    tables = {"model": {"base": None}, "data": [{"map": None}], "train": {"lr": 1e-4}}
+    found = ImportedRecipe(tables=tables, lines={"model.base": "x.cfg:7"})
+    assert refusals(imported_recipe, found, name="x.cfg", base=Path()) == [
+        "x.cfg:1: data.map: found None; expected text that is not empty",
+        "x.cfg:7: model.base: found None; expected text that is not empty",
+    ]
 
 
 def test_contradictions_are_looked_for_after_all_flags():

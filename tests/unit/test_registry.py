@@ -120,7 +120,7 @@ def test_an_entry_point_may_name_an_object(site):
         (scheduler("half").replace('"half the rate"', "None"), "with summary None; expected one line of text"),
         (
             scheduler("half").replace("factor=lambda progress, warmup: 0.5", "factor=0.5"),
-            "with factor 0.5; not callable",
+            "with factor 0.5; expected a function",
         ),
         (scheduler("half").replace('"half the rate"', '"two\\nlines"'), "expected one line of text"),
         ("def corefit_schedulers():\n    return corefit_schedulers()\n", "corefit_schedulers() raised RecursionError"),
@@ -145,7 +145,7 @@ def test_an_entry_point_may_name_an_object(site):
             "from corefit import MapFunction\n"
             "def corefit_map_functions():\n"
             "    yield MapFunction(name='m', summary='', map=print, sniff=True)\n",
-            "corefit_map_functions() yields 'm' with sniff True; not callable",
+            "corefit_map_functions() yields 'm' with sniff True; expected a function or None",
         ),
         (
             "from corefit import DatasetReader\n"
@@ -158,6 +158,30 @@ def test_an_entry_point_may_name_an_object(site):
             "def corefit_dataset_readers():\n"
             "    yield DatasetReader(name='r', summary='', read=print, suffixes=None)\n",
             "corefit_dataset_readers() yields 'r' with suffixes None; expected a tuple of text",
+        ),
+        (
+            "from corefit import PromptTemplate\n"
+            "def corefit_prompt_templates():\n"
+            "    yield PromptTemplate(name='t', summary='', render=print, chat_template=5)\n",
+            "corefit_prompt_templates() yields 't' with chat_template 5; expected text or None",
+        ),
+        (
+            "from corefit import PromptTemplate\n"
+            "def corefit_prompt_templates():\n"
+            "    yield PromptTemplate(name='t', summary='', render=print, bos='first')\n",
+            "corefit_prompt_templates() yields 't' with bos 'first'; expected True or False",
+        ),
+        (
+            "from corefit import DatasetReader\n"
+            "def corefit_dataset_readers():\n"
+            "    yield DatasetReader(name='r', summary='', read=print, example='a b')\n",
+            "corefit_dataset_readers() yields 'r' with example 'a b'; expected bytes or a Path or None",
+        ),
+        (
+            "from corefit import Reporter\n"
+            "def corefit_reporters():\n"
+            "    yield Reporter(name='r', summary='', open=print, needs={1: 'x'})\n",
+            "corefit_reporters() yields 'r' with needs {1: 'x'}; expected a mapping from text",
         ),
         (
             "from corefit import PromptTemplate\n"

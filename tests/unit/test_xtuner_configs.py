@@ -520,6 +520,10 @@ def test_a_configuration_can_neither_hang_nor_exhaust(read, code):
         ("bias='none'", "target_modules='.*proj'", "adapter.targets", "target_modules is a pattern"),
         ("load_from = None", "load_from = 'iter_500.pth'", "adapter.start", "`corefit safetensors iter_500.pth --config config.py --out DIR`"),  # noqa: E501
         ("        type=CosineAnnealingLR", "        type=PolyLR", "train.scheduler", "param_scheduler PolyLR"),
+        ("= 'internlm/internlm-chat-7b'", "= None", "model.base", "model.base: found None; write the value, or --set model.base="),  # noqa: E501
+        ("lr = 2e-4", "lr = None", "train.lr", "train.lr: found None; "),
+        ("= 'timdettmers/openassistant-guanaco'", "= None", "data.0.path", "found None; write the value, or --set data.path="),  # noqa: E501
+        ("type=process_hf_dataset", "type=made_up", "data.0.path", "the data set is 'made_up', which is not defined here"),  # noqa: E501
     ],
 )  # fmt: skip
 def test_a_value_that_is_needed_and_cant_be_known_is_an_error_that_a_flag_mends(read, registry, old, new, key, words):
@@ -533,7 +537,7 @@ def test_a_value_that_is_needed_and_cant_be_known_is_an_error_that_a_flag_mends(
     value = mended.get(
         key, {"quantizer": "nf4", "optimizer": "adamw", "scheduler": "wsd", "name": "chatml"}.get(name, "1")
     )
-    value = {"targets": "['q_proj']", "start": "DIR", "kind": "lora"}.get(name, value)
+    value = {"targets": "['q_proj']", "start": "DIR", "kind": "lora", "base": "."}.get(name, value)
     recipe, _, _ = resolve("config.py", {"model": "."}, [f"{section}.{name}={value}"], registry)
     assert recipe.where(key).startswith("--set ")
 
@@ -622,6 +626,8 @@ def test_a_linear_schedule_that_rises_is_a_warm_up_and_one_that_does_not_go_to_z
         ("optim_wrapper = dict(", "for i in (1,):\n    z = i\noptim_wrapper = dict(", "`for i in (1,):`: not run"),
         ("sequence_parallel_size = 1", "sequence_parallel_size = 4", "sequence_parallel_size = 4: left out"),
         ("use_varlen_attn = False", "use_varlen_attn = True", None),
+        ("train_cfg = dict(", "param_scheduler = []\ntrain_cfg = dict(", None),
+        ("train_cfg = dict(", "work_dir = None\ntrain_cfg = dict(", None),
     ],
 )  # fmt: skip
 def test_what_has_no_counterpart_is_said_line_by_line_and_nothing_else_is(read, old, new, note):
@@ -719,7 +725,11 @@ def fails(path, overrides):
 
 @pytest.mark.parametrize(
     ("read", "words"),
-    [(fails, "KeyError"), (lambda path, overrides: None, "TypeError: gave a NoneType, expected an ImportedRecipe")],
+    [
+        (fails, "KeyError"),
+        (lambda *_: sys.exit("a\nb"), "SystemExit: a b"),
+        (lambda path, overrides: None, "TypeError: gave a NoneType, expected an ImportedRecipe"),
+    ],
 )
 def test_a_reader_that_fails_is_named_with_its_plugin(registry, tmp_path, monkeypatch, read, words):
     from corefit.types import RecipeReader

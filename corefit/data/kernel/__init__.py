@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
+from corefit.errors import UserError, unknown
+
 compiled: ModuleType | None = None
 """The extension; None where no compiler was at hand, or ``COREFIT_KERNEL=python`` asks for the twins."""
 
-if os.environ.get("COREFIT_KERNEL", "c") != "python":
+if (_asked := os.environ.get("COREFIT_KERNEL", "c")) not in ("c", "python", ""):
+    raise UserError(f"COREFIT_KERNEL: {unknown('kernel', _asked, ('c', 'python'))}")
+if _asked != "python":
     try:
         from corefit.data.kernel import _kernel as compiled
     except ImportError:
