@@ -74,7 +74,7 @@ recipes = st.builds(
         trust_remote_code=st.booleans(),
     ),
     adapter=st.builds(
-        Adapter, kind=st.sampled_from(["lora", "none"]), r=counts, alpha=counts, dropout=shares, targets=lists,
+        Adapter, kind=st.sampled_from(["lora", "none"]), r=st.integers(1, 2**16), alpha=counts, dropout=shares, targets=lists,
         modules_to_save=lists,
     ),
     data=st.lists(
@@ -124,7 +124,7 @@ recipes = st.builds(
     ),
     sample=st.builds(Sampling, prompts=lists, every_steps=maybe(counts), max_tokens=counts),
     checkpoint=st.builds(Checkpoint, every_steps=st.integers(0, 99), every_minutes=maybe(positive), keep=counts),
-    run=st.builds(RunSettings, out=maybe(paths), threads=maybe(counts), device=names),
+    run=st.builds(RunSettings, out=maybe(paths), threads=maybe(st.integers(1, 1024)), device=names),
 )  # fmt: skip
 
 
