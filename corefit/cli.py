@@ -47,6 +47,7 @@ look around:
 corefit <verb> --help shows the options of a verb; corefit --version the version."""
 
 
+SETS = "any recipe key; SECTION.KEY= is its default"
 CFG_OPTIONS = "keys of another program's configuration, dotted; values derived from them follow"
 
 
@@ -246,14 +247,7 @@ def _parser() -> _Parser:
     score("--model PATH", "the base model, where it moved")
     score("--quantizer NAME", "how to store the base weights (default: as in training)")
     score("--out FILE", "write scores and answers, one JSON object a line")
-    score(
-        "--set SECTION.KEY=VALUE",
-        "any recipe key; SECTION.KEY= is its default",
-        dest="sets",
-        action="extend",
-        nargs="+",
-        default=[],
-    )
+    score("--set SECTION.KEY=VALUE", SETS, dest="sets", action="extend", nargs="+", default=[])
 
     merge = verb("merge", _merge, "Write base model and adapter as one plain Hugging Face folder.")
     merge("target RUN[@STEP]|ADAPTER")
@@ -369,14 +363,7 @@ def _recipe_and_flags(add: Callable[..., None]) -> None:
     add("--data PATH", "a file, a folder, a glob, or - for standard input")
     add("--on-bad-record WHAT", "error (default): it ends the run; skip: it is counted and left out")
     add("--seed N", "of the order of records, the adapter's first weights and dropout")
-    add(
-        "--set SECTION.KEY=VALUE",
-        "any recipe key; SECTION.KEY= is its default",
-        dest="sets",
-        action="extend",
-        nargs="+",
-        default=[],
-    )
+    add("--set SECTION.KEY=VALUE", SETS, dest="sets", action="extend", nargs="+", default=[])
     add("--cfg-options KEY=VALUE", CFG_OPTIONS, action="extend", nargs="+", default=[])
 
 

@@ -74,8 +74,8 @@ recipes = st.builds(
         trust_remote_code=st.booleans(),
     ),
     adapter=st.builds(
-        Adapter, kind=st.sampled_from(["lora", "none"]), r=st.integers(1, 2**16), alpha=counts, dropout=shares, targets=lists,
-        modules_to_save=lists,
+        Adapter, kind=st.sampled_from(["lora", "none"]), r=st.integers(1, 2**16), alpha=counts,
+        dropout=shares, targets=lists, modules_to_save=lists,
     ),
     data=st.lists(
         st.builds(
