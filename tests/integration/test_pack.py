@@ -122,7 +122,7 @@ def test_ctrl_c_leaves_no_process_and_no_half_arena(tmp_path: Path, base: list[o
         start_new_session=True,
     )
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".arena-*")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob(".tmp-arena-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)
