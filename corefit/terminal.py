@@ -28,7 +28,11 @@ def secrets() -> dict[str, str]:
     Some only say where a secret lies, as HF_TOKEN_PATH does.
     """
     named = {name: value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= 8}
-    return {name: value for name, value in named.items() if not (_PLACE.search(name) or os.path.exists(value))}
+    return {
+        name: value
+        for name, value in named.items()
+        if not (_PLACE.search(name) or (os.path.isabs(value) and os.path.exists(value)))
+    }
 
 
 def without_secrets(text: str) -> str:

@@ -85,6 +85,7 @@ def write_arena(
     folder = folder.resolve()
     try:
         there = {path.name for path in folder.iterdir()} if folder.exists() and not is_empty(folder) else set()
+        there = {name for name in there if name != "lost+found" and not name.startswith(".tmp-")}
         if there and not (HEADER in there and there <= {HEADER, *(f"{name}.bin" for name in _SHAPES)}):
             raise RecipeError(f"--out {str(folder)!r} is there and no arena; name a new folder")
         folder.parent.mkdir(parents=True, exist_ok=True)

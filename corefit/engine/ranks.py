@@ -169,7 +169,7 @@ def joined() -> Iterator[Ranks]:
         words = ", ".join(f"{name}={value}" if value else f"no {name}" for name, value in said.items())
         raise UserError(f"{words}: nobody sets these so; start with corefit launch or torchrun, or unset WORLD_SIZE")
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        with contextlib.suppress(AttributeError, OSError):  # Linux alone has it
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # Linux alone has it
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # where torchrun is killed, nobody else ends it
     with together():
         store, rank, world = next(rendezvous("env://"))

@@ -778,3 +778,17 @@ def test_the_ledger_keeps_the_proofs_and_a_dry_resume_reads_the_checkpoint_and_w
     assert any(line.startswith(f"resume: from step {run.metrics[-1]['step']} (") for line in said)
     assert said[-1] == "dry run: everything holds, nothing was trained"
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("error", [Unrenderable("two_turns"), DataError("turn 1: set template.supervise"), ValueError])
+def test_a_template_that_writes_no_second_turn_has_no_form_and_is_no_mistake(tiny_tokenizer, error):
+    def one_turn(item, tokenizer, options=None):
+        if len(item.messages) > 2:
+            raise error
+        return CHATML.render(item, tokenizer)
+
+    template = dataclasses.replace(CHATML, render=one_turn, chat_template=None)
+    encoder = plan_of(tiny_tokenizer, CHATML)[0].encoder
+    assert dataclasses.replace(encoder, template=template).form() == ""
+    assert dataclasses.replace(encoder, template=dataclasses.replace(CHATML, chat_template=None)).form()
+    assert dataclasses.replace(encoder, template=OWN).form() == ""
