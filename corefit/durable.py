@@ -52,9 +52,10 @@ def write_whole(path: Path, data: bytes) -> None:
         raise
 
 
-def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a new file system, or a killed process that filled it, left there."""
-    return all(path.name == "lost+found" or path.name.startswith(".tmp-") for path in folder.iterdir())
+def contents(folder: Path) -> set[str]:
+    """Give the names in a folder, but for what a new file system, or a killed process that filled it, left there."""
+    names = {path.name for path in folder.iterdir()}
+    return {name for name in names if name != "lost+found" and not name.startswith(".tmp-")}
 
 
 def place_beside(out: Path) -> Path:
@@ -63,7 +64,7 @@ def place_beside(out: Path) -> Path:
     Beside it, or in it where it is there and empty: it may be a mounted disk, which can't be renamed, or lie where
     nothing else may be made, and it keeps its owner.
     """
-    return out if out.is_dir() and (is_empty(out) or out.is_mount()) else out.parent
+    return out if out.is_dir() and (not contents(out) or out.is_mount()) else out.parent
 
 
 @contextlib.contextmanager

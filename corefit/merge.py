@@ -71,8 +71,9 @@ def merge(
     if found.adapter is None:
         if run_and_step(str(target))[1] is None:
             raise ModelError(f"{target}: a model, not an adapter: there is nothing to merge")
-        with export.written_aside(Path(out)) as folder:  # a checkpoint of full fine-tuning
-            shutil.copytree(found.folder, folder, dirs_exist_ok=True)
+        with export.written_aside(Path(out)) as folder:  # a checkpoint of full fine-tuning: ``find`` made its folder
+            for path in found.folder.iterdir():
+                shutil.move(path, folder)
         return Path(out)
     base, config = found.base, _adapter_config(found.adapter)
     base_config = json.loads((base / "config.json").read_bytes())

@@ -33,7 +33,7 @@ LOOKED_AT, LOOKED_AT_BYTES = 64, 2**18
 """Records of each source that are looked at, and about how many bytes, so that proofs take no time on any data."""
 NOT, EITHER, MUST = range(3)
 """Whether a character or a token is to be supervised."""
-_THOUGHT = re.compile(r"(\s*<think>\s*)(?:(\s*</think>\s*)|(.*?</think>\s*))", re.DOTALL)
+_THOUGHT = re.compile(r"(\s*<think>\s*+)(?:(</think>\s*)|(.*?</think>\s*))", re.DOTALL)
 TURN = (Message("user", "q 1"), Message("assistant", "a 1"), Message("user", "q 2"), Message("assistant", "a 2"))
 CHATS = {"with a system message": (Message("system", "s 1"), *TURN), "without a system message": TURN}
 
@@ -86,10 +86,8 @@ def data_proofs(
     looked_at = [(i, want) for i, want in wanted.items() if len(want.ids) <= long]
     kept = set(fitted.samples[:, RECORD].tolist())
     without = [want.origin for i, want in looked_at if i not in kept]
-    most = (
-        pack.max_length if pack.overlong == "truncate" else np.inf
-    )  # what is cut off, supervised or not, trains nothing
-    total = sum(int(min(len(want.ids), most)) for _, want in looked_at)
+    most = pack.max_length if pack.overlong == "truncate" else np.inf  # what is cut off trains nothing
+    total = sum(min(len(want.ids), most) for _, want in looked_at)
     share = mask.facts["supervised"] / max(total, 1)
     none = f"{len(without):,} of {len(looked_at):,} samples have no supervised token"
     floor = plan.recipe.template.min_supervised
@@ -157,12 +155,13 @@ class _Wanted:
         state = np.full(len(self.text), NOT, np.int8)
         answers = [i for i, message in enumerate(item.messages) if message.role == "assistant"]
         ruled = set(answers if self.encoder.supervise == "all" else answers[-1:])
-        before, places = 0, self._places(item)
+        apart = [_apart(message) for message in item.messages]
+        before, places = 0, self._places(item, apart)
         if places is None:
             self.located = False
             return state + EITHER
         for (i, begin, end), (_, after, _) in zip(places, [*places, (0, len(self.text), 0)][1:], strict=True):
-            message, (opening, thought, _) = item.messages[i], _apart(item.messages[i])
+            message, (opening, thought, _) = item.messages[i], apart[i]
             if message.role == "assistant" and (i in ruled if message.supervised is None else message.supervised):
                 if message.reasoning or message.tool_calls or thought:  # the assistant's own, wherever it stands
                     state[before:begin] = EITHER
@@ -189,15 +188,14 @@ class _Wanted:
         end, eos = at + len(stop), self.encoder.tokenizer.eos_token
         return stop, literal[: end + (len(eos) if eos and literal.startswith(eos, end) else 0)]
 
-    def _places(self, item: Conversation) -> list[tuple[int, int, int]] | None:
+    def _places(self, item: Conversation, apart: Sequence[tuple[str, str, str]]) -> list[tuple[int, int, int]] | None:
         """Give where messages lie in the text, (number, begin, end); None: what is between them depends on them.
 
         What the template writes around messages is seen by rendering others in their place; an empty message that is
-        no answer is left out, since templates may write nothing at all for it.
+        no answer is left out, since templates may write nothing at all for it. ``apart``: ``_apart`` of each message.
         """
         text, at = self.text, 0
-        contents = [_apart(message)[2] for message in item.messages]
-        for (role, *_), content in zip(item.messages, contents, strict=True):
+        for (role, *_), (_, _, content) in zip(item.messages, apart, strict=True):
             found = text.find(content.strip(), at)
             if found < 0:
                 name = self.encoder.template.name
@@ -206,21 +204,21 @@ class _Wanted:
                 )
             at = found + len(content.strip())
         key = next(key for n in count() if (key := f"proof{n}x") not in text)
-        chosen = {i: m for i, m in enumerate(item.messages) if m.content or m.role == "assistant"}
+        chosen = [i for i, m in enumerate(item.messages) if m.content or m.role == "assistant"]
         marked = (
-            m._replace(content="".join((*_apart(m)[:2], f"{key}{i}x"))) if i in chosen else m
-            for i, m in enumerate(item.messages)
+            m._replace(content=f"{opening}{thought}{key}{i}x") if i in chosen else m
+            for i, (m, (opening, thought, _)) in enumerate(zip(item.messages, apart, strict=True))
         )
         try:
             segments = self.encoder.segments(item._replace(messages=tuple(marked)))
         except (CorefitError, Unrenderable):
             return None
         parts = re.split(rf"{key}(\d+)x", "".join(segment.text for segment in segments))
-        if list(map(int, parts[1::2])) != list(chosen) or not text.startswith(parts[0]):
+        if list(map(int, parts[1::2])) != chosen or not text.startswith(parts[0]):
             return None
         places, at = [], len(parts[0])
         for i, literal in zip(chosen, parts[2::2], strict=True):
-            content = contents[i]
+            content = apart[i][2]
             forms = (content, content.strip(), content.lstrip(), content.rstrip())
             form = next((form for form in forms if text.startswith(form + literal, at)), None)
             if form is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from corefit.data.source import map_record
 from corefit.data.stream import Source, split_validation
 from corefit.durable import read_json
 from corefit.errors import DataError, IsolationError, UserError, system_words
-from corefit.identity import differences, identity, strange_changes, words
+from corefit.identity import differences, identity, words
 from corefit.prepare import Prepared, make_validation, prepare, resolve
 from corefit.recipe import run_and_step
 from corefit.registry import Registry
@@ -150,9 +149,8 @@ def _plan(chatter: Chatter, target: str, flags: Mapping[str, str], sets: Sequenc
 def _changed(target: str, plan: Prepared) -> list[tuple[str, str, str]]:
     """Give what the records to score on depend on and is not as training had it."""
     before = read_json(Path(run_and_step(target)[0]) / "run.json").get("identity", {})
-    looked_at = re.compile("file |map function |reader |template ")
-    then, now = ({k: v for k, v in has.items() if looked_at.match(k)} for has in (before, identity(plan, "")))
-    return strange_changes(differences(then, now)) if before else []
+    looked_at = ("file ", "map function ", "reader ", "template ")
+    return [change for change in differences(before, identity(plan, "")) if before and change[0].startswith(looked_at)]
 
 
 def _held_out(

@@ -27,12 +27,8 @@ def secrets() -> dict[str, str]:
 
     Some only say where a secret lies, as HF_TOKEN_PATH does.
     """
-    named = {name: value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= 8}
-    return {
-        name: value
-        for name, value in named.items()
-        if not (_PLACE.search(name) or (os.path.isabs(value) and os.path.exists(value)))
-    }
+    named = ((name, value) for name, value in os.environ.items() if _SECRET.search(name) and not _PLACE.search(name))
+    return {n: v for n, v in named if len(v) >= 8 and not (os.path.isabs(v) and os.path.exists(v))}
 
 
 def without_secrets(text: str) -> str:

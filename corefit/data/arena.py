@@ -37,7 +37,7 @@ from corefit.data.block import (
 )
 from corefit.data.files import changed
 from corefit.data.source import Size
-from corefit.durable import is_empty, place_beside, take_place
+from corefit.durable import contents, place_beside, take_place
 from corefit.errors import DataError, RecipeError, RunError, system_words
 
 if TYPE_CHECKING:
@@ -84,8 +84,7 @@ def write_arena(
     """
     folder = folder.resolve()
     try:
-        there = {path.name for path in folder.iterdir()} if folder.exists() and not is_empty(folder) else set()
-        there = {name for name in there if name != "lost+found" and not name.startswith(".tmp-")}
+        there = contents(folder) if folder.exists() else set()
         if there and not (HEADER in there and there <= {HEADER, *(f"{name}.bin" for name in _SHAPES)}):
             raise RecipeError(f"--out {str(folder)!r} is there and no arena; name a new folder")
         folder.parent.mkdir(parents=True, exist_ok=True)

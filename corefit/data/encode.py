@@ -165,9 +165,8 @@ class Encoder:
         """Give what tells whether a template that no Jinja says still writes the same; empty: a Jinja says it."""
         if self.template.chat_template is not None or self.template.name == "tokenizer":
             return ""
-        talk = tuple(Message(role, text) for text in "12" for role in ("user", "assistant"))
         try:
-            written = [(segment.text, segment.control) for segment in self.segments(Conversation(talk))]
+            written = [(segment.text, segment.control) for segment in self.segments(_PROBE)]
         except (Unrenderable, CorefitError):  # two turns may be too many for it, and the data have one
             return ""
         return f"{zlib.crc32(repr(written).encode()):08x}"
@@ -261,8 +260,6 @@ def _until_answered(segments: Sequence[Segment]) -> str:
 _PROBE = Conversation(
     tuple(Message(("user", "assistant")[i % 2], content) for i, content in enumerate(("q 1", "a 1", "q 2", "a 2")))
 )
-
-
 _PROBES = (_PROBE, Conversation((Message("system", "s 1"), *_PROBE.messages)))
 """Without a system message, and with one, which not every format has."""
 

@@ -490,7 +490,7 @@ class Input:
             with _at_work(reader, source.sources):
                 fetched = reader.fetch(source.sources, source.reader_options, positions)
                 _check_place(fetched, positions)
-            return fetched
+                return fetched
         if reader.seekable:
             return [self._one(position) for position in positions]
         wanted = set(indices)

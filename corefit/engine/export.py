@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 from corefit import __version__
-from corefit.durable import is_empty, whole_folder
+from corefit.durable import contents, whole_folder
 from corefit.engine import internlm
 from corefit.engine.model import INDEX, hub_name, read_header, stored_tensors, weight_files
 from corefit.errors import ModelError, system_words
@@ -123,7 +123,7 @@ def written_aside(out: Path, *, replace: bool = False) -> Iterator[Path]:
         ModelError: ``out`` holds something and ``replace`` is False, or it can't be written.
     """
     try:
-        if not replace and out.exists() and (not out.is_dir() or not is_empty(out)):
+        if not replace and out.exists() and (not out.is_dir() or contents(out)):
             raise ModelError(f"{out}: is {'not empty' if out.is_dir() else 'no folder'}; name a new one")
         with whole_folder(out) as aside:
             yield aside
