@@ -71,6 +71,8 @@ def merge(
     if found.adapter is None:
         if run_and_step(str(target))[1] is None:
             raise ModelError(f"{target}: a model, not an adapter: there is nothing to merge")
+        if template or into != "stored":
+            raise ModelError(f"{target}: full fine-tuning, written as it is: without --template and --base")
         with export.written_aside(Path(out)) as folder:  # a checkpoint of full fine-tuning: ``find`` made its folder
             for path in found.folder.iterdir():
                 shutil.move(path, folder)

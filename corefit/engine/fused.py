@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
@@ -24,6 +24,8 @@ SIZES = (*range(64, 1025, 64), *(2**n // 8 * eighths for n in range(11, 40) for 
 """What there are padded to, a quarter apart at most: oneDNN compiles, and keeps, kernels for every size, a MiB each."""
 SCORES = 2**21
 """Scores that exist at the same time, but for those of one head."""
+KEPT = 4096
+"""Slots of a micro-batch up to which its masks are kept for the next layer: 34 MB at most for each kind of layer."""
 MANY = 16
 """Rows from which on a weight is worth a copy in another format."""
 FUSED = {
@@ -161,10 +163,10 @@ def _norm(module: Any, epsilon: float, x: Tensor) -> Tensor:  # noqa: ANN401
 class DocumentAttention(torch.autograd.Function):
     """Causal attention inside each document, on a CPU: scores and softmax in fp32, what follows in ``fast_dtype``.
 
-    Keeps its inputs alone. It works on ``BLOCK`` queries at a time, whatever documents they are of, and on the slots
-    from where the first of these begins; what a query doesn't see has a share of 0.0 in what it gets. Torch's own
-    function for CPUs takes a document at a time, longer for most lengths (see ``benchmarks/LOG.md``), and in 16 bits
-    its gradients are less exact.
+    Keeps its inputs alone. Torch's own function goes forward, a document at a time. Backward, and with a window, this
+    works on ``BLOCK`` queries at a time, whatever documents they are of, and on the slots from where the first of these
+    begins; what a query doesn't see has a share of 0.0 in what it gets. Torch's own takes longer for most lengths (see
+    ``benchmarks/LOG.md``), and in 16 bits its gradients are less exact.
     """
 
     @staticmethod
@@ -185,9 +187,16 @@ class DocumentAttention(torch.autograd.Function):
         ctx.given = bounds, scale, window
         dtype, (q, k, v) = q.dtype, _fast(q, k, v)
         out = q.new_empty(*q.shape[:2], v.shape[-1])
+        if window is None and v.shape[-1] == q.shape[-1]:  # else torch's would keep all scores
+            for document in map(slice, bounds, bounds[1:]):
+                q_, k_, v_ = (x[document].transpose(0, 1)[None] for x in (q, k, v))
+                got = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, scale=scale, enable_gqa=True)
+                out[document] = got[0].transpose(0, 1)
+            return out.to(dtype)
         for at, seen, mask in _blocks(bounds, window, q, k):
-            shares = _shares(q[at], k[seen], mask, scale)
-            out[at] = _by_slot(torch.bmm(shares.to(q.dtype), _by_head(v[seen], mask.shape[1])), out[at])
+            keys, values = (_by_head(x[seen], mask.shape[1]) for x in (k, v))
+            shares = _shares(_by_head(q[at], mask.shape[0], len(keys)), keys, mask, scale)
+            out[at] = _by_slot(torch.bmm(shares.to(q.dtype), values), out[at])
         return out.to(dtype)
 
     @staticmethod
@@ -203,7 +212,7 @@ class DocumentAttention(torch.autograd.Function):
             seen, n = (slots, heads), slots.stop - slots.start
             keys, values = (_by_head(x[seen], mask.shape[1]) for x in (k, v))
             queries, given = (_by_head(x[at], mask.shape[0], len(keys)) for x in (q, grad))
-            shares = _shares(q[at], k[seen], mask, scale)
+            shares = _shares(queries, keys, mask, scale)
             grad_v[heads, slots] += torch.bmm(shares.to(q.dtype).mT, given)[:, :n]
             scores = torch.bmm(given, values.mT).to(wide)
             scores = torch._softmax_backward_data(scores, shares, -1, wide, grad_input=scores).to(q.dtype)
@@ -233,37 +242,48 @@ def _by_slot(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _shares(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Give how much [K, H / K * P, P'] of what a query [L, H, D] gets comes from each key [L', K, D]; 1 in all."""
-    queries = _by_head(q.to(mask.dtype) * scale, mask.shape[0], k.shape[1])
-    scores = torch.bmm(queries, _by_head(k.to(mask.dtype), mask.shape[1]).mT)
+    """Give how much [K, H / K * P, P'] of what a query [K, H / K * P, D] gets is of each key [K, P', D]; 1 in all."""
+    scores = torch.bmm(q.to(mask.dtype).mul(scale), k.to(mask.dtype).mT)
     scores.view(-1, *mask.shape).add_(mask)
     return torch.softmax(scores, -1, out=scores)
 
 
-def _blocks(
-    bounds: list[int], window: int | None, q: Tensor, k: Tensor
-) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice], Tensor]]:
-    """Give slots and heads of queries, slots and heads of keys that they see, and what hides some [P, P']: 0 or -inf.
+Block = tuple[tuple[slice, slice], tuple[slice, slice], Tensor]
+"""Slots and heads of queries, slots and heads of keys that they see, and what hides some [P, P']: 0 or -inf."""
 
-    P and P' are among ``SIZES``. Rows of padding see keys, so that they have no NaN to hand on.
-    """
-    ends, heads = torch.tensor(bounds), q.shape[1]
-    group, slots = heads // k.shape[1], torch.arange(2 * len(q) + SIZES[0])
+
+def _blocks(bounds: list[int], window: int | None, q: Tensor, k: Tensor) -> Iterable[Block]:
+    """Give what attention works on at once."""
+    given = tuple(bounds), window, q.shape[1], k.shape[1], _wide(q)
+    return _kept_blocks(*given) if len(q) <= KEPT else _made_blocks(*given)
+
+
+@functools.lru_cache(maxsize=2)  # of layers with a window, and of those without
+def _kept_blocks(*given: Any) -> tuple[Block, ...]:  # noqa: ANN401
+    return tuple(_made_blocks(*given))
+
+
+def _made_blocks(
+    bounds: tuple[int, ...], window: int | None, heads: int, shared: int, dtype: torch.dtype
+) -> Iterator[Block]:
+    """P and P' are among ``SIZES``. Rows of padding see keys, so that they have no NaN to hand on."""
+    ends, group, end = torch.tensor(bounds), heads // shared, bounds[-1]
+    slots = torch.arange(2 * end + SIZES[0])
     together = [n for n in range(1, heads + 1) if heads % n == 0 and (group % n == 0 or n % group == 0)]
     lowest = torch.repeat_interleave(ends[:-1], ends.diff())
     if window:
-        lowest = torch.maximum(lowest, slots[: len(q)] - window + 1)
-    for first, begin in zip(range(0, len(q), BLOCK), lowest[::BLOCK].tolist(), strict=True):
-        last = min(first + BLOCK, len(q))
+        lowest = torch.maximum(lowest, slots[:end] - window + 1)
+    for first, begin in zip(range(0, end, BLOCK), lowest[::BLOCK].tolist(), strict=True):
+        last = min(first + BLOCK, end)
         rows, size = (SIZES[bisect_left(SIZES, n)] for n in (last - first, last - begin))
         oldest = max(0, last - size)
         queries, keys = slots[first : first + rows, None], slots[oldest : oldest + size]
         hidden = (keys > queries) | (keys < F.pad(lowest[first:last], (0, rows - last + first))[:, None])
-        mask = torch.zeros(hidden.shape, dtype=_wide(q)).masked_fill_(hidden, -torch.inf)
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
         some = max(n for n in together if n == 1 or n * mask.numel() <= SCORES)
         for head in range(0, heads, some):
-            shared = slice(head // group, -(-(head + some) // group))
-            yield (slice(first, last), slice(head, head + some)), (slice(oldest, last), shared), mask
+            keys_of = slice(head // group, -(-(head + some) // group))
+            yield (slice(first, last), slice(head, head + some)), (slice(oldest, last), keys_of), mask
 
 
 class LoraLinear(torch.autograd.Function):

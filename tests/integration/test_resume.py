@@ -217,6 +217,9 @@ def test_a_step_of_full_fine_tuning_can_be_talked_to(here: Here):
     merge("full@latest", here.folder / "written")
     with pytest.raises(ModelError, match="full: a model, not an adapter: there is nothing to merge"):
         merge("full", here.folder / "other")
+    for asked in ({"template": "chatml"}, {"into": "dequantised"}):
+        with pytest.raises(ModelError, match="written as it is: without --template and --base"):
+            merge("full@latest", here.folder / "other", **asked)
     names = [path.name for path in sorted((run / "model").iterdir())]
     assert [path.name for path in sorted((here.folder / "written").iterdir())] == names
     for name in names:

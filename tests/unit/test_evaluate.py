@@ -194,13 +194,16 @@ def test_a_stream_gives_tokens_as_they_come_and_grads_stay_on_between_them(model
 
 def test_only_the_last_row_of_logits_is_made(model, monkeypatch):
     model.eval()
-    rows = []
+    rows, strides = [], []
     model.lm_head.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
+    model.lm_head.register_forward_hook(lambda module, args, out: strides.append(args[0].stride()[:2]))
     try:
         generate(model, PROMPT, stop_ids=[], max_tokens=3)
     finally:
         model.lm_head._forward_hooks.clear()
     assert rows == [1, 1, 1]
+    width = model.config.hidden_size
+    assert strides == [(width, width)] * 3, "a view of the whole text, for which torch copies the head"
 
 
 def test_a_model_without_a_cache_reads_everything_again():

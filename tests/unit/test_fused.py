@@ -264,6 +264,7 @@ def test_few_sizes_reach_onednn(monkeypatch, window):
 @pytest.mark.parametrize("scores, most", [(1, 64), (2 * 64**2, 128), (11 * 64**2, 256), (SCORES, 768)])
 def test_heads_are_worked_on_together_where_their_scores_are_few(monkeypatch, scores, most):
     monkeypatch.setattr(engine, "SCORES", scores)
+    engine._kept_blocks.cache_clear()
     torch.manual_seed(0)
     seen, bounds, bmm = set(), [0, 20, 64], torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda one, other: seen.add(len(one) * one.shape[1]) or bmm(one, other))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTHON_LINES, C_LINES = 14_902, 955
+PYTHON_LINES, C_LINES = 14_919, 955
 """The budget of the engine in lines of code: without blank lines, comments and docstrings.
 
 The design asks for 6,000 lines of Python and 900 of C in all. What took more, in lines of Python: the first version
