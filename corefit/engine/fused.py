@@ -25,7 +25,7 @@ SIZES = (*range(64, 1025, 64), *(2**n // 8 * eighths for n in range(11, 40) for 
 SCORES = 2**21
 """Scores that exist at the same time, but for those of one head."""
 KEPT = 4096
-"""Slots of a micro-batch up to which its masks are kept for the next layer: 37 MB at most for each kind of layer (fp32)."""
+"""Slots of a micro-batch up to which its masks are kept for the next layer: 37 MB at most in fp32."""
 MANY = 16
 """Rows from which on a weight is worth a copy in another format."""
 FUSED = {
