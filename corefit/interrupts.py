@@ -48,8 +48,10 @@ class Interrupts:
         if self._pipe is not None:
             signal.set_wakeup_fd(-1)
             os.close(self._pipe[1])  # the thread sees the end
+        failed_rank = self._own_process and error is not None and "TORCHELASTIC_RUN_ID" in os.environ
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # torchrun ends all when it sees that one is gone: the others have yet to say what that did to them
+            signal.signal(number, signal.SIG_IGN if failed_rank and number == signal.SIGTERM else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._received:
@@ -61,8 +63,7 @@ class Interrupts:
             for fd in self._terminals:  # a terminal that hung up refuses every line from now on
                 if not os.isatty(fd):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-        name = signal.Signals(number).name
-        self._say(f"{name}: finishing the step that runs, if one does, then saving; ctrl-C ends at once")
+        self._say(f"{self.reason}: finishing the step that runs, if one does, then saving; ctrl-C ends at once")
 
     def _watch(self, pipe: int) -> None:
         seen = 0

@@ -819,6 +819,25 @@ with Interrupts(print, own_process={own_process}) as interrupts:
     assert process.returncode == (130 if own_process else 0), "two signals in one call are one to Python"
 
 
+@pytest.mark.parametrize(("of_torchrun", "own_process", "code"), [(1, 1, 0), (1, 0, -15), (0, 1, -15)])
+def test_a_rank_that_failed_says_so_also_where_torchrun_ends_it_meanwhile(
+    of_torchrun: int, own_process: int, code: int
+):
+    script = f"""
+import os, signal
+from corefit.interrupts import Interrupts
+try:
+    with Interrupts(print, own_process=bool({own_process})):
+        raise OSError("another rank is gone")
+except OSError as error:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(error)
+"""
+    env = environment({"TORCHELASTIC_RUN_ID": "none"} if of_torchrun else {})
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("" if code else "another rank is gone\n", code), done.stderr
+
+
 @pytest.mark.skipif(not (sys.platform == "linux" and shutil.which("cc")), reason="a library is compiled and preloaded")
 def test_a_signal_that_c_code_handles_is_left_to_it(tmp_path: Path):
     handler = "static void handler(int number) { (void)number; }"
