@@ -143,8 +143,11 @@ def stream(
     base = causal_lm(model)
     # The logits of a whole prompt would take prompt x vocabulary x 4 bytes, for one row that is used. For a row that is
     # a view, which a number instead of an index makes, torch copies the whole head on a CPU: 1.5 s for 100,000 x 2,048.
-    last = torch.tensor([-1]) if device == "cpu" else 1
-    last_only = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    # Only with a number do layers that share their keys (Gemma 4) leave the rows out that nobody asks for.
+    last_only: dict[str, Any] = {}
+    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+        by_number = device != "cpu" or hasattr(base.config.get_text_config(), "num_kv_shared_layers")
+        last_only["logits_to_keep"] = 1 if by_number else torch.tensor([-1])
     ids, read = list(prompt_ids), len(memory.ids)
     turns, grows = trained_length(base, "longrope"), trained_length(base, "dynamic")
     memory.forget(ids)
@@ -157,8 +160,8 @@ def stream(
         memory.ids, memory.cache = [], None  # should this be interrupted, some layers have read more than others
         with autocast(device, compute_dtype):
             out = model(input_ids=new, past_key_values=cache, use_cache=True, **last_only)
-        if out.past_key_values is not None:  # else a model without a cache, which reads all again
-            memory.ids, memory.cache = list(ids), out.past_key_values
+        if (kept := getattr(out, "past_key_values", None)) is not None:  # else a model without a cache reads all again
+            memory.ids, memory.cache = list(ids), kept
         ids.append(int(ranks.first(pick(out.logits[0, -1].float(), decoding, generator, ids))))
         yield ids[-1]
 

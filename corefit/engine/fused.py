@@ -25,7 +25,7 @@ SIZES = (*range(64, 1025, 64), *(2**n // 8 * eighths for n in range(11, 40) for 
 SCORES = 2**21
 """Scores that exist at the same time, but for those of one head."""
 KEPT = 4096
-"""Slots of a micro-batch up to which its masks are kept for the next layer: 37 MB at most in fp32."""
+"""Slots of a micro-batch up to which its masks are kept, and those of the one before: 37 MB each at most, in fp32."""
 MANY = 16
 """Rows from which on a weight is worth a copy in another format."""
 FUSED = {
@@ -258,11 +258,6 @@ def _blocks(bounds: list[int], window: int | None, q: Tensor, k: Tensor) -> Iter
     return _kept_blocks(*given) if len(q) <= KEPT else _made_blocks(*given)
 
 
-@functools.lru_cache(maxsize=2)  # of layers with a window, and of those without
-def _kept_blocks(*given: Any) -> tuple[Block, ...]:  # noqa: ANN401
-    return tuple(_made_blocks(*given))
-
-
 def _made_blocks(
     bounds: tuple[int, ...], window: int | None, heads: int, shared: int, dtype: torch.dtype
 ) -> Iterator[Block]:
@@ -284,6 +279,9 @@ def _made_blocks(
         for head in range(0, heads, some):
             keys_of = slice(head // group, -(-(head + some) // group))
             yield (slice(first, last), slice(head, head + some)), (slice(oldest, last), keys_of), mask
+
+
+_kept_blocks = functools.lru_cache(maxsize=2)(lambda *given: tuple(_made_blocks(*given)))  # with a window, and without
 
 
 class LoraLinear(torch.autograd.Function):

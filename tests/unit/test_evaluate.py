@@ -206,11 +206,24 @@ def test_only_the_last_row_of_logits_is_made(model, monkeypatch):
     assert strides == [(width, width)] * 3, "a view of the whole text, for which torch copies the head"
 
 
-def test_a_model_without_a_cache_reads_everything_again():
+def test_where_layers_share_their_keys_the_last_row_is_asked_for_by_a_number(model, monkeypatch):
+    model.eval()
+    asked = []
+    monkeypatch.setattr(model.config, "num_kv_shared_layers", 1, raising=False)
+    hook = model.register_forward_pre_hook(lambda *given: asked.append(given[-1]["logits_to_keep"]), with_kwargs=True)
+    try:
+        generate(model, PROMPT, stop_ids=[], max_tokens=2)
+    finally:
+        hook.remove()
+    assert asked == [1, 1], "Gemma 4 looks at numbers only, and then reads a prompt in a third of the time"
+
+
+@pytest.mark.parametrize("names", [{"past_key_values": None}, {}])
+def test_a_model_without_a_cache_reads_everything_again(names):
     class NoCache(torch.nn.Module):
         def forward(self, input_ids, past_key_values=None, use_cache=None):
             logits = torch.nn.functional.one_hot((input_ids.sum() % 50).reshape(1, 1), 50).float()
-            return type("Out", (), {"logits": logits, "past_key_values": None})
+            return type("Out", (), {"logits": logits, **names})
 
     assert list(stream(NoCache(), [1, 2], max_tokens=4)) == [3, 6, 12, 24]
 
