@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import os
 import shlex
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         say(USAGE)
         return 0
+    if not faulthandler.is_enabled():
+        faulthandler.enable(2)  # C code that crashes, a plugin's or torch's, ends everything without a word
     before = gc.get_threshold()
     gc.set_threshold(50_000, 20, 20)  # imports leave no garbage: looking for it was 0.9 of 4.2 s
     debug = "--debug" in arguments
@@ -395,9 +398,8 @@ def _launch(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> None:
     from corefit.samples import inspect_from
 
-    inspect_from(
-        args.recipe, _flags(args), args.sets, tokenizer=args.tokenizer, samples=args.samples, as_json=args.json
-    )
+    how = dict(tokenizer=args.tokenizer, samples=args.samples, as_json=args.json)
+    inspect_from(args.recipe, _flags(args), args.sets, **how)
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -460,10 +462,8 @@ def _safetensors(args: argparse.Namespace) -> None:
         if not args.out:
             raise UserError("--config makes an adapter folder: --out DIR names it")
         _, recipe = read_config(Path(args.config), [], Registry.load())
-        lora, base, template = recipe.adapter, recipe.model.base, recipe.template.name
-        folder = to_adapter(
-            args.target, args.out, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, base=base, template=template
-        )
+        sizes = {key: getattr(recipe.adapter, key) for key in ("r", "alpha", "dropout")}
+        folder = to_adapter(args.target, args.out, **sizes, base=recipe.model.base, template=recipe.template.name)
         say(f"adapter: {folder}   train on: --set adapter.start={folder}   talk to it: corefit chat {folder}")
         return
     say(f"safetensors: {convert(args.target, args.out)}")

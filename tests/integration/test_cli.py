@@ -277,6 +277,15 @@ def test_a_number_that_none_can_be_is_refused(arguments: list[str], words: str, 
     assert (done.returncode, words in done.stderr) == (2, True), done.stderr
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="exit codes are those of POSIX")
+def test_a_crash_in_c_code_says_who_called_it(tmp_path: Path, data: Path, tiny_tokenizer: Path) -> None:
+    (tmp_path / "crashes.py").write_text("import os\n\ndef to_chat(record):\n    os.abort()\n", "utf-8")
+    words = ["--data", data, "--plugin", "crashes.py:to_chat", "--tokenizer", tiny_tokenizer]
+    done = corefit("inspect", *words, "--template", "chatml", cwd=tmp_path)
+    assert done.returncode == -6
+    assert "Fatal Python error: Aborted" in done.stderr and "in to_chat" in done.stderr, done.stderr
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell")
 def test_closed_standard_streams_end_no_command(tmp_path: Path) -> None:
     for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
